@@ -38,3 +38,7 @@ class NotReachedError(SatLensError):
 
 class FileFormatError(SatLensError):
     """A file is broken, foreign, or from a version that this one cannot read."""
+
+
+class NonFiniteError(SatLensError):
+    """A number that had to be finite is NaN or infinite."""

@@ -194,7 +194,9 @@ def train(recipe: Recipe, work: Path) -> None:
     for step in progress:
         if step in kept:
             model.save_pretrained(work / f"checkpoint-{step}")
-        loss = _training_step(model, optimizer, batch_at(stream, step, recipe, bos_id), step, recipe)
+        loss = _training_step(
+            model, optimizer, batch_at(stream, step, recipe, bos_id), step, recipe
+        )
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % 250 == 0:

@@ -1,0 +1,32 @@
+"""Attention rows as plain tensors: transforms of scores, distances to saturated rows, limits.
+
+Nothing in this room knows a model. Scores are float32 softmax inputs in which a masked key holds
+``-inf``; every function works on the last axis (the keys) and treats all axes before it as rows,
+so ``[batch, head, query, key]`` is the usual shape and not the only one.
+"""
+
+from sat_lens.attention.distances import (
+    RowDistances,
+    distances_to_saturated,
+    effective_keys,
+    nearest_saturated,
+    total_variation,
+)
+from sat_lens.attention.engine import transform_scores
+from sat_lens.attention.masks import mask_threshold
+from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
+
+__all__ = [
+    "Limit",
+    "RandomKey",
+    "RowDistances",
+    "Scale",
+    "Transform",
+    "Uniform",
+    "distances_to_saturated",
+    "effective_keys",
+    "mask_threshold",
+    "nearest_saturated",
+    "total_variation",
+    "transform_scores",
+]

@@ -1,0 +1,89 @@
+"""The engine around a transform: masks in, masks out, nothing NaN.
+
+When not to use it: to attach a transform to a model. See :mod:`sat_lens.intervention`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sat_lens.attention.masks import mask_threshold
+from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
+from sat_lens.errors import ArgumentError, NonFiniteError
+
+_OWN = (Limit, RandomKey, Scale, Uniform)
+
+
+def transform_scores(
+    scores: Float[Tensor, "batch head query key"], transform: Transform
+) -> Float[Tensor, "batch head query key"]:
+    """Apply a transform to scores as a model has them; the result is float32.
+
+    The scores are taken to float32, masked keys to ``-inf``. Afterwards each row is shifted so
+    that its maximum is 0, masked keys get the model's own mask value back, and rows without a
+    visible key are as they were. The input is not changed.
+
+    Raises:
+        NonFiniteError: The scores hold NaN or +inf before anything was done to them.
+        ArgumentError: The transform returned another shape, NaN, +inf, or a row without a key.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[[[1.0, 3.0, torch.finfo(torch.float32).min]]]])
+        >>> transform_scores(scores, Limit()).softmax(-1)
+        tensor([[[[0., 1., 0.]]]])
+    """
+    raw = scores.float()
+    row_max = raw.detach().amax(-1, keepdim=True)
+    _check_finite(row_max)
+    threshold = mask_threshold(raw)
+    masked = raw.detach() <= threshold
+    dead = row_max <= threshold
+    any_dead = bool(dead.any())
+    visible = raw.masked_fill(masked, -math.inf)
+    if any_dead:
+        visible = visible.masked_fill(dead, 0.0)
+    new = _row_max_at_zero(_call(transform, visible), masked, transform)
+    new = torch.where(masked, raw, new)
+    return torch.where(dead, raw, new) if any_dead else new
+
+
+def _call(
+    transform: Transform, scores: Float[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch head query key"]:
+    new = transform(scores)
+    if not isinstance(new, Tensor) or new.shape != scores.shape:
+        found = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise ArgumentError(
+            f"A transform must return scores of the shape it was given, {list(scores.shape)}; "
+            f"{transform!r} returned {found}."
+        )
+    return new.float()
+
+
+def _row_max_at_zero(
+    new: Float[Tensor, "batch head query key"], masked: Tensor, transform: Transform
+) -> Float[Tensor, "batch head query key"]:
+    if isinstance(transform, _OWN):
+        return new
+    new = new.masked_fill(masked, -math.inf)
+    top = new.amax(-1, keepdim=True)
+    usable = top.isfinite() | masked.all(-1, keepdim=True)
+    if not bool(usable.all()):
+        raise ArgumentError(
+            f"{transform!r} returned NaN, +inf, or a row in which no visible key is finite. "
+            "Return finite scores for at least one visible key of every row."
+        )
+    return new - top.masked_fill(~top.isfinite(), 0.0)
+
+
+def _check_finite(row_max: Float[Tensor, "batch head query 1"]) -> None:
+    if bool((row_max.isnan() | (row_max == math.inf)).any()):
+        raise NonFiniteError(
+            "The model's own attention scores hold NaN or +inf before saturation, so there is no "
+            "limit to take. Check the weights and inputs, or run the model in float32."
+        )

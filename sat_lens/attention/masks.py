@@ -1,0 +1,65 @@
+"""Which keys of a row of scores are masked.
+
+Models mark a masked key in different ways: ``-inf``, the lowest number of the dtype (possibly
+divided by the square root of the head size), or a finite number such as -10,000 added to the
+score. Whoever scales scores has to know, because a finite mask multiplied by a small number is
+no mask any more.
+
+When not to use it: on patterns. A probability of zero is no mask; it may be a score that
+underflowed.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+# No score of a working network reaches this; masks made from float32's or bfloat16's lowest
+# number do, also after a division by the square root of any head size.
+EXTREME = -1e30
+# The smallest mask seen in public models is -10,000, plus or minus a score.
+LEAST_FINITE_MASK = -5e3
+# A finite mask stands apart from the scores by at least this factor; a wide range of scores,
+# such as a network with enlarged weights has, does not leave such a gap.
+GAP = 4.0
+
+
+def mask_threshold(scores: Float[Tensor, "*rows key"]) -> float:
+    """Find the number at or below which a score means a masked key.
+
+    Args:
+        scores: float32 softmax inputs as the model has them.
+
+    Returns:
+        A threshold; ``-inf`` if nothing but ``-inf`` marks a masked key. Finite masks above -1e30
+        are told from low scores by the gap between them and all other scores of the tensor.
+
+    Example:
+        >>> import torch
+        >>> mask_threshold(torch.tensor([1.0, -2.0, torch.finfo(torch.float32).min]))
+        -1e+30
+        >>> mask_threshold(torch.tensor([1.0, -2.0, -10_000.0])) < -2.0
+        True
+        >>> mask_threshold(torch.tensor([1.0, -2.0, -700.0]))
+        -inf
+    """
+    if scores.numel() == 0:
+        return -math.inf
+    lowest = float(scores.detach().amin())
+    if lowest > LEAST_FINITE_MASK:
+        return -math.inf
+    if lowest <= EXTREME:
+        return EXTREME
+    return LEAST_FINITE_MASK if _stands_apart(scores.detach()) else -math.inf
+
+
+def _stands_apart(scores: Float[Tensor, "*rows key"]) -> bool:
+    low = scores <= LEAST_FINITE_MASK
+    others = scores[~low]
+    if others.numel() == 0:
+        return False
+    nearest_mask = float(-scores[low].amax())
+    farthest_score = float(others.abs().amax())
+    return nearest_mask >= GAP * farthest_score

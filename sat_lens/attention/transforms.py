@@ -1,0 +1,188 @@
+"""Transforms: functions from scores to scores, whose softmax is the new attention pattern.
+
+A transform takes float32 scores in which masked keys hold ``-inf`` and every row has at least
+one visible key; it returns scores of the same shape. These are the ones that the library knows;
+one of your own is any callable of that form, three lines long. The engine that applies a
+transform takes care of masks, dtypes and rows without a visible key.
+
+When not to use it: to change a pattern after the softmax. Rounding and underflow have removed by
+then what the limit needs to tell ties from near-ties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sat_lens.attention.distances import nearest_saturated
+from sat_lens.errors import ArgumentError
+
+Ties = Literal["exact", "nearest"] | float
+
+_FLOAT32 = torch.finfo(torch.float32)
+
+
+class Transform(Protocol):
+    """A function from scores to scores: ``[batch, head, query, key]`` to the same shape."""
+
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Multiply scores by an inverse temperature ``c``: 0 is uniform, infinity is the limit.
+
+    Differentiable in the scores for finite ``c``. The row's maximum is subtracted first, so that
+    no product overflows; softmax does not see the difference.
+
+    Raises:
+        ArgumentError: ``c`` is negative or not a number.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([1.0, 0.0, -torch.inf])
+        >>> torch.allclose(Scale(3.0)(scores).softmax(-1), (3 * scores).softmax(-1))
+        True
+    """
+
+    c: float
+
+    def __post_init__(self) -> None:
+        check_scale(self.c)
+
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        # Outside float32's range the factor itself would round to 0 or infinity, and its
+        # product with -inf or 0 would be NaN; the two limits are what it means there.
+        if self.c < _FLOAT32.tiny:
+            return Uniform()(scores)
+        if self.c > _FLOAT32.max:
+            return Limit()(scores)
+        return (scores - _row_max(scores)) * self.c
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """The limit of an infinite inverse temperature: uniform over the keys that win the row.
+
+    Merrill et al. (2021), section 3, define saturated attention as this limit. ``ties`` says
+    which keys win: ``"exact"``, those equal to the row's maximum in float32; a number d >= 0,
+    those within d of it; ``"nearest"``, the top m* keys whose uniform row is nearest to the soft
+    row in total variation (then the result is not the limit of c, but the saturated row that
+    describes the soft one best).
+
+    Raises:
+        ArgumentError: ``ties`` is none of these.
+
+    Example:
+        >>> import torch
+        >>> Limit()(torch.tensor([2.0, 2.0, 1.0])).softmax(-1)
+        tensor([0.5000, 0.5000, 0.0000])
+    """
+
+    ties: Ties = "exact"
+
+    def __post_init__(self) -> None:
+        check_ties(self.ties)
+
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        fixed = scores.detach()
+        if self.ties == "nearest":
+            least = nearest_saturated(fixed).least_kept
+        elif self.ties == "exact":
+            least = _row_max(fixed)
+        else:
+            least = _row_max(fixed) - float(self.ties)
+        return torch.where(fixed >= least, 0.0, -math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Attend equally to all visible keys: the limit of an inverse temperature of 0.
+
+    Example:
+        >>> import torch
+        >>> Uniform()(torch.tensor([2.0, 7.0, -torch.inf])).softmax(-1)
+        tensor([0.5000, 0.5000, 0.0000])
+    """
+
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        return torch.where(scores.detach() == -math.inf, -math.inf, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomKey:
+    """Attend to one visible key, drawn anew for every head, query and attention module.
+
+    The control for saturation: as hard as the limit, blind to the scores. The draw is a hash of
+    the seed, the site, the head's place in the selection, the query's position counted from the
+    newest key, and the key. It therefore leaves torch's random state alone, is equal on every
+    device, does not depend on how prompts are batched, and agrees with and without a KV cache.
+
+    Example:
+        >>> import torch
+        >>> row = RandomKey(seed=0)(torch.tensor([[0.0, 5.0, -torch.inf]])).softmax(-1)
+        >>> sorted(row[0].tolist())
+        [0.0, 0.0, 1.0]
+    """
+
+    seed: int = 0
+    site: str = ""
+
+    def at(self, site: str) -> RandomKey:
+        """Return the same transform with the draws of one attention module."""
+        return dataclasses.replace(self, site=site)
+
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        draws = self._draws(scores).expand(scores.shape)
+        visible = scores.detach() != -math.inf
+        chosen = draws.masked_fill(~visible, -1).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
+
+    def _draws(self, scores: Float[Tensor, "*rows key"]) -> Int[Tensor, "..."]:
+        *_, n_heads, n_queries, n_keys = (1, 1, *scores.shape)
+        keys = torch.arange(n_keys, device=scores.device)
+        queries = torch.arange(n_keys - n_queries, n_keys, device=scores.device)
+        heads = torch.arange(n_heads, device=scores.device)
+        start = hashlib.sha256(f"{self.seed}/{self.site}".encode()).digest()
+        state = heads[:, None, None] + int.from_bytes(start[:7], "big")
+        state = _mix(state) + queries[:, None]
+        state = _mix(state) + keys
+        draws = _mix(state) >> 1 & 0x7FFF_FFFF_FFFF
+        return draws.reshape(draws.shape[-scores.dim() :] if scores.dim() < 3 else draws.shape)
+
+
+def check_scale(c: float) -> None:
+    """Raise an ArgumentError unless ``c`` is an inverse temperature: a number >= 0, or infinity."""
+    if math.isnan(c) or c < 0:
+        raise ArgumentError(
+            f"The inverse temperature c must be a number >= 0 or math.inf, and {c} was given. "
+            "Use 0 for uniform attention and math.inf for the saturated limit."
+        )
+
+
+def check_ties(ties: object) -> None:
+    """Raise an ArgumentError unless ``ties`` is "exact", "nearest" or a number >= 0."""
+    is_number = isinstance(ties, (int, float)) and not isinstance(ties, bool)
+    if ties in ("exact", "nearest") or (is_number and 0 <= float(ties) < math.inf):  # type: ignore[arg-type]
+        return
+    raise ArgumentError(
+        'ties must be "exact", "nearest" or a finite number d >= 0 (keys whose unscaled score is '
+        f"within d of the maximum share the row), and {ties!r} was given."
+    )
+
+
+def _row_max(scores: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows 1"]:
+    return scores.detach().amax(-1, keepdim=True)
+
+
+def _mix(state: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Scramble 64-bit integers (the finaliser of splitmix64, Steele et al. 2014)."""
+    state = (state ^ (state >> 30 & 0x3_FFFF_FFFF)) * -0x40A7B892E31B1A47
+    state = (state ^ (state >> 27 & 0x1F_FFFF_FFFF)) * -0x6B2FB644ECCEEE15
+    return state ^ (state >> 31 & 0x1_FFFF_FFFF)

@@ -1,0 +1,296 @@
+"""Saturate attention, or replace it by any transform, while a block of code runs.
+
+The model is as it was when the block ends, also after an exception or an interrupt. Hooks of
+others keep working: one that is added later sees, and may act on, the changed values.
+
+When not to use it: to compare soft and saturated activations, which
+:func:`sat_lens.run_with_saturation_cache` does in one call, or to try one head after the other,
+which :func:`sat_lens.sweep_heads` does faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sat_lens.attention import Limit, Scale, Transform, Uniform, transform_scores
+from sat_lens.attention.transforms import Ties, check_scale, check_ties
+from sat_lens.errors import ArgumentError, HeadSelectionError, UnsupportedModelError
+from sat_lens.sites import AttentionSite, Edit, Heads, Selection, attention_sites, open_door
+from sat_lens.sites.door import NewScores
+from sat_lens.sites.selection import select_heads
+
+ScaleLike = float | Tensor | Mapping[Any, float] | Callable[[int, int], float]
+# For one site: groups of heads and the transform of each group.
+Groups = list[tuple[list[int], Transform]]
+
+
+@contextlib.contextmanager
+def saturate(
+    model: Any, heads: Heads = None, scale: ScaleLike = math.inf, ties: Ties = "exact"
+) -> Iterator[Any]:
+    """Multiply the QK logits of chosen heads by an inverse temperature while the block lasts.
+
+    At the default, infinity, attention is saturated: uniform over the keys that attain the row's
+    maximum (Merrill et al. 2021, section 3).
+
+    Args:
+        model: A TransformerLens model.
+        heads: Which heads; None is all. See :func:`sat_lens.attention_sites` for labels.
+        scale: The inverse temperature c >= 0: a number, a tensor ``[layer, head]``, a mapping from
+            heads to numbers, or a callable ``(layer, head) -> c``, a schedule through the forward
+            pass. ``math.inf`` is the exact limit, 0 uniform over the visible keys.
+        ties: Which keys share a row in the limit: ``"exact"``, a number d >= 0 (keys within d of
+            the maximum), or ``"nearest"`` (the saturated row nearest to the soft row).
+
+    Yields:
+        The model.
+
+    Raises:
+        HeadSelectionError: A head does not exist, or none is selected.
+        ArgumentError: A scale is negative or NaN, or ``ties`` is unknown.
+        UnsupportedModelError: A chosen head's attention cannot be reached.
+        NotReachedError: In the block: a layer ran and its chosen heads were not changed.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> with sl.saturate(model, "L0H0"):
+        ...     logits, cache = model.run_with_cache("def f(x):")
+        >>> cache["pattern", 0][0, 0].max(-1).values.min().item()
+        1.0
+    """
+    check_ties(ties)
+    sites = attention_sites(model)
+    selection = _selection_for(sites, heads, scale)
+    groups = {
+        path: _groups(_site_at(sites, path), chosen, scale, ties)
+        for path, chosen in selection.items()
+    }
+    with attached(model, sites, groups):
+        yield model
+
+
+@contextlib.contextmanager
+def replace_attention(model: Any, transform: Transform, heads: Heads = None) -> Iterator[Any]:
+    """Put the scores of chosen heads through a transform while the block lasts.
+
+    Args:
+        model: A TransformerLens model.
+        transform: A function from scores ``[batch, head, query, key]`` to scores of the same shape.
+            It gets the chosen heads only, in float32, with ``-inf`` at masked keys. The softmax of
+            what it returns is the new pattern; masked keys stay masked whatever it returns.
+        heads: Which heads; None is all.
+
+    Yields:
+        The model.
+
+    Raises:
+        ArgumentError: ``transform`` is not callable or, in the block, returned unusable scores.
+        HeadSelectionError, UnsupportedModelError, NotReachedError: As for :func:`saturate`.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> with sl.replace_attention(model, lambda scores: 2 * scores, heads="L1H0"):
+        ...     twice_as_sharp = model("def f(x):")
+    """
+    if not callable(transform):
+        raise ArgumentError(
+            f"A transform is a function from scores to scores, and {transform!r} was given."
+        )
+    sites = attention_sites(model)
+    groups: dict[str, Groups] = {
+        path: [(chosen, transform)] for path, chosen in select_heads(sites, heads).items()
+    }
+    with attached(model, sites, groups):
+        yield model
+
+
+def saturation_hooks(
+    model: Any, heads: Heads = None, scale: ScaleLike = math.inf, ties: Ties = "exact"
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Give the same intervention as hooks for TransformerLens's ``run_with_hooks``.
+
+    Arguments and errors are those of :func:`saturate`. A hook cannot check that it was called, so
+    :func:`saturate` is the safer form where there is a choice.
+
+    Returns:
+        Pairs (name of a hook point, hook).
+
+    Raises:
+        UnsupportedModelError: A chosen head cannot be reached through a hook point.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> logits = model.run_with_hooks("import os", fwd_hooks=sl.saturation_hooks(model, "L0H0"))
+    """
+    check_ties(ties)
+    sites = attention_sites(model)
+    hooks = []
+    for path, chosen in _selection_for(sites, heads, scale).items():
+        site = _site_at(sites, path)
+        _check_reachable(site)
+        if site.level != "scores":
+            raise UnsupportedModelError(
+                f"{path} cannot be saturated through a TransformerLens hook: its scores' hook does "
+                "not carry what its softmax receives. Use `with sat_lens.saturate(model): ...`."
+            )
+        edit = _edit(site, _groups(site, chosen, scale, ties))
+        hooks.append((f"{path}.hook_attn_scores", _as_hook(edit)))
+    return hooks
+
+
+@contextlib.contextmanager
+def attached(
+    model: Any, sites: list[AttentionSite], groups: Mapping[str, Groups]
+) -> Iterator[None]:
+    """Attach groups of heads with their transforms to the model's sites, by path."""
+    edits: dict[str, Edit] = {}
+    for path, site_groups in groups.items():
+        site = _site_at(sites, path)
+        _check_reachable(site)
+        edits[path] = _edit(site, site_groups)
+    with open_door(model, edits, sites):
+        yield
+
+
+@contextlib.contextmanager
+def observe_attention(
+    model: Any, observer: Callable[[AttentionSite, Float[Tensor, "batch head query key"]], None]
+) -> Iterator[None]:
+    """Show the scores of every attention module to ``observer`` while the block lasts.
+
+    The scores come as the softmax receives them, in the model's dtype; nothing is changed.
+    """
+    sites = attention_sites(model)
+
+    def watching(site: AttentionSite) -> Edit:
+        def edit(scores: Tensor) -> None:
+            observer(site, scores)
+
+        return edit
+
+    for site in sites:
+        _check_reachable(site)
+    with open_door(model, {site.path: watching(site) for site in sites}, sites):
+        yield
+
+
+def transform_for(scale: float, ties: Ties = "exact") -> Transform:
+    """Give the transform that multiplies by ``scale``, with the limits at 0 and infinity."""
+    if scale == math.inf:
+        return Limit(ties)
+    return Uniform() if scale == 0 else Scale(scale)
+
+
+def _edit(site: AttentionSite, groups: Groups) -> Edit:
+    bound = [(heads, _at(transform, site)) for heads, transform in groups]
+    order = sorted(head for heads, _ in bound for head in heads)
+
+    def edit(scores: Tensor) -> NewScores:
+        if len(bound) == 1:
+            heads, transform = bound[0]
+            return NewScores(heads, transform_scores(_take(scores, heads), transform))
+        parts = {
+            head: new[:, i]
+            for heads, transform in bound
+            for new in [transform_scores(_take(scores, heads), transform)]
+            for i, head in enumerate(heads)
+        }
+        return NewScores(order, torch.stack([parts[head] for head in order], dim=1))
+
+    return edit
+
+
+def _take(scores: Tensor, heads: list[int]) -> Tensor:
+    return scores if len(heads) == scores.shape[1] else scores[:, heads]
+
+
+def _at(transform: Transform, site: AttentionSite) -> Transform:
+    """Let a transform that draws at random know which module it serves."""
+    bind = getattr(transform, "at", None)
+    return bind(site.path) if callable(bind) else transform
+
+
+def _as_hook(edit: Edit) -> Callable[..., Tensor]:
+    def hook_fn(tensor: Tensor, hook: Any = None) -> Tensor:  # noqa: ARG001 - TransformerLens names it
+        new = edit(tensor)
+        if new is None or len(new.heads) == tensor.shape[1]:
+            return tensor if new is None else new.scores.to(tensor.dtype)
+        index = torch.tensor(new.heads, device=tensor.device)
+        return tensor.index_copy(1, index, new.scores.to(tensor.dtype))
+
+    return hook_fn
+
+
+def _selection_for(sites: list[AttentionSite], heads: Heads, scale: ScaleLike) -> Selection:
+    if isinstance(scale, Mapping) and heads is None:
+        return select_heads(sites, list(scale))
+    return select_heads(sites, heads)
+
+
+def _groups(site: AttentionSite, chosen: list[int], scale: ScaleLike, ties: Ties) -> Groups:
+    by_scale: dict[float, list[int]] = {}
+    for head in chosen:
+        c = _scale_of(site, head, scale)
+        check_scale(c)
+        by_scale.setdefault(c, []).append(head)
+    return [(heads, transform_for(c, ties)) for c, heads in by_scale.items()]
+
+
+def _scale_of(site: AttentionSite, head: int, scale: ScaleLike) -> float:
+    if isinstance(scale, Mapping):
+        found = {
+            label: c for name, c in scale.items() for label in _names(site, head) if name == label
+        }
+        if not found:
+            raise HeadSelectionError(
+                f"The mapping of scales has no entry for the chosen head {site.label(head)}."
+            )
+        return float(next(iter(found.values())))
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        if scale.dim() != 2 or site.layer >= scale.shape[0] or head >= scale.shape[1]:
+            raise ArgumentError(
+                f"Scales as a tensor need shape [layer, head] and an entry for "
+                f"{site.label(head)}; found shape {list(scale.shape)}."
+            )
+        return float(scale[site.layer, head])
+    if callable(scale):
+        return float(scale(site.layer, head))
+    if isinstance(scale, (int, float, Tensor)) and not isinstance(scale, bool):
+        return float(scale)
+    raise ArgumentError(
+        "scale must be a number >= 0, math.inf, a tensor [layer, head], a mapping from heads to "
+        f"numbers, or a callable (layer, head) -> number; {scale!r} was given."
+    )
+
+
+def _names(site: AttentionSite, head: int) -> list[Any]:
+    names: list[Any] = [site.label(head)]
+    if not site.stack:
+        names += [f"{site.layer}.{head}", (site.layer, head)]
+    return names
+
+
+def _site_at(sites: list[AttentionSite], path: str) -> AttentionSite:
+    return next(site for site in sites if site.path == path)
+
+
+def _check_reachable(site: AttentionSite) -> None:
+    if site.level is None:
+        raise UnsupportedModelError(
+            f"The attention of {site.path} cannot be reached: {site.why_not}."
+        )
+    if site.dropout:
+        raise UnsupportedModelError(
+            f"The attention of {site.path} drops out entries at random, because the model is in "
+            "training mode. Call model.eval() first."
+        )

@@ -1,0 +1,106 @@
+"""The attention modules of a model, found once and remembered while the model lives."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.sites.naming import AttentionSite, places
+from sat_lens.sites.probe import probe, probe_failure, probe_inputs
+
+_PATTERN = ".hook_pattern"
+_remembered: WeakKeyDictionary[Any, tuple[object, list[AttentionSite]]] = WeakKeyDictionary()
+
+
+def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSite]:
+    """List the attention modules of a TransformerLens model and how each can be touched.
+
+    The level of each is found by one forward pass, on ``inputs`` where given and on a few made-up
+    tokens otherwise; the result is remembered while the model lives and its mode stays the same.
+
+    Args:
+        model: A ``TransformerBridge``, or a ``HookedTransformer`` and its like.
+        *inputs: Example inputs of the model, for one that made-up inputs do not fit.
+        **kwargs: Further arguments of the model's own forward.
+
+    Returns:
+        One :class:`AttentionSite` per attention module, in the model's order.
+
+    Raises:
+        UnsupportedModelError: The model has no softmax attention, or no forward pass worked.
+        ArgumentError: ``model`` is not a TransformerLens model.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> [site.level for site in sl.attention_sites(sl.load_model("demo"))]
+        ['scores', 'scores', 'scores', 'scores']
+    """
+    paths = _attention_paths(model)
+    state = _state(model)
+    if not inputs and not kwargs:
+        known = _remembered.get(model)
+        if known is not None and known[0] == state:
+            return known[1]
+    found = _probe(model, paths, inputs, kwargs)
+    _remembered[model] = (state, found)
+    return found
+
+
+def has_several_stacks(sites: list[AttentionSite]) -> bool:
+    """Say whether results must be told apart by stack (encoder, decoder, cross)."""
+    return len({site.stack for site in sites}) > 1
+
+
+def _attention_paths(model: Any) -> list[str]:
+    hook_points = getattr(model, "hook_dict", None)
+    if hook_points is None:
+        raise ArgumentError(
+            f"Needed a TransformerLens model (a TransformerBridge or a HookedTransformer), and a "
+            f"{type(model).__name__} was given. A Hugging Face model becomes one with "
+            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)."
+        )
+    by_point: dict[int, str] = {}
+    for name, point in hook_points.items():
+        if name.endswith(_PATTERN):
+            path = name.removesuffix(_PATTERN)
+            with contextlib.suppress(AttributeError):
+                if model.get_submodule(path) is not None:
+                    by_point.setdefault(id(point), path)
+    if not by_point:
+        raise UnsupportedModelError(
+            f"Needed a model with softmax attention, and {type(model).__name__} "
+            f"{_name(model)!r} has no attention patterns at all. State-space and linear-attention "
+            "models (Mamba, RWKV) have nothing that can be saturated."
+        )
+    return list(by_point.values())
+
+
+def _probe(
+    model: Any, paths: list[str], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[AttentionSite]:
+    if inputs or kwargs:
+        return probe(model, places(paths), inputs, kwargs)
+    tried: list[Exception] = []
+    for args, extra in probe_inputs(model):
+        try:
+            return probe(model, places(paths), args, extra)
+        except Exception as error:  # noqa: BLE001 - any failure only means that the input did not fit
+            tried.append(error)
+    raise probe_failure(tried)
+
+
+def _state(model: Any) -> object:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return (
+        model.training,
+        getattr(model, "compatibility_mode", None),
+        getattr(config, "_attn_implementation", None),
+        Counter(name.endswith(_PATTERN) for name in model.hook_dict)[True],
+    )
+
+
+def _name(model: Any) -> str:
+    return str(getattr(getattr(model, "cfg", None), "model_name", "") or "")

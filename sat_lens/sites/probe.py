@@ -1,0 +1,254 @@
+"""Finding the level of every attention module by running the model once and watching.
+
+Nothing is assumed from a class name or a configuration. One forward pass on a few made-up tokens
+records, module by module, in which order the scores' hook, the softmax, the pattern's hook and the
+end of the module come, and whether the softmax received exactly what the scores' hook showed.
+
+The level is ``scores`` if the hook came first and its tensor went into the softmax unchanged: then
+an edit there is an edit of the attention. In all other cases with one softmax per call it is
+``softmax``. An edit at a hook point that fires after the softmax is thrown away by the model; the
+names of such hook points are kept, so that nobody makes such an edit unaware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_lens.errors import UnsupportedModelError
+from sat_lens.sites.naming import AttentionSite, Level, Place
+from sat_lens.sites.softmax import AttentionSoftmax, heads_in
+
+PROBE_TOKENS = 5
+
+
+@dataclasses.dataclass
+class Record:
+    """What happened while one attention module ran, in order."""
+
+    events: list[tuple[str, Tensor | None]] = dataclasses.field(default_factory=list)
+    calls: int = 0
+    fused: bool = False
+    dropout: bool = False
+
+    def order(self, name: str) -> int | None:
+        """Give the position of the first event of that name, or None."""
+        return next((i for i, (event, _) in enumerate(self.events) if event == name), None)
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """All tensors recorded under that name."""
+        return [tensor for event, tensor in self.events if event == name and tensor is not None]
+
+
+@contextlib.contextmanager
+def run_through(
+    module: nn.Module, around: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> Iterator[None]:
+    """While the block lasts, run ``module.forward`` inside ``around()``, a fresh one each call.
+
+    The instance's ``forward`` is shadowed rather than hooked, because PyTorch's forward hooks do
+    not run when a KeyboardInterrupt passes and a context manager does.
+    """
+    forward = module.forward
+    shadowed = module.__dict__.get("forward")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return forward(*args, **kwargs)
+
+    module.__dict__["forward"] = run
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = shadowed
+
+
+def probe(
+    model: Any, places: list[Place], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[AttentionSite]:
+    """Run the model once, without its hooks, and say at which level each module can be touched."""
+    records = {place.path: Record() for place in places}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        stack.enter_context(without_hooks(model))
+        for place in places:
+            stack.enter_context(_recording(model, place.path, records[place.path]))
+        model(*args, **kwargs)
+    hint = head_count_hint(model)
+    return [_site(place, records[place.path], hint) for place in places]
+
+
+def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Make up small inputs for the model, the likeliest kind first."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    config = _hf_config(model)
+    vocab = int(getattr(model.cfg, "d_vocab", 0) or getattr(config, "vocab_size", 0) or 0)
+    tokens = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % max(vocab, 2)
+    text: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((tokens,), {}),
+        ((tokens,), {"decoder_input": tokens}),
+    ]
+    main = getattr(getattr(model, "original_model", None), "main_input_name", "input_ids")
+    if main == "pixel_values":
+        size = getattr(config, "image_size", 32)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        channels = getattr(config, "num_channels", 3)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(1, channels, height, width, generator=generator)
+        return [((pixels.to(device, dtype),), {}), *text]
+    if main in ("input_values", "input_features"):
+        generator = torch.Generator().manual_seed(0)
+        wave = torch.randn(1, 1600, generator=generator).to(device, dtype)
+        return [((wave,), {"return_type": "logits"}), ((wave,), {}), *text]
+    return text
+
+
+def head_count_hint(model: Any) -> int | None:
+    """The number of heads that the configuration claims; it only splits packed axes."""
+    found = getattr(model.cfg, "n_heads", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
+@contextlib.contextmanager
+def without_hooks(model: Any) -> Iterator[None]:
+    """Take all hooks of all hook points out for the length of the block."""
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    kept = [(point, point._forward_hooks, point._forward_hooks_with_kwargs) for point in points]
+    try:
+        for point in points:
+            point._forward_hooks = OrderedDict()
+            point._forward_hooks_with_kwargs = OrderedDict()
+        yield
+    finally:
+        for point, hooks, with_kwargs in kept:
+            point._forward_hooks = hooks
+            point._forward_hooks_with_kwargs = with_kwargs
+
+
+@contextlib.contextmanager
+def _recording(model: Any, path: str, record: Record) -> Iterator[None]:
+    module = model.get_submodule(path)
+
+    def handle(scores: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
+        record.events.append(("softmax", scores))
+        return softmax(scores)
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        record.calls += 1
+        with AttentionSoftmax(handle) as mode:
+            yield
+        record.fused |= mode.fused
+        record.dropout |= mode.dropout
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            record.events.append((name, output if isinstance(output, Tensor) else None))
+
+        return hook
+
+    handles = [
+        getattr(module, point).register_forward_hook(note(event))
+        for event, point in (
+            ("scores", "hook_attn_scores"),
+            ("pattern", "hook_pattern"),
+            ("out", "hook_out"),
+        )
+        if isinstance(getattr(module, point, None), nn.Module)
+    ]
+    try:
+        with run_through(module, around):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _site(place: Place, record: Record, hint: int | None) -> AttentionSite:
+    softmaxes = record.tensors("softmax")
+    n_heads = heads_in(softmaxes[0].shape, hint) if len(softmaxes) == 1 else None
+    level: Level | None = None
+    why_not = _why_not(record, n_heads)
+    if not why_not:
+        level = "scores" if _scores_are_the_input(record) else "softmax"
+    return AttentionSite(
+        path=place.path,
+        stack=place.stack,
+        layer=place.layer,
+        kind=place.kind,
+        n_heads=n_heads or 0,
+        level=level,
+        why_not=why_not,
+        discarded=_discarded(record),
+        dropout=record.dropout,
+    )
+
+
+def _why_not(record: Record, n_heads: int | None) -> str:
+    found = len(record.tensors("softmax"))
+    if record.calls == 0:
+        return "the module did not run in a forward pass"
+    if record.fused:
+        return (
+            "its attention runs in a fused kernel, where scores cannot be reached; load the model "
+            'with attn_implementation="eager"'
+        )
+    if found == 0:
+        return "no attention softmax ran inside it"
+    if found != 1 or record.calls != 1:
+        return f"{found} attention softmaxes ran in {record.calls} calls, where one each was needed"
+    if n_heads is None:
+        shape = list(record.tensors("softmax")[0].shape)
+        return f"its heads cannot be told apart in a softmax of shape {shape}"
+    return ""
+
+
+def _scores_are_the_input(record: Record) -> bool:
+    order = [record.order(name) for name in ("scores", "softmax", "pattern")]
+    if any(place is None for place in order) or order != sorted(order, key=lambda i: i or 0):
+        return False
+    shown, received = record.tensors("scores"), record.tensors("softmax")
+    if len(shown) != 1 or shown[0].shape != received[0].shape or shown[0].dim() != 4:
+        return False
+    return torch.equal(shown[0].float(), received[0].float())
+
+
+def _discarded(record: Record) -> frozenset[str]:
+    softmax, out = record.order("softmax"), record.order("out")
+    scores, pattern = record.order("scores"), record.order("pattern")
+    names = set()
+    if scores is not None and softmax is not None and scores > softmax:
+        names.add("hook_attn_scores")
+    if pattern is not None and out is not None and pattern > out:
+        names.add("hook_pattern")
+    return frozenset(names)
+
+
+def _hf_config(model: Any) -> Any:
+    return getattr(getattr(model, "original_model", None), "config", None)
+
+
+def _cuda_devices(model: Any) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
+def probe_failure(tried: list[Exception]) -> UnsupportedModelError:
+    """Build the error for a model that none of the made-up inputs fits."""
+    last = str(tried[-1]).strip().splitlines() if tried else []
+    return UnsupportedModelError(
+        "Needed one forward pass to find where attention can be touched, and no made-up input fits "
+        f"this model ({type(tried[-1]).__name__ if tried else 'no input'}: "
+        f"{last[0] if last else ''}). Call sat_lens.attention_sites(model, *your_inputs) once "
+        "first; what it finds is remembered for this model."
+    )

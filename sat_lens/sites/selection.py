@@ -1,0 +1,135 @@
+"""Which heads: labels, tuples, masks and predicates, read into one form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sat_lens.errors import HeadSelectionError
+from sat_lens.sites.naming import AttentionSite
+
+Predicate = Callable[[AttentionSite, int], bool]
+HeadName = str | tuple[int, int]
+Heads = None | HeadName | Sequence[HeadName] | Tensor | Predicate
+# path of a site -> its chosen heads, ascending
+Selection = dict[str, list[int]]
+
+_LABEL = re.compile(r"^(?:(?P<stack>.+)\.)?L(?P<layer>\d+)H(?P<head>\d+)$")
+_DOTTED = re.compile(r"^(?P<layer>\d+)\.(?P<head>\d+)$")
+
+
+def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
+    """Read a choice of heads into the chosen heads of each site.
+
+    Args:
+        sites: The model's attention modules.
+        heads: None (all), ``"L5H1"``, ``"5.1"``, ``(5, 1)``, a list of these, a bool tensor
+            ``[layer, head]``, or a predicate on (site, head). With several stacks a label takes a
+            prefix: ``"encoder.L0H1"``.
+
+    Raises:
+        HeadSelectionError: A head does not exist (the message lists what does), is named twice,
+            or nothing is selected.
+
+    Example:
+        >>> sites = [AttentionSite("blocks.0.attn", "", 0, "self", 2, "scores")]
+        >>> select_heads(sites, "L0H1")
+        {'blocks.0.attn': [1]}
+    """
+    pairs = _chosen(sites, heads)
+    if not pairs:
+        raise HeadSelectionError(
+            f"No head was selected by {_shown(heads)}. Choose at least one of {_available(sites)}."
+        )
+    repeated = sorted({site.label(head) for site, head in pairs if pairs.count((site, head)) > 1})
+    if repeated:
+        raise HeadSelectionError(f"These heads are named more than once: {', '.join(repeated)}.")
+    selection: Selection = {}
+    for site, head in sorted(pairs, key=lambda pair: (sites.index(pair[0]), pair[1])):
+        selection.setdefault(site.path, []).append(head)
+    return selection
+
+
+def labels_of(sites: list[AttentionSite], selection: Selection) -> list[str]:
+    """Give the labels of the selected heads, in the model's order."""
+    return [site.label(head) for site in sites for head in selection.get(site.path, [])]
+
+
+def _chosen(sites: list[AttentionSite], heads: Any) -> list[tuple[AttentionSite, int]]:
+    everything = [(site, head) for site in sites for head in range(site.n_heads)]
+    if heads is None:
+        return everything
+    if isinstance(heads, Tensor):
+        return _from_mask(sites, heads)
+    if callable(heads):
+        return [(site, head) for site, head in everything if heads(site, head)]
+    if isinstance(heads, Mapping) or not isinstance(heads, Iterable):
+        raise _unreadable(heads)
+    names = [heads] if isinstance(heads, str) or _is_pair(heads) else list(heads)
+    return [_named(sites, name) for name in names]
+
+
+def _named(sites: list[AttentionSite], name: Any) -> tuple[AttentionSite, int]:
+    stack, layer, head = _parse(name)
+    for site in sites:
+        if (site.stack, site.layer) == (stack, layer) and head < site.n_heads:
+            return site, head
+    hint = ""
+    if not stack and all(site.stack for site in sites):
+        hint = " This model has several stacks: put the stack's name before the label."
+    raise HeadSelectionError(
+        f"There is no head {_shown(name)} in this model.{hint} It has {_available(sites)}."
+    )
+
+
+def _parse(name: Any) -> tuple[str, int, int]:
+    if _is_pair(name):
+        return "", int(name[0]), int(name[1])
+    match = (_LABEL.match(name) or _DOTTED.match(name)) if isinstance(name, str) else None
+    if match is None:
+        raise _unreadable(name)
+    return match.groupdict().get("stack") or "", int(match["layer"]), int(match["head"])
+
+
+def _from_mask(sites: list[AttentionSite], mask: Tensor) -> list[tuple[AttentionSite, int]]:
+    if len({site.stack for site in sites}) > 1:
+        raise HeadSelectionError(
+            "A tensor [layer, head] is ambiguous in a model with several stacks. Use labels such as "
+            f"{sites[0].label(0)!r}, or a predicate on (site, head)."
+        )
+    if str(mask.dtype) != "torch.bool" or mask.dim() != 2:
+        raise HeadSelectionError(
+            f"Heads as a tensor need dtype bool and shape [layer, head]; found {mask.dtype} "
+            f"{list(mask.shape)}."
+        )
+    return [_named(sites, (int(layer), int(head))) for layer, head in mask.nonzero().tolist()]
+
+
+def _is_pair(name: Any) -> bool:
+    return (
+        isinstance(name, tuple)
+        and len(name) == 2
+        and all(isinstance(part, int) and not isinstance(part, bool) for part in name)
+    )
+
+
+def _available(sites: list[AttentionSite]) -> str:
+    ranges = [f"{s.label(0)} to {s.label(s.n_heads - 1)}" for s in sites if s.n_heads]
+    if len(ranges) > 8:
+        ranges = [*ranges[:4], "...", *ranges[-3:]]
+    return ", ".join(ranges) or "no heads that can be reached"
+
+
+def _shown(heads: Any) -> str:
+    text = repr(heads)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _unreadable(heads: Any) -> HeadSelectionError:
+    return HeadSelectionError(
+        f"Heads are named like 'L5H1', '5.1' or (5, 1), as a list of these, a bool tensor "
+        f"[layer, head], or a predicate on (site, head); {_shown(heads)} was given."
+    )
