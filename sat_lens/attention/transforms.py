@@ -31,7 +31,9 @@ _FLOAT32 = torch.finfo(torch.float32)
 class Transform(Protocol):
     """A function from scores to scores: ``[batch, head, query, key]`` to the same shape."""
 
-    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]: ...
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        """Return the scores whose softmax is the new pattern."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Scale:
         check_scale(self.c)
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        """Return ``c`` times the scores, shifted so that each row's maximum is 0."""
         # Outside float32's range the factor itself would round to 0 or infinity, and its
         # product with -inf or 0 would be NaN; the two limits are what it means there.
         if self.c < _FLOAT32.tiny:
@@ -91,6 +94,7 @@ class Limit:
         check_ties(self.ties)
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        """Return 0 for the keys that win their row and ``-inf`` for all others."""
         fixed = scores.detach()
         if self.ties == "nearest":
             least = nearest_saturated(fixed).least_kept
@@ -112,6 +116,7 @@ class Uniform:
     """
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        """Return 0 for every visible key."""
         return torch.where(scores.detach() == -math.inf, -math.inf, 0.0)
 
 
@@ -139,13 +144,14 @@ class RandomKey:
         return dataclasses.replace(self, site=site)
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        """Return 0 for the drawn key and ``-inf`` for all others."""
         draws = self._draws(scores).expand(scores.shape)
         visible = scores.detach() != -math.inf
         chosen = draws.masked_fill(~visible, -1).argmax(-1, keepdim=True)
         return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
 
     def _draws(self, scores: Float[Tensor, "*rows key"]) -> Int[Tensor, "..."]:
-        *_, n_heads, n_queries, n_keys = (1, 1, *scores.shape)
+        n_heads, n_queries, n_keys = (1, 1, *scores.shape)[-3:]
         keys = torch.arange(n_keys, device=scores.device)
         queries = torch.arange(n_keys - n_queries, n_keys, device=scores.device)
         heads = torch.arange(n_heads, device=scores.device)

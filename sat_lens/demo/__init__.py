@@ -1,0 +1,1 @@
+"""The bundled demo model: the list of its corpus and its training recipe."""

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -166,13 +167,13 @@ def _guarding(point: nn.Module, site: AttentionSite, name: str, door: _Door) -> 
             return
         if output.shape != shown.shape or not torch.equal(output, shown):
             raise NotReachedError(
-                f"A hook edited {site.path}.{name}, and this model computes its attention elsewhere "
-                "and throws that edit away. Use sat_lens.replace_attention(model, transform), which "
-                "reaches the softmax itself."
+                f"A hook edited {site.path}.{name}, and this model computes its attention "
+                "elsewhere and throws that edit away. Use sat_lens.replace_attention(model, "
+                "transform), which reaches the softmax itself."
             )
 
     handle = point.register_forward_hook(check)
-    hooks = point._forward_hooks
+    hooks = cast("OrderedDict[int, Callable[..., Any]]", point._forward_hooks)
     # Hooks added inside the block come later in the order: go behind them before each call.
     door.before_call.append(lambda: hooks.move_to_end(handle.id))
     try:

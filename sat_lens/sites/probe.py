@@ -171,8 +171,8 @@ def _recording(model: Any, path: str, record: Record) -> Iterator[None]:
         with run_through(module, around):
             yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook_handle in handles:
+            hook_handle.remove()
 
 
 def _site(place: Place, record: Record, hint: int | None) -> AttentionSite:

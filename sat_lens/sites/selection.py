@@ -97,8 +97,8 @@ def _parse(name: Any) -> tuple[str, int, int]:
 def _from_mask(sites: list[AttentionSite], mask: Tensor) -> list[tuple[AttentionSite, int]]:
     if len({site.stack for site in sites}) > 1:
         raise HeadSelectionError(
-            "A tensor [layer, head] is ambiguous in a model with several stacks. Use labels such as "
-            f"{sites[0].label(0)!r}, or a predicate on (site, head)."
+            "A tensor [layer, head] is ambiguous in a model with several stacks. Use labels "
+            f"such as {sites[0].label(0)!r}, or a predicate on (site, head)."
         )
     if str(mask.dtype) != "torch.bool" or mask.dim() != 2:
         raise HeadSelectionError(
