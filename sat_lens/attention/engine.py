@@ -15,6 +15,7 @@ from sat_lens.attention.masks import mask_threshold
 from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
 from sat_lens.errors import ArgumentError, NonFiniteError
 
+# These return a maximum of 0 in every row and leave masked keys at -inf.
 _OWN = (Limit, RandomKey, Scale, Uniform)
 
 
@@ -37,19 +38,30 @@ def transform_scores(
         >>> transform_scores(scores, Limit()).softmax(-1)
         tensor([[[[0., 1., 0.]]]])
     """
-    raw = scores.float()
+    raw = _in_float32(scores)
     row_max = raw.detach().amax(-1, keepdim=True)
     _check_finite(row_max)
     threshold = mask_threshold(raw)
     masked = raw.detach() <= threshold
     dead = row_max <= threshold
     any_dead = bool(dead.any())
-    visible = raw.masked_fill(masked, -math.inf)
+    visible = torch.where(masked, -math.inf, raw)
     if any_dead:
-        visible = visible.masked_fill(dead, 0.0)
+        visible = torch.where(dead, 0.0, visible)
     new = _row_max_at_zero(_call(transform, visible), masked, transform)
     new = torch.where(masked, raw, new)
     return torch.where(dead, raw, new) if any_dead else new
+
+
+def _in_float32(
+    scores: Float[Tensor, "batch head query key"],
+) -> Float[Tensor, "batch head query key"]:
+    raw = scores.float()
+    if scores.dtype != torch.float64:
+        return raw
+    # A mask of float64's lowest number stays finite, so that a row of nothing else is not NaN.
+    overflowed = (raw == -math.inf) & (scores != -math.inf)
+    return torch.where(overflowed, torch.finfo(torch.float32).min, raw)
 
 
 def _call(
@@ -68,7 +80,7 @@ def _call(
 def _row_max_at_zero(
     new: Float[Tensor, "batch head query key"], masked: Tensor, transform: Transform
 ) -> Float[Tensor, "batch head query key"]:
-    if isinstance(transform, _OWN):
+    if type(transform) in _OWN:
         return new
     new = new.masked_fill(masked, -math.inf)
     top = new.amax(-1, keepdim=True)

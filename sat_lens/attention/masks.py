@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 # No score of a working network reaches this; masks made from float32's or bfloat16's lowest
 # number do, also after a division by the square root of any head size.
 EXTREME = -1e30
-# The smallest mask seen in public models is -10,000, plus or minus a score.
-LEAST_FINITE_MASK = -5e3
+# The smallest masks of public models are -10,000, plus or minus a score, and float16's lowest
+# number divided by the square root of a head size (-4,094 at 256).
+LEAST_FINITE_MASK = -2e3
 # A finite mask stands apart from the scores by at least this factor; a wide range of scores,
 # such as a network with enlarged weights has, does not leave such a gap.
 GAP = 4.0
@@ -33,8 +35,9 @@ def mask_threshold(scores: Float[Tensor, "*rows key"]) -> float:
         scores: float32 softmax inputs as the model has them.
 
     Returns:
-        A threshold; ``-inf`` if nothing but ``-inf`` marks a masked key. Finite masks above -1e30
-        are told from low scores by the gap between them and all other scores of the tensor.
+        A threshold; ``-inf`` if no key is masked. Finite masks above -1e30 are told from low
+        scores by the gap between them and all other scores of the tensor, so a tensor that holds
+        nothing else is taken as it is.
 
     Example:
         >>> import torch
@@ -47,15 +50,18 @@ def mask_threshold(scores: Float[Tensor, "*rows key"]) -> float:
     """
     if scores.numel() == 0:
         return -math.inf
-    lowest = float(scores.detach().amin())
-    if lowest > LEAST_FINITE_MASK:
-        return -math.inf
-    if lowest <= EXTREME:
-        return EXTREME
-    return LEAST_FINITE_MASK if _stands_apart(scores.detach()) else -math.inf
+    fixed = scores.detach()
+    lowest = float(fixed.amin())
+    extreme = lowest <= EXTREME
+    if extreme:
+        # A finite mask may stand beside it: -inf for the future and -10,000 for padding, say.
+        lowest = float(torch.where(fixed > EXTREME, fixed, 0.0).amin())
+    if lowest <= LEAST_FINITE_MASK and _stands_apart(fixed[fixed > EXTREME]):
+        return LEAST_FINITE_MASK
+    return EXTREME if extreme else -math.inf
 
 
-def _stands_apart(scores: Float[Tensor, "*rows key"]) -> bool:
+def _stands_apart(scores: Float[Tensor, " score"]) -> bool:
     low = scores <= LEAST_FINITE_MASK
     others = scores[~low]
     if others.numel() == 0:

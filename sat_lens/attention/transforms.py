@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from typing import Literal, Protocol
+import numbers
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,7 @@ Ties = Literal["exact", "nearest"] | float
 _FLOAT32 = torch.finfo(torch.float32)
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A function from scores to scores: ``[batch, head, query, key]`` to the same shape."""
 
@@ -96,13 +98,15 @@ class Limit:
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
         """Return 0 for the keys that win their row and ``-inf`` for all others."""
         fixed = scores.detach()
-        if self.ties == "nearest":
-            least = nearest_saturated(fixed).least_kept
-        elif self.ties == "exact":
-            least = _row_max(fixed)
+        if self.ties == "exact":
+            wins = fixed >= _row_max(fixed)
+        elif self.ties == "nearest":
+            wins = fixed >= nearest_saturated(fixed).least_kept
         else:
-            least = _row_max(fixed) - float(self.ties)
-        return torch.where(fixed >= least, 0.0, -math.inf)
+            # The difference, not the maximum less d: that would be rounded to the scores' own
+            # spacing, which is wider than d where scores are large.
+            wins = fixed - _row_max(fixed) >= -min(float(self.ties), _FLOAT32.max)
+        return torch.where(wins, 0.0, -math.inf)
 
 
 @dataclasses.dataclass(frozen=True)

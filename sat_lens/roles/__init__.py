@@ -1,0 +1,11 @@
+"""What every head does with its attention: streaming statistics, roles, targets.
+
+Definitions and the reasons for them are in :mod:`sat_lens.roles.rule` and
+:mod:`sat_lens.attention.distances`.
+"""
+
+from sat_lens.roles.measuring import head_roles
+from sat_lens.roles.result import HeadRoles
+from sat_lens.roles.rule import DESCRIPTIONS, ROLES, Thresholds
+
+__all__ = ["DESCRIPTIONS", "ROLES", "HeadRoles", "Thresholds", "head_roles"]

@@ -1,0 +1,124 @@
+"""The rule that turns measured numbers into the name of a role.
+
+The thresholds were chosen on two models (a small language model and a sentence encoder) and are
+judgement, not law; they are arguments wherever a label is made. A label describes the shape of
+the attention and nothing else: an untrained model, whose attention is flat, labels every head
+``mean``, and a ``mean`` label alone is no evidence that a head counts.
+
+When not to use it: to compare two heads that fall into the same role. Compare the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+ROLES = ("argmax", "subset", "argmax-lean", "soft", "mean-lean", "mean")
+DESCRIPTIONS = {
+    "argmax": "attends to one key at a time",
+    "subset": "attends equally to a few keys",
+    "argmax-lean": "nearer to one key than to all",
+    "soft": "between one key and all",
+    "mean-lean": "nearer to all keys than to one",
+    "mean": "averages over all visible keys",
+}
+ARGMAX_SIDE = frozenset({"argmax", "subset", "argmax-lean"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Where one role ends and the next begins; total variation and shares lie in [0, 1]."""
+
+    near: float = 0.25
+    argmax_lean: float = 0.60
+    mean_lean: float = 0.45
+    target: float = 0.50
+    sink: float = 0.30
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Where a head looks, each as the share of mass and, where known, of rows with their maximum.
+
+    The names are those of the field: ``first`` is the first real token, ``induction`` a key that
+    follows an earlier occurrence of the query's token, ``duplicate`` such an occurrence itself.
+    """
+
+    mass: dict[str, float]
+    modal_offset: int
+    modal_share: float
+    first_share: float
+
+
+def lean(tv_argmax: float, tv_mean: float) -> float:
+    """Place a head between uniform (0) and argmax (1): tv_mean / (tv_argmax + tv_mean).
+
+    A row with a single visible key is both; it gives .5.
+
+    Example:
+        >>> lean(0.0, 0.9), lean(0.9, 0.0)
+        (1.0, 0.0)
+    """
+    total = tv_argmax + tv_mean
+    return tv_mean / total if total > 0 else 0.5
+
+
+def role_of(
+    tv_argmax: float,
+    tv_mean: float,
+    tv_nearest: float,
+    median_m: float,
+    thresholds: Thresholds | None = None,
+) -> str:
+    """Name the role of a head from its mean distances to saturated rows.
+
+    Example:
+        >>> role_of(0.1, 0.8, 0.1, 1), role_of(0.7, 0.6, 0.1, 3), role_of(0.5, 0.5, 0.4, 2)
+        ('argmax', 'subset', 'soft')
+    """
+    t = thresholds or Thresholds()
+    if tv_argmax <= t.near:
+        return "argmax"
+    if tv_mean <= t.near:
+        return "mean"
+    if tv_nearest <= t.near and median_m > 1:
+        return "subset"
+    leaning = lean(tv_argmax, tv_mean)
+    if leaning >= t.argmax_lean:
+        return "argmax-lean"
+    return "mean-lean" if leaning <= t.mean_lean else "soft"
+
+
+def target_of(role: str, targets: Targets, thresholds: Thresholds | None = None) -> str:
+    """Name where a head looks, or "" if nowhere in particular.
+
+    Sinks (first and special tokens) come before offsets, because a sink is also at some offset.
+    A share of rows counts on the argmax side only: the maximum of a flat row means nothing.
+
+    Example:
+        >>> looks = Targets({"first": 0.1, "previous": 0.7}, -1, 0.8, 0.1)
+        >>> target_of("argmax", looks)
+        'previous'
+    """
+    t = thresholds or Thresholds()
+    on_argmax_side = role in ARGMAX_SIDE
+    by_mass = {name for name, mass in targets.mass.items() if mass >= t.target}
+    if "first" in by_mass or (on_argmax_side and targets.first_share >= t.target):
+        return "first"
+    if "special" in by_mass:
+        return "special"
+    if on_argmax_side and targets.modal_share >= t.target:
+        return offset_name(targets.modal_offset)
+    for name in ("previous", "self", "next", "induction", "duplicate"):
+        if name in by_mass:
+            return name
+    return ""
+
+
+def offset_name(offset: int) -> str:
+    """Name the place of a key relative to the query.
+
+    Example:
+        >>> offset_name(-1), offset_name(-3)
+        ('previous', 'offset -3')
+    """
+    return {-1: "previous", 0: "self", 1: "next"}.get(offset, f"offset {offset:+d}")

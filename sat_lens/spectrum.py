@@ -1,0 +1,185 @@
+"""What changes as the inverse temperature goes from 0 (uniform) to infinity (the limit).
+
+When not to use it: to find the scale at which a single head saturates. A head's own scores do not
+depend on its own scale, so that needs no forward pass per scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sat_lens.attention.transforms import check_scale
+from sat_lens.data import Batch, Data, batches
+from sat_lens.errors import ArgumentError, FileFormatError, NonFiniteError
+from sat_lens.intervention import saturate
+from sat_lens.metrics import kl_to_soft, next_token_loss
+from sat_lens.models import model_name
+from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.sites import Heads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KIND = "scaling curve"
+DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingCurve:
+    """Measures of the output at each inverse temperature; made by :func:`scaling_curve`."""
+
+    provenance: Provenance
+    scales: tuple[float, ...]
+    columns: dict[str, Tensor]
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a scale.
+
+        Columns: ``loss`` (next-token cross-entropy, nats; where the data are tokens), ``kl``
+        (divergence from the soft model, nats), ``top1`` (share of positions whose likeliest token
+        is that of the soft model), and ``metric`` if one was given.
+        """
+        return pd.DataFrame(
+            {name: values.tolist() for name, values in self.columns.items()},
+            index=pd.Index(self.scales, name="scale"),
+        )
+
+    def plot(self) -> Figure:
+        """Draw every measure against the inverse temperature."""
+        from sat_lens.figures import scaling_curve_figure
+
+        return scaling_curve_figure(self.frame(), str(self.provenance))
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as one safetensors file with a JSON header."""
+        meta = {
+            "provenance": dataclasses.asdict(self.provenance),
+            "scales": ["inf" if math.isinf(c) else c for c in self.scales],
+        }
+        write_result(path, KIND, self.columns, meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ScalingCurve:
+        """Read a result that :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: The file is missing, broken, foreign, or holds something else.
+        """
+        columns, meta = read_result(path, KIND)
+        try:
+            scales = tuple(float(c) for c in meta["scales"])
+            return cls(Provenance(**meta["provenance"]), scales, columns)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+
+
+def scaling_curve(
+    model: Any,
+    data: Data,
+    *,
+    scales: Sequence[float] = DEFAULT_SCALES,
+    heads: Heads = None,
+    metric: Callable[[Any], Tensor] | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+    data_name: str = "",
+) -> ScalingCurve:
+    """Measure the output as the inverse temperature of the chosen heads changes.
+
+    Args:
+        model: A TransformerLens model.
+        data: Tokens, texts or batches; see :func:`sat_lens.data.batches`. One forward pass per
+            batch and scale is made, and one more per batch.
+        scales: Inverse temperatures; 0 is uniform, ``math.inf`` the limit.
+        heads: Which heads; None is all.
+        metric: A function of the logits of one batch, measured besides.
+        batch_size: Sequences in a forward pass, for tokens and texts.
+        progress: Whether to show a progress bar.
+        data_name: What the data is called in the result.
+
+    Raises:
+        ArgumentError: No scale, or a negative one, or a metric that gives no scalar.
+        NonFiniteError: The metric is not finite.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> curve = sl.scaling_curve(model, ["import os"], scales=[1.0, math.inf], progress=False)
+        >>> abs(curve.frame().loc[1.0, "kl"]) < 1e-5
+        True
+    """
+    if not len(scales):
+        raise ArgumentError("Needed at least one scale, and none was given.")
+    for c in scales:
+        check_scale(c)
+    sums: dict[str, Tensor] = {}
+    total = 0
+    with torch.no_grad(), tqdm(desc="scaling curve", unit="run", disable=not progress) as bar:
+        for batch in batches(model, data, batch_size):
+            soft = batch.run(model)
+            for i, c in enumerate(scales):
+                with saturate(model, heads, c):
+                    logits = batch.run(model)
+                for name, value in _measures(batch, soft, logits, metric).items():
+                    sums.setdefault(name, torch.zeros(len(scales)))[i] += value * batch.size
+                bar.update()
+            total += batch.size
+    return ScalingCurve(
+        Provenance(model_name(model), data_name),
+        tuple(float(c) for c in scales),
+        {name: values / total for name, values in sums.items()},
+    )
+
+
+def _measures(
+    batch: Batch, soft: Tensor, logits: Tensor, metric: Callable[[Any], Tensor] | None
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if batch.tokens is not None and logits.dim() == 3 and logits.shape[:2] == batch.tokens.shape:
+        found["loss"] = float(next_token_loss(batch.tokens, batch.real)(logits))
+    same = (soft.argmax(-1) == logits.argmax(-1)).float()
+    real = batch.real if batch.real is not None and batch.real.shape == same.shape else None
+    found["top1"] = float(same.mean() if real is None else same[real].mean())
+    if real is None:
+        found["kl"] = float(kl_to_soft(soft)(logits)) if logits.dim() == 3 else _kl(soft, logits)
+    else:
+        found["kl"] = _kl(soft[real], logits[real])
+    if metric is not None:
+        found["metric"] = metric_value(metric, logits)
+    return found
+
+
+def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
+    """Call a metric and check that it gives one finite number.
+
+    Raises:
+        ArgumentError: It gives something else than one number.
+        NonFiniteError: The number is NaN or infinite.
+    """
+    value = metric(logits)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ArgumentError(
+                f"A metric must give a scalar; {metric!r} gave shape {list(value.shape)}. Take its "
+                "mean over prompts."
+            )
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"A metric must give a scalar; {metric!r} gave {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise NonFiniteError(f"The metric {metric!r} gave {value}. Check what it divides by.")
+    return float(value)
+
+
+def _kl(soft: Tensor, changed: Tensor) -> float:
+    p, q = soft.float().log_softmax(-1), changed.float().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
