@@ -194,8 +194,8 @@ def _names_of(cache: Any, activation: str) -> list[str]:
         if names:
             return names
     raise ArgumentError(
-        f"The caches hold no activation {activation!r}. Pass a names_filter that lets it through, or "
-        'name one that is there ("resid_post", "z", "attn_out"), or "logits".'
+        f"The caches hold no activation {activation!r}. Pass a names_filter that lets it through, "
+        'or name one that is there ("resid_post", "z", "attn_out"), or "logits".'
     )
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import math
 import numbers
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -68,7 +68,7 @@ class Scale:
             return Uniform()(scores)
         if self.c > _FLOAT32.max:
             return Limit()(scores)
-        return (scores - _row_max(scores)) * self.c
+        return (scores - _row_max(scores)).mul_(self.c)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Limit:
 
     Merrill et al. (2021), section 3, define saturated attention as this limit. ``ties`` says
     which keys win: ``"exact"``, those equal to the row's maximum in float32; a number d >= 0,
-    those within d of it; ``"nearest"``, the top m* keys whose uniform row is nearest to the soft
-    row in total variation (then the result is not the limit of c, but the saturated row that
-    describes the soft one best).
+    those within d of it (their difference in float32 is at most d); ``"nearest"``, the top m* keys
+    whose uniform row is nearest to the soft row in total variation (then the result is not the
+    limit of c, but the saturated row that describes the soft one best).
 
     Raises:
         ArgumentError: ``ties`` is none of these.
@@ -131,7 +131,9 @@ class RandomKey:
     The control for saturation: as hard as the limit, blind to the scores. The draw is a hash of
     the seed, the site, the head's place in the selection, the query's position counted from the
     newest key, and the key. It therefore leaves torch's random state alone, is equal on every
-    device, does not depend on how prompts are batched, and agrees with and without a KV cache.
+    device, does not depend on how prompts are batched (all prompts of a batch share the draws),
+    and agrees with and without a KV cache. Cross-attention is the exception to the last: its keys
+    do not grow with its queries, so that a query's position cannot be known there.
 
     Example:
         >>> import torch
@@ -169,22 +171,26 @@ class RandomKey:
 
 def check_scale(c: float) -> None:
     """Raise an ArgumentError unless ``c`` is an inverse temperature: a number >= 0, or infinity."""
-    if math.isnan(c) or c < 0:
+    if not _is_number(c) or math.isnan(c) or c < 0:
         raise ArgumentError(
-            f"The inverse temperature c must be a number >= 0 or math.inf, and {c} was given. "
+            f"The inverse temperature c must be a number >= 0 or math.inf, and {c!r} was given. "
             "Use 0 for uniform attention and math.inf for the saturated limit."
         )
 
 
 def check_ties(ties: object) -> None:
     """Raise an ArgumentError unless ``ties`` is "exact", "nearest" or a number >= 0."""
-    is_number = isinstance(ties, (int, float)) and not isinstance(ties, bool)
-    if ties in ("exact", "nearest") or (is_number and 0 <= float(ties) < math.inf):  # type: ignore[arg-type]
+    named = isinstance(ties, str) and ties in ("exact", "nearest")
+    if named or (_is_number(ties) and 0 <= float(ties) < math.inf):
         return
     raise ArgumentError(
         'ties must be "exact", "nearest" or a finite number d >= 0 (keys whose unscaled score is '
         f"within d of the maximum share the row), and {ties!r} was given."
     )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _row_max(scores: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows 1"]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sat_lens.errors import NotReachedError
 from sat_lens.sites.naming import AttentionSite
 from sat_lens.sites.probe import run_through
-from sat_lens.sites.softmax import AttentionSoftmax, as_heads
+from sat_lens.sites.softmax import AttentionSoftmax, as_heads, from_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,25 +107,25 @@ class _Door:
         return _put(scores, new.heads, new.scores.to(scores.dtype))
 
     def at_softmax(self, received: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
-        """Edit at the level ``softmax``: new rows in float32, all other heads as they were."""
+        """Edit at the level ``softmax``: the softmax gets the new scores in float32 at least.
+
+        It gets them instead of the pattern being replaced, so that the edits of nested blocks
+        follow one another as they do at the level ``scores``.
+        """
         self.applied += 1
-        new = self.edit(as_heads(received, self.site.n_heads))
-        pattern = softmax(received)
+        scores = as_heads(received, self.site.layout, self.site.n_heads)
+        new = self.edit(scores)
         if new is None:
-            return pattern
-        rows = new.scores.softmax(-1).to(pattern.dtype)
-        changed = _put(as_heads(pattern, self.site.n_heads), new.heads, rows)
-        return _undo_as_heads(changed, received)
+            return softmax(received)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        changed = _put(scores.to(wide), new.heads, new.scores.to(wide))
+        return softmax(from_heads(changed, self.site.layout, like=received))
 
 
 def _put(whole: Tensor, heads: list[int], part: Tensor) -> Tensor:
     if len(heads) == whole.shape[1]:
         return part
     return whole.index_copy(1, torch.tensor(heads, device=whole.device), part)
-
-
-def _undo_as_heads(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.reshape(like.shape)
 
 
 @contextlib.contextmanager
@@ -160,23 +160,33 @@ def _watching_the_layer(model: Any, site: AttentionSite, door: _Door) -> Iterato
 @contextlib.contextmanager
 def _guarding(point: nn.Module, site: AttentionSite, name: str, door: _Door) -> Iterator[None]:
     """Raise if a hook edits a tensor at a point where the model discards edits."""
+    untouched: Tensor | None = None
 
-    def check(_module: nn.Module, args: Any, output: Any) -> None:
-        shown = args[0]
-        if output is shown or not isinstance(output, Tensor) or not isinstance(shown, Tensor):
+    def remember(_module: nn.Module, args: Any) -> None:
+        nonlocal untouched
+        shown = args[0] if args else None
+        others = len(point._forward_hooks) > 1
+        # A copy, because a hook may also edit in place and return the tensor that it was given.
+        untouched = shown.clone() if others and isinstance(shown, Tensor) else None
+
+    def check(_module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal untouched
+        before, untouched = untouched, None
+        if before is None or not isinstance(output, Tensor):
             return
-        if output.shape != shown.shape or not torch.equal(output, shown):
+        if output.shape != before.shape or not torch.equal(output, before):
             raise NotReachedError(
                 f"A hook edited {site.path}.{name}, and this model computes its attention "
                 "elsewhere and throws that edit away. Use sat_lens.replace_attention(model, "
                 "transform), which reaches the softmax itself."
             )
 
-    handle = point.register_forward_hook(check)
+    handles = [point.register_forward_pre_hook(remember), point.register_forward_hook(check)]
     hooks = cast("OrderedDict[int, Callable[..., Any]]", point._forward_hooks)
     # Hooks added inside the block come later in the order: go behind them before each call.
-    door.before_call.append(lambda: hooks.move_to_end(handle.id))
+    door.before_call.append(lambda: hooks.move_to_end(handles[1].id))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -20,6 +20,7 @@ class AttentionSite:
         kind: ``"self"`` or ``"cross"``.
         n_heads: Number of query heads; 0 where none could be reached.
         level: ``"scores"`` or ``"softmax"``, found by running the model; None where neither works.
+        layout: The order of axes in which its softmax keeps the heads.
         why_not: For a level of None, the reason, and what to do about it.
         discarded: Names of hook points whose edits this module throws away.
         dropout: Whether attention dropout was active when the module was looked at.
@@ -31,6 +32,7 @@ class AttentionSite:
     kind: Literal["self", "cross"]
     n_heads: int
     level: Level | None
+    layout: str = "b h q k"
     why_not: str = ""
     discarded: frozenset[str] = frozenset()
     dropout: bool = False

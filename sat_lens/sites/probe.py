@@ -23,17 +23,16 @@ from torch import Tensor, nn
 
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.sites.naming import AttentionSite, Level, Place
-from sat_lens.sites.softmax import AttentionSoftmax, heads_in
+from sat_lens.sites.softmax import AttentionSoftmax, heads_in, layout_of
 
 PROBE_TOKENS = 5
 
 
 @dataclasses.dataclass
-class Record:
-    """What happened while one attention module ran, in order."""
+class Call:
+    """What happened while one attention module ran once, in order."""
 
     events: list[tuple[str, Tensor | None]] = dataclasses.field(default_factory=list)
-    calls: int = 0
     fused: bool = False
     dropout: bool = False
 
@@ -76,16 +75,16 @@ def probe(
     model: Any, places: list[Place], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[AttentionSite]:
     """Run the model once, without its hooks, and say at which level each module can be touched."""
-    records = {place.path: Record() for place in places}
+    calls: dict[str, list[Call]] = {place.path: [] for place in places}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         stack.enter_context(without_hooks(model))
         for place in places:
-            stack.enter_context(_recording(model, place.path, records[place.path]))
+            stack.enter_context(_recording(model, place.path, calls[place.path]))
         model(*args, **kwargs)
     hint = head_count_hint(model)
-    return [_site(place, records[place.path], hint) for place in places]
+    return [_site(place, calls[place.path], hint) for place in places]
 
 
 def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -137,24 +136,24 @@ def without_hooks(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recording(model: Any, path: str, record: Record) -> Iterator[None]:
+def _recording(model: Any, path: str, calls: list[Call]) -> Iterator[None]:
     module = model.get_submodule(path)
 
     def handle(scores: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
-        record.events.append(("softmax", scores))
+        calls[-1].events.append(("softmax", scores))
         return softmax(scores)
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
-        record.calls += 1
+        calls.append(Call())
         with AttentionSoftmax(handle) as mode:
             yield
-        record.fused |= mode.fused
-        record.dropout |= mode.dropout
+        calls[-1].fused, calls[-1].dropout = mode.fused, mode.dropout
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            record.events.append((name, output if isinstance(output, Tensor) else None))
+            if calls:
+                calls[-1].events.append((name, output if isinstance(output, Tensor) else None))
 
         return hook
 
@@ -175,58 +174,63 @@ def _recording(model: Any, path: str, record: Record) -> Iterator[None]:
             hook_handle.remove()
 
 
-def _site(place: Place, record: Record, hint: int | None) -> AttentionSite:
-    softmaxes = record.tensors("softmax")
-    n_heads = heads_in(softmaxes[0].shape, hint) if len(softmaxes) == 1 else None
+def _site(place: Place, calls: list[Call], hint: int | None) -> AttentionSite:
+    why_not, layout, n_heads = _heads(calls, hint)
     level: Level | None = None
-    why_not = _why_not(record, n_heads)
     if not why_not:
-        level = "scores" if _scores_are_the_input(record) else "softmax"
+        level = "scores" if all(_scores_are_the_input(call) for call in calls) else "softmax"
     return AttentionSite(
         path=place.path,
         stack=place.stack,
         layer=place.layer,
         kind=place.kind,
-        n_heads=n_heads or 0,
+        n_heads=n_heads,
         level=level,
+        layout=layout,
         why_not=why_not,
-        discarded=_discarded(record),
-        dropout=record.dropout,
+        discarded=frozenset().union(*(_discarded(call) for call in calls)),
+        dropout=any(call.dropout for call in calls),
     )
 
 
-def _why_not(record: Record, n_heads: int | None) -> str:
-    found = len(record.tensors("softmax"))
-    if record.calls == 0:
-        return "the module did not run in a forward pass"
-    if record.fused:
+def _heads(calls: list[Call], hint: int | None) -> tuple[str, str, int]:
+    """Give the reason why heads cannot be reached (empty if they can), their layout and number."""
+    if not calls:
+        return "the module did not run in a forward pass", "", 0
+    if any(call.fused for call in calls):
         return (
             "its attention runs in a fused kernel, where scores cannot be reached; load the model "
             'with attn_implementation="eager"'
-        )
-    if found == 0:
-        return "no attention softmax ran inside it"
-    if found != 1 or record.calls != 1:
-        return f"{found} attention softmaxes ran in {record.calls} calls, where one each was needed"
-    if n_heads is None:
-        shape = list(record.tensors("softmax")[0].shape)
-        return f"its heads cannot be told apart in a softmax of shape {shape}"
-    return ""
+        ), "", 0
+    counts = {len(call.tensors("softmax")) for call in calls}
+    if counts == {0}:
+        return "no attention softmax ran inside it", "", 0
+    if counts != {1}:
+        found = ", ".join(map(str, sorted(counts)))
+        return f"{found} attention softmaxes ran in one call, where one was needed", "", 0
+    # A module that runs several times, as in recurrent-depth models, must look alike each time.
+    shapes = [call.tensors("softmax")[0].shape for call in calls]
+    layouts = {layout_of(shape, hint) for shape in shapes}
+    layout = layouts.pop()
+    n_heads = {heads_in(shape, layout, hint) for shape in shapes} if layout else set()
+    if layouts or layout is None or len(n_heads) != 1:
+        return f"its heads cannot be told apart in a softmax of shape {list(shapes[0])}", "", 0
+    return "", layout, n_heads.pop()
 
 
-def _scores_are_the_input(record: Record) -> bool:
-    order = [record.order(name) for name in ("scores", "softmax", "pattern")]
+def _scores_are_the_input(call: Call) -> bool:
+    order = [call.order(name) for name in ("scores", "softmax", "pattern")]
     if any(place is None for place in order) or order != sorted(order, key=lambda i: i or 0):
         return False
-    shown, received = record.tensors("scores"), record.tensors("softmax")
+    shown, received = call.tensors("scores"), call.tensors("softmax")
     if len(shown) != 1 or shown[0].shape != received[0].shape or shown[0].dim() != 4:
         return False
     return torch.equal(shown[0].float(), received[0].float())
 
 
-def _discarded(record: Record) -> frozenset[str]:
-    softmax, out = record.order("softmax"), record.order("out")
-    scores, pattern = record.order("scores"), record.order("pattern")
+def _discarded(call: Call) -> frozenset[str]:
+    softmax, out = call.order("softmax"), call.order("out")
+    scores, pattern = call.order("scores"), call.order("pattern")
     names = set()
     if scores is not None and softmax is not None and scores > softmax:
         names.add("hook_attn_scores")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from sat_lens.errors import HeadSelectionError
+from sat_lens.errors import HeadSelectionError, UnsupportedModelError
 from sat_lens.sites.naming import AttentionSite
 
 Predicate = Callable[[AttentionSite, int], bool]
@@ -17,8 +19,8 @@ Heads = None | HeadName | Sequence[HeadName] | Tensor | Predicate
 # path of a site -> its chosen heads, ascending
 Selection = dict[str, list[int]]
 
-_LABEL = re.compile(r"^(?:(?P<stack>.+)\.)?L(?P<layer>\d+)H(?P<head>\d+)$")
-_DOTTED = re.compile(r"^(?P<layer>\d+)\.(?P<head>\d+)$")
+_LABEL = re.compile(r"(?:(?P<stack>.+)\.)?L(?P<layer>[0-9]+)H(?P<head>[0-9]+)")
+_DOTTED = re.compile(r"(?P<layer>[0-9]+)\.(?P<head>[0-9]+)")
 
 
 def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
@@ -33,6 +35,8 @@ def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
     Raises:
         HeadSelectionError: A head does not exist (the message lists what does), is named twice,
             or nothing is selected.
+        UnsupportedModelError: All heads, or one by name, were asked for, and an attention module
+            among them cannot be reached at all.
 
     Example:
         >>> sites = [AttentionSite("blocks.0.attn", "", 0, "self", 2, "scores")]
@@ -44,11 +48,13 @@ def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
         raise HeadSelectionError(
             f"No head was selected by {_shown(heads)}. Choose at least one of {_available(sites)}."
         )
-    repeated = sorted({site.label(head) for site, head in pairs if pairs.count((site, head)) > 1})
+    counts = Counter((site.path, head) for site, head in pairs)
+    ordered = [(s, head) for s in sites for head in range(s.n_heads) if counts[s.path, head]]
+    repeated = [site.label(head) for site, head in ordered if counts[site.path, head] > 1]
     if repeated:
         raise HeadSelectionError(f"These heads are named more than once: {', '.join(repeated)}.")
     selection: Selection = {}
-    for site, head in sorted(pairs, key=lambda pair: (sites.index(pair[0]), pair[1])):
+    for site, head in ordered:
         selection.setdefault(site.path, []).append(head)
     return selection
 
@@ -61,6 +67,8 @@ def labels_of(sites: list[AttentionSite], selection: Selection) -> list[str]:
 def _chosen(sites: list[AttentionSite], heads: Any) -> list[tuple[AttentionSite, int]]:
     everything = [(site, head) for site in sites for head in range(site.n_heads)]
     if heads is None:
+        for site in sites:
+            _check_has_heads(site)
         return everything
     if isinstance(heads, Tensor):
         return _from_mask(sites, heads)
@@ -75,8 +83,10 @@ def _chosen(sites: list[AttentionSite], heads: Any) -> list[tuple[AttentionSite,
 def _named(sites: list[AttentionSite], name: Any) -> tuple[AttentionSite, int]:
     stack, layer, head = _parse(name)
     for site in sites:
-        if (site.stack, site.layer) == (stack, layer) and head < site.n_heads:
-            return site, head
+        if (site.stack, site.layer) == (stack, layer):
+            _check_has_heads(site)
+            if 0 <= head < site.n_heads:
+                return site, head
     hint = ""
     if not stack and all(site.stack for site in sites):
         hint = " This model has several stacks: put the stack's name before the label."
@@ -88,7 +98,7 @@ def _named(sites: list[AttentionSite], name: Any) -> tuple[AttentionSite, int]:
 def _parse(name: Any) -> tuple[str, int, int]:
     if _is_pair(name):
         return "", int(name[0]), int(name[1])
-    match = (_LABEL.match(name) or _DOTTED.match(name)) if isinstance(name, str) else None
+    match = (_LABEL.fullmatch(name) or _DOTTED.fullmatch(name)) if isinstance(name, str) else None
     if match is None:
         raise _unreadable(name)
     return match.groupdict().get("stack") or "", int(match["layer"]), int(match["head"])
@@ -105,14 +115,28 @@ def _from_mask(sites: list[AttentionSite], mask: Tensor) -> list[tuple[Attention
             f"Heads as a tensor need dtype bool and shape [layer, head]; found {mask.dtype} "
             f"{list(mask.shape)}."
         )
+    layers, heads = max(s.layer for s in sites) + 1, max(s.n_heads for s in sites)
+    if mask.shape[0] < layers or mask.shape[1] < heads:
+        raise HeadSelectionError(
+            f"Heads as a tensor [layer, head] need an entry for every head, at least "
+            f"[{layers}, {heads}]; found {list(mask.shape)}."
+        )
     return [_named(sites, (int(layer), int(head))) for layer, head in mask.nonzero().tolist()]
+
+
+def _check_has_heads(site: AttentionSite) -> None:
+    if site.n_heads == 0:
+        raise UnsupportedModelError(
+            f"The attention of {site.path} cannot be reached: {site.why_not}. Choose heads of "
+            "other attention modules by name."
+        )
 
 
 def _is_pair(name: Any) -> bool:
     return (
         isinstance(name, tuple)
         and len(name) == 2
-        and all(isinstance(part, int) and not isinstance(part, bool) for part in name)
+        and all(isinstance(part, numbers.Integral) and not isinstance(part, bool) for part in name)
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import EinopsError, rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -30,7 +30,8 @@ _DROPOUT = frozenset({F.dropout, torch.dropout})
 class AttentionSoftmax(TorchFunctionMode):
     """Hands every attention softmax that runs inside the block to ``handle``.
 
-    ``fused`` and ``dropout`` say whether a fused attention kernel or an active dropout was seen.
+    ``fused`` and ``dropout`` say whether a fused attention kernel, or an active dropout of a
+    pattern, was seen.
     """
 
     def __init__(self, handle: Handler) -> None:
@@ -38,6 +39,7 @@ class AttentionSoftmax(TorchFunctionMode):
         self.handle = handle
         self.fused = False
         self.dropout = False
+        self._n_keys = 0
 
     def __torch_function__(
         self,
@@ -52,7 +54,7 @@ class AttentionSoftmax(TorchFunctionMode):
             return self._softmax(func, args, kwargs)
         if func in _FUSED:
             self.fused = True
-        elif func in _DROPOUT and _is_active_dropout(args, kwargs):
+        elif func in _DROPOUT and self._drops_out_pattern(args, kwargs):
             self.dropout = True
         return func(*args, **kwargs)
 
@@ -66,53 +68,108 @@ class AttentionSoftmax(TorchFunctionMode):
         )
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         scores = call.pop("input")
-        return self.handle(scores, lambda x: func(x, **call))
+        self._n_keys = scores.shape[-1]
+        result_dtype = call.get("dtype") or scores.dtype
+        return self.handle(scores, lambda x: func(x, **call).to(result_dtype))
+
+    def _drops_out_pattern(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        dropped = kwargs.get("input", args[0] if args else None)
+        # A learned sink's column is cut off before the dropout; the output of the module, which
+        # dropout may follow as well, has as many columns as the model is wide.
+        widths = (self._n_keys, self._n_keys - 1)
+        is_pattern = isinstance(dropped, Tensor) and dropped.dim() >= 3
+        return is_pattern and dropped.shape[-1] in widths and _is_active(args, kwargs)
 
 
-def as_heads(scores: Tensor, n_heads: int) -> Float[Tensor, "batch head query key"]:
+# Orders of axes in which models keep their scores -> the order that edits see. Batch and head may
+# be packed into one axis (XGLM), queries may be cut into blocks (LongT5) or stand before the heads
+# (LED), and heads may stand in groups that share a key.
+_LAYOUTS = {
+    "b h q k": "b h q k",
+    "b q h k": "b h q k",
+    "(b h) q k": "b h q k",
+    "b block h q k": "(b block) h q k",
+    "b group h q k": "b (group h) q k",
+}
+
+
+def layout_of(shape: Sequence[int], hint: int | None) -> str | None:
+    """Tell the order of axes in which a softmax keeps its heads, or None if that is not clear.
+
+    Args:
+        shape: The shape of the tensor that softmax received.
+        hint: The number of heads that the configuration claims. Four axes can do without.
+
+    Example:
+        >>> layout_of([2, 4, 8, 8], hint=4), layout_of([2, 8, 4, 9], hint=4)
+        ('b h q k', 'b q h k')
+        >>> layout_of([8, 5, 5], hint=4), layout_of([8, 5, 5], hint=None)
+        ('(b h) q k', None)
+    """
+    if len(shape) == 4:
+        return "b q h k" if shape[1] != hint and shape[2] == hint else "b h q k"
+    if not hint:
+        return None
+    if len(shape) == 3 and shape[0] % hint == 0:
+        return "(b h) q k"
+    if len(shape) == 5 and shape[2] == hint:
+        return "b block h q k"
+    if len(shape) == 5 and shape[1] * shape[2] == hint:
+        return "b group h q k"
+    return None
+
+
+def heads_in(shape: Sequence[int], layout: str, hint: int | None) -> int:
+    """Count the heads in a softmax of that shape and layout.
+
+    Example:
+        >>> heads_in([2, 4, 8, 8], "b h q k", hint=None), heads_in([8, 5, 5], "(b h) q k", hint=4)
+        (4, 4)
+    """
+    return shape[layout.split().index("h")] if len(shape) == 4 else hint or 0
+
+
+def as_heads(
+    scores: Tensor, layout: str, n_heads: int
+) -> Float[Tensor, "batch head query key"]:
     """View what a softmax received as ``[batch, head, query, key]``.
 
-    Batch and head may be packed into one axis (XGLM), the query axis may be cut into blocks
-    (LongT5: ``[batch, block, head, query, key]``), and heads may stand in groups
-    (``[batch, group, head, query, key]``).
-
     Raises:
-        UnsupportedModelError: The heads cannot be told apart in this shape.
+        UnsupportedModelError: The tensor does not have that layout.
 
     Example:
         >>> import torch
-        >>> as_heads(torch.zeros(6, 5, 5), n_heads=3).shape
+        >>> as_heads(torch.zeros(6, 5, 5), "(b h) q k", n_heads=3).shape
         torch.Size([2, 3, 5, 5])
     """
-    shape = scores.shape
-    if scores.dim() == 4 and shape[1] == n_heads:
-        return scores
-    if scores.dim() == 3 and shape[0] % n_heads == 0:
-        return rearrange(scores, "(b h) q k -> b h q k", h=n_heads)
-    if scores.dim() == 5 and shape[2] == n_heads:
-        return rearrange(scores, "b block h q k -> (b block) h q k")
-    if scores.dim() == 5 and shape[1] * shape[2] == n_heads:
-        return rearrange(scores, "b group h q k -> b (group h) q k")
-    raise UnsupportedModelError(
-        f"Needed attention scores of {n_heads} heads, found a softmax over a tensor of shape "
-        f"{list(shape)}, in which they cannot be told apart. Please report the architecture."
-    )
+    try:
+        heads = rearrange(
+            scores, f"{layout} -> {_LAYOUTS[layout]}", **_sizes(layout, scores, n_heads)
+        )
+    except EinopsError:
+        heads = None
+    if heads is None or heads.shape[1] != n_heads:
+        raise UnsupportedModelError(
+            f"Needed attention scores of {n_heads} heads with the axes {layout!r}, found a softmax "
+            f"over a tensor of shape {list(scores.shape)}. If the model has changed, call "
+            "sat_lens.attention_sites(model, *your_inputs) to look at it again."
+        )
+    return heads
 
 
-def heads_in(shape: Sequence[int], hint: int | None) -> int | None:
-    """Say how many heads a softmax of this shape serves; ``hint`` is what the configuration says.
+def from_heads(
+    heads: Float[Tensor, "batch head query key"], layout: str, like: Tensor
+) -> Tensor:
+    """Undo :func:`as_heads`: give ``heads`` the layout and shape of ``like``."""
+    sizes = _sizes(layout, like, heads.shape[1])
+    return rearrange(heads, f"{_LAYOUTS[layout]} -> {layout}", **sizes)
 
-    Example:
-        >>> heads_in([2, 4, 8, 8], hint=None), heads_in([8, 5, 5], hint=4), heads_in([8, 5], hint=4)
-        (4, 4, None)
-    """
-    if len(shape) == 4:
-        return shape[1]
-    if len(shape) == 3 and hint and shape[0] % hint == 0:
-        return hint
-    if len(shape) == 5 and hint in (shape[2], shape[1] * shape[2]):
-        return hint
-    return None
+
+def _sizes(layout: str, scores: Tensor, n_heads: int) -> dict[str, int]:
+    if layout == "(b h) q k":
+        return {"h": n_heads}
+    packed = next((axis for axis in ("block", "group") if axis in layout), None)
+    return {packed: scores.shape[1]} if packed else {}
 
 
 def _is_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -123,7 +180,7 @@ def _is_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return dim in (-1, scores.dim() - 1)
 
 
-def _is_active_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_active(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     return bool(training) and p > 0
