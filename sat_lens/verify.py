@@ -1,0 +1,90 @@
+"""Say of every attention module whether an intervention there changes the model's output.
+
+The level of a module is found by watching (:mod:`sat_lens.sites.probe`). This goes one step
+further and tries it: all heads of one module attend to random keys, and the output must change.
+
+When not to use it: before every run. Interventions check themselves while they run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_lens.attention import RandomKey
+from sat_lens.errors import UnsupportedModelError
+from sat_lens.intervention import replace_attention
+from sat_lens.sites import AttentionSite, attention_sites
+from sat_lens.sites.probe import probe_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a trial at one attention module showed; ``change`` is in units of the logits."""
+
+    site: AttentionSite
+    change: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether heads of this module can be saturated with an effect."""
+        return self.site.level is not None and self.change > 0
+
+    def __str__(self) -> str:
+        site = self.site
+        where = f"{site.path}: {site.kind} attention, {site.n_heads} heads"
+        if site.level is None:
+            return f"{where}: cannot be saturated: {site.why_not}"
+        effect = f"changes the output (by {self.change:.3g})" if self.change else "changes nothing"
+        return f"{where}, level {site.level}: a trial {effect}"
+
+
+def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[Verdict]:
+    """Try every attention module: does sending its heads to random keys change the output?
+
+    Args:
+        model: A TransformerLens model.
+        *inputs: Example inputs, for a model that made-up tokens do not fit.
+        **kwargs: Further arguments of the model's own forward.
+
+    Raises:
+        UnsupportedModelError: The model has no softmax attention, or could not be run.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> [verdict.ok for verdict in verify_sites(sl.load_model("demo"))]
+        [True, True, True, True]
+    """
+    sites = attention_sites(model, *inputs, **kwargs)
+    args, extra = (inputs, kwargs) if inputs or kwargs else _working_inputs(model)
+    with torch.no_grad():
+        before = _logits(model(*args, **extra))
+        return [Verdict(site, _change(model, site, before, args, extra)) for site in sites]
+
+
+def _change(
+    model: Any, site: AttentionSite, before: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float:
+    if site.level is None:
+        return 0.0
+    with replace_attention(model, RandomKey(), heads=lambda other, _head: other.path == site.path):
+        after = _logits(model(*args, **kwargs))
+    return float((after - before).abs().max())
+
+
+def _working_inputs(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for args, kwargs in probe_inputs(model):
+        try:
+            model(*args, **kwargs)
+        except Exception:  # noqa: BLE001, S112 - any failure only means that the input did not fit
+            continue
+        return args, kwargs
+    raise UnsupportedModelError("No made-up input fits this model; pass example inputs.")
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", output)
+    return found if isinstance(found, Tensor) else found[0]
