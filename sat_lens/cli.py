@@ -125,9 +125,7 @@ def _roles(options: argparse.Namespace) -> int:
     windows, name = _windows(options)
     for path in (options.csv, options.out, options.figure):
         _check_folder(path)
-    roles = head_roles(
-        model, windows(model), data_name=name, progress=not options.quiet
-    )
+    roles = head_roles(model, windows(model), data_name=name, progress=not options.quiet)
     if options.csv:
         write_csv(options.csv, roles.frame())
     if options.out:

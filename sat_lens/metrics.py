@@ -11,13 +11,15 @@ function.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sat_lens.errors import ArgumentError
+from sat_lens.errors import ArgumentError, NonFiniteError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,3 +142,25 @@ def kl_to_soft(
         0.0
     """
     return KLToSoft(soft_logits.detach(), positions)
+
+
+def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
+    """Call a metric and check that it gives one finite number.
+
+    Raises:
+        ArgumentError: It gives something else than one number.
+        NonFiniteError: The number is NaN or infinite.
+    """
+    value = metric(logits)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ArgumentError(
+                f"A metric must give a scalar; {metric!r} gave shape {list(value.shape)}. Take its "
+                "mean over prompts."
+            )
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentError(f"A metric must give a scalar; {metric!r} gave {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise NonFiniteError(f"The metric {metric!r} gave {value}. Check what it divides by.")
+    return float(value)

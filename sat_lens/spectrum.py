@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from sat_lens.attention.transforms import check_scale
 from sat_lens.data import Batch, Data, batches
-from sat_lens.errors import ArgumentError, FileFormatError, NonFiniteError
+from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.intervention import saturate
-from sat_lens.metrics import kl_to_soft, next_token_loss
+from sat_lens.metrics import kl_to_soft, metric_value, next_token_loss
 from sat_lens.models import model_name
 from sat_lens.results import Provenance, read_result, write_result
 from sat_lens.sites import Heads
@@ -156,28 +156,6 @@ def _measures(
     if metric is not None:
         found["metric"] = metric_value(metric, logits)
     return found
-
-
-def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
-    """Call a metric and check that it gives one finite number.
-
-    Raises:
-        ArgumentError: It gives something else than one number.
-        NonFiniteError: The number is NaN or infinite.
-    """
-    value = metric(logits)
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ArgumentError(
-                f"A metric must give a scalar; {metric!r} gave shape {list(value.shape)}. Take its "
-                "mean over prompts."
-            )
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentError(f"A metric must give a scalar; {metric!r} gave {type(value).__name__}.")
-    if not math.isfinite(value):
-        raise NonFiniteError(f"The metric {metric!r} gave {value}. Check what it divides by.")
-    return float(value)
 
 
 def _kl(soft: Tensor, changed: Tensor) -> float:

@@ -79,7 +79,7 @@ def _working_inputs(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for args, kwargs in probe_inputs(model):
         try:
             model(*args, **kwargs)
-        except Exception:  # noqa: BLE001, S112 - any failure only means that the input did not fit
+        except Exception:  # noqa: BLE001 - any failure only means that the input did not fit
             continue
         return args, kwargs
     raise UnsupportedModelError("No made-up input fits this model; pass example inputs.")

@@ -5,7 +5,8 @@ Definitions and the reasons for them are in :mod:`sat_lens.roles.rule` and
 """
 
 from sat_lens.roles.measuring import head_roles
+from sat_lens.roles.merging import merge
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import DESCRIPTIONS, ROLES, Thresholds
 
-__all__ = ["DESCRIPTIONS", "ROLES", "HeadRoles", "Thresholds", "head_roles"]
+__all__ = ["DESCRIPTIONS", "ROLES", "HeadRoles", "Thresholds", "head_roles", "merge"]

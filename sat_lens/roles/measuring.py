@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -15,9 +15,13 @@ from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
+from sat_lens.roles.importance import Metric, row_importance
+from sat_lens.roles.merging import all_reduced, shard_of_rank
+from sat_lens.roles.positions import BatchReader, Rows, special_ids
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import Thresholds
-from sat_lens.roles.statistics import Positions, Sums, measure, resampling_weights, token_relations
+from sat_lens.roles.statistics import measure
+from sat_lens.roles.sums import Sums
 from sat_lens.sites import AttentionSite, attention_sites
 
 ROWS_PER_SEQUENCE = 64
@@ -27,10 +31,12 @@ def head_roles(
     model: Any,
     data: Data,
     *,
+    metric: Metric | None = None,
     query_positions: Sequence[int] | None = None,
     min_keys: int = 8,
-    rows: int | Literal["all"] = ROWS_PER_SEQUENCE,
+    rows: Rows = ROWS_PER_SEQUENCE,
     thresholds: Thresholds | None = None,
+    shard: tuple[int, int] | None = None,
     batch_size: int = 8,
     progress: bool = True,
     data_name: str = "",
@@ -38,24 +44,30 @@ def head_roles(
     """Measure what every head does with its attention, in one pass over data.
 
     Statistics are taken inside the forward pass; what is kept does not grow with the data. Rows
-    with fewer than ``min_keys`` visible keys are left out, because one key and a few are near to
-    each other in any measure; so are padded query rows.
+    with fewer than ``min_keys`` visible keys are left out, because with a few keys argmax and
+    uniform are near to each other; so are padded query rows. Ctrl-C returns what was measured so
+    far, marked incomplete. Under ``torch.distributed`` each rank reads its share of the batches and
+    all ranks return the whole result.
 
     Args:
         model: A TransformerLens model in evaluation mode.
-        data: Tokens, texts or batches; see :func:`sat_lens.data.batches`.
+        data: Tokens, texts, batches or a Hugging Face dataset; see :func:`sat_lens.data.batches`.
+        metric: Weigh each query row by its first-order effect on this function of the logits (or
+            ``"loss"``, the next-token loss); costs a forward and a backward pass more.
         query_positions: Count these query positions only; negative ones count from the end. A head
             that acts at one position looks like something else over all of them.
         min_keys: Least number of visible keys of a counted row.
-        rows: For the measures that need a sort (tv_nearest, m), how many seeded rows of each
-            sequence; ``"all"`` for all.
+        rows: For what needs a sort or a search (tv_nearest, m, c_lo, c_hi), how many seeded rows of
+            each sequence; ``"all"`` for all.
         thresholds: Where one role ends and the next begins.
+        shard: ``(i, n)`` with i from 1 to n: read every n-th batch only, starting with the i-th.
         batch_size: Sequences in a forward pass, for tokens and texts.
         progress: Whether to show a progress bar.
         data_name: What the data is called in the result.
 
     Raises:
         DataError: The data is empty, or no row has ``min_keys`` visible keys.
+        ArgumentError: A number is out of range, or the metric is unusable.
         UnsupportedModelError: The attention cannot be reached.
 
     Example:
@@ -65,31 +77,19 @@ def head_roles(
         >>> len(roles.frame())
         32
     """
-    if min_keys < 1 or (rows != "all" and rows < 1):
-        raise ArgumentError(f"min_keys and rows must be at least 1; found {min_keys} and {rows}.")
+    _check(min_keys, rows, shard)
     sites = attention_sites(model)
-    sums = {site.path: Sums.empty(site.n_heads) for site in sites}
     limits = thresholds or Thresholds()
-    special = _special_ids(model)
+    sums = {site.path: Sums.empty(site.n_heads) for site in sites}
+    special = special_ids(model)
+    mine = _share(batches(model, data, batch_size), shard or shard_of_rank())
     n_sequences, complete = 0, True
-    with torch.no_grad(), tqdm(desc="head roles", unit="seq", disable=not progress) as bar:
+    with tqdm(desc="head roles", unit="seq", disable=not progress) as bar:
         try:
-            for batch in batches(model, data, batch_size):
-                reader = _Reader(batch, query_positions, rows, special)
-                new = {site.path: Sums.empty(site.n_heads) for site in sites}
-
-                def observe(
-                    site: AttentionSite,
-                    scores: Tensor,
-                    reader: _Reader = reader,
-                    new: dict[str, Sums] = new,
-                ) -> None:
-                    positions = reader.positions(site, scores)
-                    measure(new[site.path], scores, positions, min_keys, limits)
-
-                with observe_attention(model, observe):
-                    batch.run(model)
-                for path, part in new.items():
+            for batch in mine:
+                importance = None if metric is None else row_importance(model, batch, sites, metric)
+                reader = BatchReader(batch, special, query_positions, rows, importance)
+                for path, part in _one_batch(model, sites, batch, reader, min_keys, limits).items():
                     sums[path].add(part)
                 n_sequences += batch.size
                 bar.update(batch.size)
@@ -97,7 +97,8 @@ def head_roles(
             if n_sequences == 0:
                 raise
             complete = False
-    if all(float(part.by_name["rows"][0].sum()) == 0 for part in sums.values()):
+    sums, n_sequences = all_reduced(sums, n_sequences)
+    if all(float(part.counted.sum()) == 0 for part in sums.values()):
         raise DataError(
             f"No query row has {min_keys} visible keys, so there is nothing to judge heads by. "
             "Give longer sequences, or lower min_keys."
@@ -110,103 +111,54 @@ def head_roles(
         min_keys=min_keys,
         n_sequences=n_sequences,
         complete=complete,
+        weighted_by="" if metric is None else str(getattr(metric, "__name__", metric)),
     )
 
 
-class _Reader:
-    """Knows one batch, and says what its positions mean to an attention module."""
+def _one_batch(
+    model: Any,
+    sites: list[AttentionSite],
+    batch: Batch,
+    reader: BatchReader,
+    min_keys: int,
+    thresholds: Thresholds,
+) -> dict[str, Sums]:
+    """Measure one batch apart from the rest, so that an interrupt leaves no half of it behind."""
+    sums = {site.path: Sums.empty(site.n_heads) for site in sites}
+    holders = [module for module in map(model.get_submodule, sums) if hasattr(module, "_pattern")]
 
-    def __init__(
-        self,
-        batch: Batch,
-        query_positions: Sequence[int] | None,
-        rows: int | Literal["all"],
-        special: Int[Tensor, " token"],
-    ) -> None:
-        self.batch = batch
-        self.query_positions = query_positions
-        self.rows = rows
-        self.special = special
-        self.weights = resampling_weights(batch.inputs)
-        self._made: dict[tuple[object, ...], Positions] = {}
+    def observe(site: AttentionSite, scores: Tensor) -> None:
+        # TransformerLens bridges keep the pattern of every layer alive for nothing.
+        for module in holders:
+            module._pattern = None
+        measure(sums[site.path], scores, reader.positions(site, scores), min_keys, thresholds)
 
-    def positions(self, site: AttentionSite, scores: Tensor) -> Positions:
-        """Describe the positions behind these scores; sites of one kind share the answer."""
-        key = (site.stack, tuple(scores.shape))
-        if key not in self._made:
-            self._made[key] = self._make(site, scores)
-        return self._made[key]
-
-    def _make(self, site: AttentionSite, scores: Tensor) -> Positions:
-        batch, _, n_queries, n_keys = scores.shape
-        device = scores.device
-        _, query_real = self._side(site.stack in ("decoder", "cross"))
-        key_tokens, key_real = self._side(site.stack == "decoder")
-        counted = _fitting(query_real, (batch, n_queries), device)
-        real_keys = _fitting(key_real, (batch, n_keys), device)
-        if self.query_positions is not None:
-            counted = counted & _only(self.query_positions, counted)
-        special = torch.zeros(batch, n_keys, dtype=torch.bool, device=device)
-        induction = duplicate = None
-        if key_tokens is not None and key_tokens.shape == special.shape:
-            special = torch.isin(key_tokens, self.special.to(device))
-            if site.kind == "self" and n_queries == n_keys:
-                induction, duplicate = token_relations(key_tokens)
-        return Positions(
-            counted=counted,
-            first=real_keys.int().argmax(-1),
-            special=special,
-            induction=induction,
-            duplicate=duplicate,
-            sample=_sampled_rows(counted, self.rows),
-            weights=_fitting_weights(self.weights, batch),
-        )
-
-    def _side(self, decoder: bool) -> tuple[Tensor | None, Tensor | None]:
-        if decoder and self.batch.decoder_tokens is not None:
-            return self.batch.decoder_tokens, self.batch.decoder_real
-        return self.batch.tokens, self.batch.real
+    with torch.no_grad(), observe_attention(model, observe):
+        batch.run(model, **_sparing(model))
+    for module in holders:
+        module._pattern = None
+    return sums
 
 
-def _sampled_rows(
-    counted: Bool[Tensor, "batch query"], rows: int | Literal["all"]
-) -> Int[Tensor, "batch row"]:
-    """Choose rows of each sequence, the same for every head and run; -1 where there are fewer."""
-    n_queries = counted.shape[1]
-    wanted = n_queries if rows == "all" else min(rows, n_queries)
-    generator = torch.Generator().manual_seed(n_queries)
-    order = torch.rand(n_queries, generator=generator).to(counted.device)
-    # Counted rows first, in the drawn order; what is left over is marked.
-    ranked = order.masked_fill(~counted, 2.0).argsort(-1)[:, :wanted]
-    return ranked.masked_fill(~counted.gather(-1, ranked), -1)
+def _sparing(model: Any) -> dict[str, Any]:
+    """Arguments that spare the model work whose result nobody reads: most logits, the KV cache."""
+    original = getattr(model, "original_model", None)
+    if original is None:
+        return {}
+    taken = inspect.signature(original.forward).parameters
+    wanted = {"logits_to_keep": 1, "use_cache": False}
+    return {name: value for name, value in wanted.items() if name in taken}
 
 
-def _fitting(
-    mask: Tensor | None, shape: tuple[int, int], device: torch.device
-) -> Bool[Tensor, "batch position"]:
-    if mask is not None and tuple(mask.shape) == shape:
-        return mask.to(device)
-    return torch.ones(shape, dtype=torch.bool, device=device)
+def _share(batched: Iterable[Batch], shard: tuple[int, int]) -> Iterable[Batch]:
+    index, count = shard
+    return (batch for i, batch in enumerate(batched) if i % count == index - 1)
 
 
-def _fitting_weights(weights: Tensor, batch: int) -> Tensor:
-    """Repeat weights where a module folds several rows of blocks into its batch axis."""
-    return weights if len(weights) == batch else weights.repeat_interleave(batch // len(weights), 0)
-
-
-def _only(query_positions: Sequence[int], counted: Tensor) -> Bool[Tensor, "1 query"]:
-    n_queries = counted.shape[1]
-    outside = [p for p in query_positions if not -n_queries <= p < n_queries]
-    if outside or not query_positions:
+def _check(min_keys: int, rows: Rows, shard: tuple[int, int] | None) -> None:
+    if min_keys < 1 or (rows != "all" and rows < 1):
+        raise ArgumentError(f"min_keys and rows must be at least 1; found {min_keys} and {rows}.")
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise ArgumentError(
-            f"query_positions must name positions of a sequence of {n_queries}; found "
-            f"{outside or 'none'}."
+            f"A shard is (i, n) with i from 1 to n, such as (2, 8); found {tuple(shard)}."
         )
-    chosen = torch.zeros(1, n_queries, dtype=torch.bool, device=counted.device)
-    chosen[0, list(query_positions)] = True
-    return chosen
-
-
-def _special_ids(model: Any) -> Int[Tensor, " token"]:
-    tokenizer = getattr(model, "tokenizer", None)
-    return torch.tensor(sorted(getattr(tokenizer, "all_special_ids", []) or [-1]))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from torch import Tensor
 
 from sat_lens.errors import FileFormatError
 from sat_lens.results import Provenance, read_result, write_result
-from sat_lens.roles.rule import ROLES, Targets, Thresholds, lean, offset_name, role_of, target_of
-from sat_lens.roles.statistics import FARTHEST_OFFSET, M_BINS_PER_OCTAVE, Sums
+from sat_lens.roles.rows import head_row
+from sat_lens.roles.rule import Thresholds
+from sat_lens.roles.sums import Sums
 from sat_lens.sites.naming import AttentionSite
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class HeadRoles:
     """What every head does with its attention; made by :func:`sat_lens.head_roles`.
 
     ``complete`` is False if the pass was interrupted: the numbers then describe the sequences that
-    were read.
+    were read. ``weighted_by`` names the metric by whose importance rows were weighted, if any. A
+    label describes the shape of attention and no more: an untrained model labels every head
+    ``mean``, and a ``mean`` label alone is no evidence of counting.
     """
 
     provenance: Provenance
@@ -37,22 +40,47 @@ class HeadRoles:
     min_keys: int
     n_sequences: int
     complete: bool = True
+    weighted_by: str = ""
 
     def frame(self) -> pd.DataFrame:
         """Return one row a head, indexed by label, in the model's order.
 
-        Columns: ``layer``, ``head``, ``stack``; ``role`` and ``target`` in words; ``saturated``
-        (tv_nearest within the threshold); ``tv_argmax``, ``tv_mean``, ``tv_nearest`` (means of the
-        total variation to the argmax, the uniform and the nearest saturated row, in [0, 1]) and
-        ``lean`` in [0, 1] with its standard error ``lean_se`` over sequences; ``median_m`` (keys of
-        the nearest saturated row) and ``m_share`` (m over visible keys); ``n_eff_share`` (effective
-        keys over visible keys); ``sink_mass`` on the first and on special tokens, and
-        ``lean_no_sink`` with those keys left out; ``modal_offset`` (key minus query, of the row's
-        maximum) with ``modal_share``; ``previous``, ``self``, ``next``, ``first``, ``induction``,
-        ``duplicate`` (mean mass there; the last two over rows that have such a key);
-        ``agreement`` (share of sampled rows with the head's own role); ``n_rows``.
+        Distances, masses and shares lie in [0, 1]; scales are factors on the model's own logits.
+
+        ============== =========================================================================
+        column         meaning
+        ============== =========================================================================
+        stack          "" or the name of the stack
+        layer, head    block index and head index
+        role           the shape of the attention; see :mod:`sat_lens.roles.rule`
+        target         where it looks: previous, self, next, offset k, first, special, induction,
+                       duplicate, or ""
+        saturated      whether tv_nearest is within the threshold
+        tv_argmax      mean total variation to the argmax row
+        tv_mean        mean total variation to the uniform row
+        tv_nearest     mean total variation to the nearest saturated row (sampled rows)
+        lean           tv_mean / (tv_argmax + tv_mean): 1 is argmax, 0 is uniform
+        lean_se        its standard error, from resampling sequences
+        median_m       median number of keys of the nearest saturated row (sampled rows)
+        m_share        mean of that number over the number of visible keys (sampled rows)
+        n_eff_share    effective keys over visible keys
+        sink_mass      mass on the first and the special tokens
+        lean_no_sink   lean with those keys left out (sampled rows)
+        modal_offset   commonest place of the row's maximum: key minus query, at most 64 away
+        modal_share    share of rows with their maximum there
+        previous ...   mean mass on the previous, same and next position, the first and the special
+                       tokens; ``induction`` and ``duplicate`` over rows that have such a key
+        c_lo           median greatest scale within .1 of uniform; inf if every scale is
+        c_hi           median least scale within .1 of the limit; 0 if every scale is
+        agreement      share of sampled rows that have the head's own role
+        n_rows         number of counted rows
+        ============== =========================================================================
         """
-        rows = [self._row(site, head) for site in self.sites for head in range(site.n_heads)]
+        rows = [
+            head_row(site, head, self.sums[site.path], self.thresholds)
+            for site in self.sites
+            for head in range(site.n_heads)
+        ]
         return pd.DataFrame(rows).set_index("label")
 
     def plot(self, title: str | None = None) -> Figure:
@@ -61,23 +89,60 @@ class HeadRoles:
 
         return role_map(self.frame(), title or f"Head roles: {self.provenance}")
 
+    def compare(self, other: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
+        """Say which heads changed, beyond the uncertainty.
+
+        Returns:
+            One row a head: ``role`` and ``role_other``, ``target`` and ``target_other``, ``lean``,
+            ``lean_other``, ``change`` (other minus this), ``change_se``, and ``changed``: whether
+            the lean moved by more than ``errors`` standard errors.
+
+        Raises:
+            FileFormatError: The two results have different heads.
+        """
+        mine, theirs = self.frame(), other.frame()
+        if list(mine.index) != list(theirs.index):
+            raise FileFormatError(
+                "Only results with the same heads can be compared; found "
+                f"{len(mine)} heads ({mine.index[0]}, ...) and {len(theirs)} "
+                f"({theirs.index[0]}, ...)."
+            )
+        table = pd.DataFrame(index=mine.index)
+        for name in ("role", "target", "lean"):
+            table[name], table[f"{name}_other"] = mine[name], theirs[name]
+        table["change"] = theirs["lean"] - mine["lean"]
+        table["change_se"] = (mine["lean_se"] ** 2 + theirs["lean_se"] ** 2) ** 0.5
+        table["changed"] = table["change"].abs() > errors * table["change_se"]
+        return table
+
+    def relative_to(self, initialisation: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
+        """Compare with the untrained model: which labels were learned?
+
+        Returns:
+            One row a head: ``role``, ``target``, ``lean``, the same of the initialisation with the
+            suffix ``_initial``, and ``learned``: whether the lean moved beyond the uncertainty. An
+            unlearned ``mean`` is no finding.
+        """
+        table = initialisation.compare(self, errors=errors)
+        renamed = {name: f"{name}_initial" for name in ("role", "target", "lean")}
+        renamed |= {f"{name}_other": name for name in ("role", "target", "lean")}
+        return table.rename(columns={**renamed, "changed": "learned"})
+
     def save(self, path: str | Path) -> None:
         """Write the result as one safetensors file with a JSON header."""
         tensors: dict[str, Tensor] = {}
         for site in self.sites:
-            sums = self.sums[site.path]
-            tensors |= {f"{site.path}/{name}": value for name, value in sums.by_name.items()}
-            for name in ("offsets", "m_keys", "row_roles"):
-                tensors[f"{site.path}//{name}"] = getattr(sums, name)
+            named = self.sums[site.path].tensors()
+            tensors |= {f"{site.path}/{name}": tensor for name, tensor in named.items()}
+        sites = [{**dataclasses.asdict(s), "discarded": sorted(s.discarded)} for s in self.sites]
         meta = {
             "provenance": dataclasses.asdict(self.provenance),
-            "sites": [
-                {**dataclasses.asdict(s), "discarded": sorted(s.discarded)} for s in self.sites
-            ],
+            "sites": sites,
             "thresholds": dataclasses.asdict(self.thresholds),
             "min_keys": self.min_keys,
             "n_sequences": self.n_sequences,
             "complete": self.complete,
+            "weighted_by": self.weighted_by,
         }
         write_result(path, KIND, tensors, meta)
 
@@ -94,118 +159,22 @@ class HeadRoles:
                 AttentionSite(**{**site, "discarded": frozenset(site["discarded"])})
                 for site in meta["sites"]
             )
+            sums = {}
+            for site in sites:
+                prefix = f"{site.path}/"
+                own = {
+                    n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+                }
+                sums[site.path] = Sums.from_tensors(own)
             return cls(
                 provenance=Provenance(**meta["provenance"]),
                 sites=sites,
-                sums={site.path: _read_sums(tensors, site.path) for site in sites},
+                sums=sums,
                 thresholds=Thresholds(**meta["thresholds"]),
                 min_keys=meta["min_keys"],
                 n_sequences=meta["n_sequences"],
                 complete=meta["complete"],
+                weighted_by=meta["weighted_by"],
             )
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
-
-    def _row(self, site: AttentionSite, head: int) -> dict[str, Any]:
-        sums = self.sums[site.path]
-        mean = _Means({name: float(value[0, head]) for name, value in sums.by_name.items()})
-        median_m = _median_m(sums.m_keys[head])
-        role = role_of(mean.tv_argmax, mean.tv_mean, mean.tv_nearest, median_m, self.thresholds)
-        offset, share = _mode(sums.offsets[head])
-        targets = Targets(mean.masses(), offset, share, mean.of("argmax_first"))
-        sampled = sums.row_roles[head]
-        return {
-            "label": site.label(head),
-            "stack": site.stack,
-            "layer": site.layer,
-            "head": head,
-            "role": role,
-            "target": target_of(role, targets, self.thresholds),
-            "saturated": mean.tv_nearest <= self.thresholds.near,
-            "tv_argmax": mean.tv_argmax,
-            "tv_mean": mean.tv_mean,
-            "tv_nearest": mean.tv_nearest,
-            "lean": lean(mean.tv_argmax, mean.tv_mean),
-            "lean_se": _lean_error(sums, head),
-            "median_m": median_m,
-            "m_share": mean.of("m_share", "sampled_rows"),
-            "n_eff_share": mean.of("n_eff_share"),
-            "sink_mass": mean.of("mass_sink"),
-            "lean_no_sink": lean(
-                mean.of("tv_argmax_no_sink", "sampled_rows"),
-                mean.of("tv_mean_no_sink", "sampled_rows"),
-            ),
-            "modal_offset": offset,
-            "modal_target": offset_name(offset),
-            "modal_share": share,
-            **mean.masses(),
-            "agreement": float(sampled[ROLES.index(role)] / sampled.sum().clamp(min=1)),
-            "n_rows": int(mean.sums["rows"]),
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Means:
-    """Means over rows of one head, from its sums."""
-
-    sums: dict[str, float]
-
-    def of(self, name: str, rows: str = "rows") -> float:
-        return self.sums[name] / self.sums[rows] if self.sums[rows] else float("nan")
-
-    @property
-    def tv_argmax(self) -> float:
-        return self.of("tv_argmax")
-
-    @property
-    def tv_mean(self) -> float:
-        return self.of("tv_mean")
-
-    @property
-    def tv_nearest(self) -> float:
-        return self.of("tv_nearest", "sampled_rows")
-
-    def masses(self) -> dict[str, float]:
-        masses = {
-            name: self.of(f"mass_{name}")
-            for name in ("previous", "self", "next", "first", "special")
-        }
-        for name in ("induction", "duplicate"):
-            masses[name] = self.of(f"mass_{name}", f"{name}_rows")
-        return masses
-
-
-def _mode(offsets: Tensor) -> tuple[int, float]:
-    total = float(offsets.sum())
-    if total == 0:
-        return 0, float("nan")
-    best = int(offsets.argmax())
-    return best - FARTHEST_OFFSET, float(offsets[best]) / total
-
-
-def _median_m(histogram: Tensor) -> float:
-    total = float(histogram.sum())
-    if total == 0:
-        return float("nan")
-    middle = int((histogram.cumsum(0) >= total / 2).int().argmax())
-    return float(round(2 ** (middle / M_BINS_PER_OCTAVE), 2))
-
-
-def _lean_error(sums: Sums, head: int) -> float:
-    """Standard deviation of the head's lean over resamples of the sequences."""
-    rows = sums.by_name["rows"][1:, head]
-    argmax, mean = (sums.by_name[name][1:, head] for name in ("tv_argmax", "tv_mean"))
-    leans = (mean / (argmax + mean))[rows > 0]
-    return float(leans.std()) if len(leans) > 1 else float("nan")
-
-
-def _read_sums(tensors: Mapping[str, Tensor], path: str) -> Sums:
-    prefix = f"{path}/"
-    return Sums(
-        {
-            name.removeprefix(prefix): value
-            for name, value in tensors.items()
-            if name.startswith(prefix) and not name.startswith(f"{prefix}/")
-        },
-        *(tensors[f"{path}//{name}"] for name in ("offsets", "m_keys", "row_roles")),
-    )

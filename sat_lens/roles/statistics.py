@@ -1,106 +1,49 @@
-"""Statistics of attention rows, summed per sequence and head while a model runs.
+"""Statistics of attention rows, taken while a model runs.
 
-Only sums are kept, so memory does not grow with the data, sums of disjoint parts of the data add
-up to the sums of the whole, and a bootstrap over sequences is the same sums under other weights.
+All rows are read block by block, a block being as many heads of one sequence as fit into the
+processor's cache: the arithmetic is little, and what would cost is memory traffic. What needs a
+sort or a search (nearest saturated row, critical scales) is taken from some rows of each sequence.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sat_lens.attention.distances import (
-    distance_to_uniform,
-    distances_to_saturated,
-    effective_keys,
-)
+from sat_lens.attention.critical import critical_bins
+from sat_lens.attention.distances import distance_to_uniform, distances_to_saturated
 from sat_lens.attention.masks import mask_threshold
 from sat_lens.roles.rule import ROLES, Thresholds
+from sat_lens.roles.sums import FARTHEST_OFFSET, M_BINS, M_BINS_PER_OCTAVE, SAMPLE_SUMS, Sums
 
-FARTHEST_OFFSET = 64
 NEAR_OFFSETS = {"previous": -1, "self": 0, "next": 1}
-M_BINS_PER_OCTAVE = 16
-M_OCTAVES = 20
-BOOTSTRAPS = 100
-
-# Sums over all counted rows.
-ROW_SUMS = (
-    "rows",
-    "tv_argmax",
-    "tv_mean",
-    "n_eff_share",
-    "mass_first",
-    "mass_special",
-    "mass_sink",
-    "mass_previous",
-    "mass_self",
-    "mass_next",
-    "argmax_first",
-    "induction_rows",
-    "mass_induction",
-    "duplicate_rows",
-    "mass_duplicate",
-)
-# Sums over the sampled rows, where a sort is paid for.
-SAMPLE_SUMS = ("sampled_rows", "tv_nearest", "m_share", "tv_argmax_no_sink", "tv_mean_no_sink")
+BLOCK_ELEMENTS = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What is known of the positions that one attention module serves, for one batch."""
+    """What is known of the positions that one attention module serves, for one batch.
 
-    counted: Bool[Tensor, "batch query"]
+    ``weight`` is 0 for query rows that do not count and 1 for those that do, or their importance
+    per head. ``relations`` holds, for ``induction`` and ``duplicate``, which keys are such targets
+    of each query.
+    """
+
+    weight: Float[Tensor, "batch #head query"]
     first: Int[Tensor, " batch"]
     special: Bool[Tensor, "batch key"]
-    induction: Bool[Tensor, "batch query key"] | None
-    duplicate: Bool[Tensor, "batch query key"] | None
+    relations: dict[str, Bool[Tensor, "batch query key"]]
     sample: Int[Tensor, "batch row"]
-    weights: Float[Tensor, "batch resample"]
+    resampling: Float[Tensor, "batch resample"]
 
     @property
     def sinks(self) -> Bool[Tensor, "batch key"]:
         """The first and the special tokens."""
         return self.special.scatter(1, self.first[:, None], True)
-
-
-@dataclasses.dataclass
-class Sums:
-    """Everything that is kept of one attention module.
-
-    ``by_name`` holds each sum once for the data as it is and once for each resample of its
-    sequences, ``[resample, head]``; the histograms are for the data as it is.
-    """
-
-    by_name: dict[str, Float[Tensor, "resample head"]]
-    offsets: Float[Tensor, "head offset"]
-    m_keys: Float[Tensor, "head bin"]
-    row_roles: Float[Tensor, "head role"]
-
-    @classmethod
-    def empty(cls, n_heads: int) -> Sums:
-        """Start with nothing measured."""
-        return cls(
-            {
-                name: torch.zeros(1 + BOOTSTRAPS, n_heads).double()
-                for name in ROW_SUMS + SAMPLE_SUMS
-            },
-            torch.zeros(n_heads, 2 * FARTHEST_OFFSET + 1).double(),
-            torch.zeros(n_heads, M_BINS_PER_OCTAVE * M_OCTAVES + 1).double(),
-            torch.zeros(n_heads, len(ROLES)).double(),
-        )
-
-    def add(self, other: Sums) -> None:
-        """Take the sums of other data in."""
-        for name, value in other.by_name.items():
-            self.by_name[name] += value
-        self.offsets += other.offsets
-        self.m_keys += other.m_keys
-        self.row_roles += other.row_roles
 
 
 def measure(
@@ -113,101 +56,120 @@ def measure(
     """Add the statistics of one forward pass through one attention module to its sums."""
     raw = scores.detach().float()
     threshold = mask_threshold(raw)
-    masked = raw <= threshold
-    dead = masked.all(-1, keepdim=True)
-    visible = raw.masked_fill(masked, -math.inf).masked_fill(dead, 0.0)
-    n_keys = (~masked).sum(-1)
-    counted = positions.counted[:, None, :] & (n_keys >= min_keys)
-    _add_row_sums(sums, visible, ~masked, counted, positions)
-    _add_sample_sums(sums, visible, counted, positions, thresholds)
-
-
-def resampling_weights(
-    contents: Tensor, count: int = BOOTSTRAPS
-) -> Float[Tensor, "batch resample"]:
-    """Draw Poisson(1) weights for each sequence, seeded by the sequence's content.
-
-    The first column is 1: the data as it is. Seeding by content makes the weights the same in
-    whichever shard or order a sequence comes.
-    """
-    columns = []
-    for row in contents.detach().cpu():
-        digest = hashlib.sha256(row.contiguous().numpy().tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        columns.append(torch.poisson(torch.ones(count), generator=generator))
-    drawn = torch.stack(columns)
-    return torch.cat([torch.ones(len(drawn), 1), drawn], dim=1).double()
+    batch, n_heads, n_queries, n_keys = raw.shape
+    chunk = max(1, BLOCK_ELEMENTS // (n_queries * n_keys))
+    weights = positions.weight.expand(batch, n_heads, n_queries)
+    for b in range(batch):
+        sequence = _Sequence.of(positions, b, n_queries, n_keys)
+        for start in range(0, n_heads, chunk):
+            heads = slice(start, start + chunk)
+            block = raw[b, heads]
+            rows, offset, n_visible = _read_block(block, sequence, threshold)
+            weight = weights[b, heads] * (n_visible >= min_keys)
+            _add(sums, heads, rows, weight, positions.resampling[b])
+            _count(sums.histograms["offsets"][heads], offset, weight)
+            sums.counted[heads] += (weight > 0).sum(-1).double().cpu()
+    _measure_sample(sums, raw, positions, weights, threshold, min_keys, thresholds)
 
 
 def token_relations(
     tokens: Int[Tensor, "batch position"],
-) -> tuple[Bool[Tensor, "batch query key"], Bool[Tensor, "batch query key"]]:
+) -> dict[str, Bool[Tensor, "batch query key"]]:
     """Say which keys are induction and which are duplicate targets of each query.
 
+    A duplicate is an earlier occurrence of the query's token, an induction target the key that
+    follows one.
+
     Example:
-        >>> induction, duplicate = token_relations(torch.tensor([[7, 8, 7]]))
-        >>> induction[0, 2].tolist(), duplicate[0, 2].tolist()
+        >>> relations = token_relations(torch.tensor([[7, 8, 7]]))
+        >>> relations["induction"][0, 2].tolist(), relations["duplicate"][0, 2].tolist()
         ([False, True, False], [True, False, False])
     """
     same = tokens[:, :, None] == tokens[:, None, :]
     duplicate = same.tril(-1)
     induction = torch.zeros_like(duplicate)
     induction[:, :, 1:] = duplicate[:, :, :-1]
-    return induction.tril(), duplicate
+    return {"induction": induction.tril(), "duplicate": duplicate}
 
 
-def _add_row_sums(
-    sums: Sums,
-    scores: Float[Tensor, "batch head query key"],
-    visible: Bool[Tensor, "batch head query key"],
-    counted: Bool[Tensor, "batch head query"],
-    positions: Positions,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+    """The positions of one sequence, in the form that the arithmetic wants."""
+
+    looked_at: Float[Tensor, "key 3"]
+    first: Tensor
+    relations: dict[str, tuple[Float[Tensor, "query key"], Bool[Tensor, " query"]]]
+    keys_near: dict[str, tuple[Int[Tensor, " query"], Bool[Tensor, " query"]]]
+    query_positions: Int[Tensor, " query"]
+
+    @classmethod
+    def of(cls, positions: Positions, b: int, n_queries: int, n_keys: int) -> _Sequence:
+        first = positions.first[b]
+        at_first = torch.arange(n_keys, device=first.device) == first
+        special = positions.special[b]
+        # A model may be asked for its newest rows only; they are the last of the keys' positions.
+        queries = torch.arange(n_keys - n_queries, n_keys, device=first.device)
+        near = {}
+        for name, distance in NEAR_OFFSETS.items():
+            at = queries + distance
+            near[name] = (at.clamp(0, n_keys - 1), (at >= 0) & (at < n_keys))
+        relations = {
+            name: (relation[b].float(), relation[b].any(-1))
+            for name, relation in positions.relations.items()
+        }
+        looked_at = torch.stack([at_first, special, at_first | special], dim=-1).float()
+        return cls(looked_at, first, relations, near, queries)
+
+
+def _read_block(
+    scores: Float[Tensor, "head query key"], sequence: _Sequence, threshold: float
+) -> tuple[dict[str, Tensor], Int[Tensor, "head query"], Int[Tensor, "head query"]]:
+    """Give the statistics of each row, the offset of its maximum, and its number of keys.
+
+    Masked keys get a probability of 0 from the softmax itself. Rows without a visible key give
+    numbers without meaning, possibly NaN; they have no weight.
+    """
     pattern = scores.softmax(-1)
     top, winner = pattern.max(-1)
-    batch, n_heads, n_queries, n_keys = pattern.shape
-    first = positions.first.view(-1, 1, 1, 1).expand(batch, n_heads, n_queries, 1)
-    # A model may be asked for its newest rows only; they are the last of the keys' positions.
-    query_positions = torch.arange(n_keys - n_queries, n_keys, device=pattern.device)
-    offset = winner - query_positions
-    sinks = torch.stack([positions.special, positions.sinks]).to(pattern.dtype)
-    mass_special, mass_sink = torch.einsum("bhqk,sbk->sbhq", pattern, sinks)
+    n_visible = (scores > threshold).sum(-1)
+    share = 1 / n_visible.clamp(min=1)
+    looked_at = pattern @ sequence.looked_at
     rows = {
         "rows": torch.ones_like(top),
         "tv_argmax": 1 - top,
-        "tv_mean": distance_to_uniform(pattern, visible),
-        "n_eff_share": effective_keys(pattern) / visible.sum(-1),
-        "mass_first": pattern.gather(-1, first).squeeze(-1),
-        "mass_special": mass_special,
-        "mass_sink": mass_sink,
-        "argmax_first": (winner == positions.first.view(-1, 1, 1)).to(pattern.dtype),
+        "tv_mean": 1 - torch.minimum(pattern, share[..., None]).sum(-1),
+        "n_eff_share": share / torch.linalg.vecdot(pattern, pattern),
+        "mass_first": looked_at[..., 0],
+        "mass_special": looked_at[..., 1],
+        "mass_sink": looked_at[..., 2],
+        "argmax_first": (winner == sequence.first).float(),
     }
-    for name, distance in NEAR_OFFSETS.items():
-        rows[f"mass_{name}"] = _mass_at_offset(pattern, n_keys - n_queries + distance)
-    for name in ("induction", "duplicate"):
-        relation: Tensor | None = getattr(positions, name)
-        if relation is not None and relation.shape[1:] == pattern.shape[2:]:
-            rows[f"mass_{name}"] = torch.einsum(
-                "bhqk,bqk->bhq", pattern, relation.to(pattern.dtype)
-            )
-            has_target = relation.any(-1)[:, None].expand(batch, n_heads, n_queries)
-            rows[f"{name}_rows"] = has_target.to(pattern.dtype)
-    _add(sums, rows, counted, positions.weights)
-    bins = offset.clamp(-FARTHEST_OFFSET, FARTHEST_OFFSET) + FARTHEST_OFFSET
-    _count(sums.offsets, bins, counted)
+    for name, (keys, inside) in sequence.keys_near.items():
+        at = keys[None, :, None].expand(len(pattern), -1, 1)
+        rows[f"mass_{name}"] = pattern.gather(-1, at).squeeze(-1) * inside
+    for name, (relation, exists) in sequence.relations.items():
+        rows[f"mass_{name}"] = torch.linalg.vecdot(pattern, relation)
+        rows[f"{name}_rows"] = exists.expand_as(top).float()
+    offset = (winner - sequence.query_positions).clamp(-FARTHEST_OFFSET, FARTHEST_OFFSET)
+    return rows, offset + FARTHEST_OFFSET, n_visible
 
 
-def _add_sample_sums(
+def _measure_sample(
     sums: Sums,
-    scores: Float[Tensor, "batch head query key"],
-    counted: Bool[Tensor, "batch head query"],
+    raw: Float[Tensor, "batch head query key"],
     positions: Positions,
+    weights: Float[Tensor, "batch head query"],
+    threshold: float,
+    min_keys: int,
     thresholds: Thresholds,
 ) -> None:
-    batch, n_heads, _, n_keys = scores.shape
-    at = positions.sample.view(batch, 1, -1).expand(batch, n_heads, -1)
-    counted = counted.gather(-1, at) & (positions.sample >= 0)[:, None]
-    scores = scores.gather(-2, at.clamp(min=0)[..., None].expand(*at.shape, n_keys))
+    batch, n_heads, _, n_keys = raw.shape
+    at = positions.sample.clamp(min=0).view(batch, 1, -1).expand(batch, n_heads, -1)
+    scores = raw.gather(-2, at[..., None].expand(*at.shape, n_keys))
+    scores = scores.masked_fill(scores <= threshold, -math.inf)
+    n_visible = (scores != -math.inf).sum(-1)
+    scores = scores.masked_fill((n_visible == 0)[..., None], 0.0)
+    weight = weights.gather(-1, at) * (n_visible >= min_keys) * (positions.sample >= 0)[:, None]
     soft = distances_to_saturated(scores)
     rest = scores.masked_fill(positions.sinks[:, None, None], -math.inf)
     rest = rest.masked_fill((rest == -math.inf).all(-1, keepdim=True), 0.0)
@@ -219,11 +181,19 @@ def _add_sample_sums(
         "tv_argmax_no_sink": 1 - pattern.amax(-1),
         "tv_mean_no_sink": distance_to_uniform(pattern, rest != -math.inf),
     }
-    _add(sums, rows, counted, positions.weights)
-    m_bins = (soft.m.double().log2() * M_BINS_PER_OCTAVE).round().long()
-    _count(sums.m_keys, m_bins.clamp(max=sums.m_keys.shape[1] - 1), counted)
+    everything = slice(0, n_heads)
+    for b in range(batch):
+        of_sequence = {name: rows[name][b] for name in SAMPLE_SUMS}
+        _add(sums, everything, of_sequence, weight[b], positions.resampling[b])
+    m_bins = (soft.m.double().log2() * M_BINS_PER_OCTAVE).round().long().clamp(max=M_BINS - 1)
+    c_lo, c_hi = critical_bins(scores)
     roles = _roles_of_rows(soft.tv_argmax, soft.tv_mean, soft.tv_nearest, soft.m, thresholds)
-    _count(sums.row_roles, roles, counted)
+    for name, bins in {"m_keys": m_bins, "c_lo": c_lo, "c_hi": c_hi, "row_roles": roles}.items():
+        _count(sums.histograms[name], _by_head(bins), _by_head(weight))
+
+
+def _by_head(rows: Tensor) -> Tensor:
+    return rows.transpose(0, 1).flatten(1)
 
 
 def _roles_of_rows(
@@ -240,31 +210,25 @@ def _roles_of_rows(
     return role
 
 
-def _mass_at_offset(
-    pattern: Float[Tensor, "batch head query key"], diagonal: int
-) -> Float[Tensor, "batch head query"]:
-    """Give each row's mass on the key of a diagonal; 0 where the diagonal leaves the row."""
-    *_, n_queries, n_keys = pattern.shape
-    keys = torch.arange(n_queries, device=pattern.device) + diagonal
-    inside = (keys >= 0) & (keys < n_keys)
-    at = keys.clamp(0, n_keys - 1).view(1, 1, -1, 1).expand(*pattern.shape[:3], 1)
-    return pattern.gather(-1, at).squeeze(-1) * inside
-
-
 def _add(
     sums: Sums,
-    rows: dict[str, Float[Tensor, "batch head row"]],
-    counted: Bool[Tensor, "batch head row"],
-    weights: Float[Tensor, "batch resample"],
+    heads: slice,
+    rows: dict[str, Float[Tensor, "head row"]],
+    weight: Float[Tensor, "head row"],
+    resampling: Float[Tensor, " resample"],
 ) -> None:
-    for name, values in rows.items():
-        per_sequence = values.masked_fill(~counted, 0.0).sum(-1, dtype=torch.float64)
-        sums.by_name[name] += torch.einsum(
-            "bh,br->rh", per_sequence, weights.to(values.device)
-        ).cpu()
+    """Add the rows of one sequence, under its weight in every resample."""
+    # What does not count may be NaN, and NaN times 0 is NaN.
+    values = torch.stack(list(rows.values())).where(weight > 0, torch.zeros(()).to(weight))
+    totals = (values * weight).sum(-1, dtype=torch.float64).cpu()
+    for name, total in zip(rows, totals, strict=True):
+        sums.by_name[name][:, heads] += resampling[:, None] * total
 
 
-def _count(histogram: Tensor, bins: Tensor, counted: Tensor) -> None:
-    for head in range(histogram.shape[0]):
-        chosen = bins[:, head][counted[:, head]]
-        histogram[head] += torch.bincount(chosen.flatten(), minlength=histogram.shape[1]).cpu()
+def _count(
+    histogram: Float[Tensor, "head bin"], bins: Int[Tensor, "head row"], weight: Tensor
+) -> None:
+    n_heads, n_bins = histogram.shape
+    place = bins + n_bins * torch.arange(n_heads, device=bins.device)[:, None]
+    counts = torch.bincount(place.flatten(), weight.double().flatten(), minlength=n_heads * n_bins)
+    histogram += counts.view(n_heads, n_bins).cpu()

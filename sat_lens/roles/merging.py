@@ -1,0 +1,83 @@
+"""Put the statistics of disjoint parts of the data together: from files, or across processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from sat_lens.errors import ArgumentError
+from sat_lens.roles.result import HeadRoles
+from sat_lens.roles.sums import Sums
+
+
+def merge(parts: Sequence[HeadRoles]) -> HeadRoles:
+    """Merge results of disjoint parts of the data into the result of the whole.
+
+    Raises:
+        ArgumentError: There are no parts, or they differ in the model, its heads or the settings.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model, texts = sl.load_model("demo"), ["import os, sys, re", "class A: x = y + z"]
+        >>> parts = [sl.head_roles(model, [text], min_keys=4, progress=False) for text in texts]
+        >>> merge(parts).n_sequences
+        2
+    """
+    if not parts:
+        raise ArgumentError("Needed at least one result to merge, and none was given.")
+    first = parts[0]
+    for other in parts[1:]:
+        for name in ("sites", "thresholds", "min_keys", "weighted_by"):
+            mine, theirs = getattr(first, name), getattr(other, name)
+            if mine != theirs:
+                raise ArgumentError(
+                    f"Only results of one model and one setting can be merged; {name} differs "
+                    f"({_shown(mine)} and {_shown(theirs)})."
+                )
+        if other.provenance.model != first.provenance.model:
+            raise ArgumentError(
+                f"Only results of one model can be merged; found {first.provenance.model!r} and "
+                f"{other.provenance.model!r}."
+            )
+    sums = {site.path: Sums.empty(site.n_heads) for site in first.sites}
+    for part in parts:
+        for path, value in part.sums.items():
+            sums[path].add(value)
+    return dataclasses.replace(
+        first,
+        sums=sums,
+        n_sequences=sum(part.n_sequences for part in parts),
+        complete=all(part.complete for part in parts),
+    )
+
+
+def shard_of_rank() -> tuple[int, int]:
+    """Give this process's share of the data: (1, 1) unless torch.distributed is running."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() + 1, dist.get_world_size()
+    return 1, 1
+
+
+def all_reduced(sums: dict[str, Sums], n_sequences: int) -> tuple[dict[str, Sums], int]:
+    """Add the sums of all processes; without torch.distributed they are what they were."""
+    if shard_of_rank()[1] == 1:
+        return sums, n_sequences
+    # NCCL reduces tensors on a GPU only, gloo those of the CPU.
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor([n_sequences], device=device)
+    dist.all_reduce(total)
+    reduced = {}
+    for path, part in sums.items():
+        tensors = {name: tensor.to(device) for name, tensor in part.tensors().items()}
+        for tensor in tensors.values():
+            dist.all_reduce(tensor)
+        reduced[path] = Sums.from_tensors({name: t.cpu() for name, t in tensors.items()})
+    return reduced, int(total)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,111 @@
+"""One head's row of the table, from its sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_lens.attention.critical import N_BINS, scale_of_bin
+from sat_lens.roles.rule import ROLES, Targets, Thresholds, lean, role_of, target_of
+from sat_lens.roles.sums import FARTHEST_OFFSET, M_BINS_PER_OCTAVE, Sums
+from sat_lens.sites.naming import AttentionSite
+
+
+def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds) -> dict[str, Any]:
+    """Give all columns of one head; :meth:`HeadRoles.frame` says what they mean."""
+    mean = _Means({name: float(value[0, head]) for name, value in sums.by_name.items()})
+    histograms = {name: value[head] for name, value in sums.histograms.items()}
+    tv_argmax, tv_mean = mean.of("tv_argmax"), mean.of("tv_mean")
+    tv_nearest = mean.of("tv_nearest", "sampled_rows")
+    median_m = _median_m(histograms["m_keys"])
+    role = role_of(tv_argmax, tv_mean, tv_nearest, median_m, thresholds)
+    offset, share = _mode(histograms["offsets"])
+    targets = Targets(mean.masses(), offset, share, mean.of("argmax_first"))
+    return {
+        "label": site.label(head),
+        "stack": site.stack,
+        "layer": site.layer,
+        "head": head,
+        "role": role,
+        "target": target_of(role, targets, thresholds),
+        "saturated": tv_nearest <= thresholds.near,
+        "tv_argmax": tv_argmax,
+        "tv_mean": tv_mean,
+        "tv_nearest": tv_nearest,
+        "lean": lean(tv_argmax, tv_mean),
+        "lean_se": _lean_error(sums, head),
+        "median_m": median_m,
+        "m_share": mean.of("m_share", "sampled_rows"),
+        "n_eff_share": mean.of("n_eff_share"),
+        "sink_mass": mean.of("mass_sink"),
+        "lean_no_sink": lean(
+            mean.of("tv_argmax_no_sink", "sampled_rows"),
+            mean.of("tv_mean_no_sink", "sampled_rows"),
+        ),
+        "modal_offset": offset,
+        "modal_share": share,
+        **mean.masses(),
+        "c_lo": _median_scale(histograms["c_lo"]),
+        "c_hi": _median_scale(histograms["c_hi"]),
+        "agreement": _share_of(histograms["row_roles"], ROLES.index(role)),
+        "n_rows": int(sums.counted[head]),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Means:
+    """Means over rows of one head, from its sums."""
+
+    sums: dict[str, float]
+
+    def of(self, name: str, rows: str = "rows") -> float:
+        return self.sums[name] / self.sums[rows] if self.sums[rows] else math.nan
+
+    def masses(self) -> dict[str, float]:
+        names = ("previous", "self", "next", "first", "special")
+        masses = {name: self.of(f"mass_{name}") for name in names}
+        for name in ("induction", "duplicate"):
+            masses[name] = self.of(f"mass_{name}", f"{name}_rows")
+        return masses
+
+
+def _mode(offsets: Tensor) -> tuple[int, float]:
+    best = int(offsets.argmax())
+    return best - FARTHEST_OFFSET, _share_of(offsets, best)
+
+
+def _share_of(histogram: Tensor, place: int) -> float:
+    total = float(histogram.sum())
+    return float(histogram[place]) / total if total else math.nan
+
+
+def _median_bin(histogram: Tensor) -> int | None:
+    cumulative = histogram.cumsum(0)
+    total = cumulative[-1:]
+    # searchsorted wants the first bin that reaches half; rounding may leave the sum short of it.
+    return int(torch.searchsorted(cumulative, total / 2)) if float(total) else None
+
+
+def _median_m(histogram: Tensor) -> float:
+    middle = _median_bin(histogram)
+    return math.nan if middle is None else round(2 ** (middle / M_BINS_PER_OCTAVE), 2)
+
+
+def _median_scale(histogram: Tensor) -> float:
+    middle = _median_bin(histogram)
+    if middle is None:
+        return math.nan
+    if middle == 0:
+        return 0.0
+    return math.inf if middle == N_BINS - 1 else float(scale_of_bin(torch.tensor(middle)))
+
+
+def _lean_error(sums: Sums, head: int) -> float:
+    """Give the standard deviation of the head's lean over resamples of the sequences."""
+    argmax, mean = (sums.by_name[name][1:, head] for name in ("tv_argmax", "tv_mean"))
+    leans = (mean / (argmax + mean))[sums.by_name["rows"][1:, head] > 0]
+    return float(leans.std()) if len(leans) > 1 else math.nan

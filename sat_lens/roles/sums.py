@@ -1,0 +1,122 @@
+"""What is kept of the attention of a model: sums over rows, and nothing that grows with the data.
+
+Sums of disjoint parts of the data add up to the sums of the whole, whatever the parts; so shards
+merge, and a bootstrap over sequences is the same sums under other weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sat_lens.attention.critical import N_BINS
+from sat_lens.roles.rule import ROLES
+
+FARTHEST_OFFSET = 64
+M_BINS_PER_OCTAVE = 16
+M_BINS = 20 * M_BINS_PER_OCTAVE + 1
+BOOTSTRAPS = 100
+
+# Sums over all counted rows.
+ROW_SUMS = (
+    "rows",
+    "tv_argmax",
+    "tv_mean",
+    "n_eff_share",
+    "mass_first",
+    "mass_special",
+    "mass_sink",
+    "mass_previous",
+    "mass_self",
+    "mass_next",
+    "argmax_first",
+    "induction_rows",
+    "mass_induction",
+    "duplicate_rows",
+    "mass_duplicate",
+)
+# Sums over the sampled rows, where a sort and a search are paid for.
+SAMPLE_SUMS = ("sampled_rows", "tv_nearest", "m_share", "tv_argmax_no_sink", "tv_mean_no_sink")
+# Weighted counts of rows by a number of theirs, per head.
+HISTOGRAMS = {
+    "offsets": 2 * FARTHEST_OFFSET + 1,
+    "m_keys": M_BINS,
+    "c_lo": N_BINS,
+    "c_hi": N_BINS,
+    "row_roles": len(ROLES),
+}
+
+
+@dataclasses.dataclass
+class Sums:
+    """Everything that is kept of one attention module.
+
+    ``by_name`` holds each sum once for the data as it is and once for each resample of its
+    sequences, ``[resample, head]``. ``histograms`` hold weighted counts of rows, ``[head, bin]``,
+    for the data as it is. ``counted`` is the plain number of rows, ``[head]``.
+    """
+
+    by_name: dict[str, Float[Tensor, "resample head"]]
+    histograms: dict[str, Float[Tensor, "head bin"]]
+    counted: Float[Tensor, " head"]
+
+    @classmethod
+    def empty(cls, n_heads: int) -> Sums:
+        """Start with nothing measured."""
+        return cls(
+            {
+                name: torch.zeros(1 + BOOTSTRAPS, n_heads, dtype=torch.float64)
+                for name in ROW_SUMS + SAMPLE_SUMS
+            },
+            {
+                name: torch.zeros(n_heads, n_bins, dtype=torch.float64)
+                for name, n_bins in HISTOGRAMS.items()
+            },
+            torch.zeros(n_heads, dtype=torch.float64),
+        )
+
+    def add(self, other: Sums) -> None:
+        """Take the sums of other data in."""
+        for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
+            mine += theirs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, in a fixed order: what goes to files and between processes."""
+        named = {f"sum.{name}": self.by_name[name] for name in ROW_SUMS + SAMPLE_SUMS}
+        named |= {f"histogram.{name}": self.histograms[name] for name in HISTOGRAMS}
+        return {**named, "counted": self.counted}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Sums:
+        """Rebuild sums from :meth:`tensors`; a KeyError names what is missing."""
+        return cls(
+            {name: tensors[f"sum.{name}"] for name in ROW_SUMS + SAMPLE_SUMS},
+            {name: tensors[f"histogram.{name}"] for name in HISTOGRAMS},
+            tensors["counted"],
+        )
+
+
+def resampling_weights(
+    contents: Tensor, count: int = BOOTSTRAPS
+) -> Float[Tensor, "batch resample"]:
+    """Draw Poisson(1) weights for each sequence, seeded by the sequence's content.
+
+    The first column is 1: the data as it is. Seeding by content makes the weights the same in
+    whichever shard or order a sequence comes.
+
+    Example:
+        >>> weights = resampling_weights(torch.tensor([[5, 6], [5, 6]]))
+        >>> weights.shape, bool((weights[0] == weights[1]).all())
+        (torch.Size([2, 101]), True)
+    """
+    columns = []
+    for row in contents.detach().cpu():
+        digest = hashlib.sha256(row.contiguous().numpy().tobytes()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        columns.append(torch.poisson(torch.ones(count), generator=generator))
+    drawn = torch.stack(columns)
+    return torch.cat([torch.ones(len(drawn), 1), drawn], dim=1).double()
