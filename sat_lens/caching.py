@@ -59,9 +59,7 @@ class Similarity:
     @property
     def s(self) -> Float[Tensor, " layer"]:
         """The normalised similarity S of each layer."""
-        room = 1 - self.cos_random
-        s = (self.cos_saturated - self.cos_random) / room
-        return s.masked_fill(room < LEAST_DENOMINATOR, math.nan)
+        return normalised_similarity(self.cos_saturated, self.cos_random)
 
     def frame(self) -> pd.DataFrame:
         """Return one row a layer: ``S`` beside the two cosines that it is made of."""
@@ -116,16 +114,9 @@ class SaturationPair:
                 for name in names
             ]
         with torch.no_grad():
-            saturated = torch.stack([self._cosine(soft, sat) for soft, sat, _ in triples])
-            random = torch.stack([self._cosine(soft, rand) for soft, _, rand in triples])
-        return Similarity(activation, names, saturated, random)
-
-    def _cosine(self, first: Tensor, second: Tensor) -> Float[Tensor, ""]:
-        cosines = torch.cosine_similarity(first.double(), second.double(), dim=-1).cpu()
-        real = self.real
-        if real is None or cosines.shape[: real.dim()] != real.shape:
-            return cosines.mean()
-        return cosines[real.cpu()].mean()
+            saturated = [mean_cosine(soft, sat, self.real) for soft, sat, _ in triples]
+            random = [mean_cosine(soft, rand, self.real) for soft, _, rand in triples]
+        return Similarity(activation, names, torch.stack(saturated), torch.stack(random))
 
 
 def run_with_saturation_cache(
@@ -182,6 +173,37 @@ def run_with_saturation_cache(
         real=_real_positions(kwargs),
         _run_random=lambda seed: run(replace_attention(model, RandomKey(seed), heads)),
     )
+
+
+def mean_cosine(
+    first: Float[Tensor, "batch position *rest"],
+    second: Float[Tensor, "batch position *rest"],
+    real: Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Give the mean cosine over the last axis, over real positions where ``real`` says which.
+
+    Example:
+        >>> float(mean_cosine(torch.ones(1, 2, 3), 2 * torch.ones(1, 2, 3)))
+        1.0
+    """
+    cosines = torch.cosine_similarity(first.double(), second.double(), dim=-1).cpu()
+    if real is None or cosines.shape[: real.dim()] != real.shape:
+        return cosines.mean()
+    return cosines[real.cpu()].mean()
+
+
+def normalised_similarity(
+    cos_changed: Float[Tensor, "*any"], cos_random: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """Give S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN where there is no room.
+
+    Example:
+        >>> float(normalised_similarity(torch.tensor(0.75), torch.tensor(0.5)))
+        0.5
+    """
+    room = 1 - cos_random
+    s = (cos_changed - cos_random) / room
+    return s.masked_fill(room < LEAST_DENOMINATOR, math.nan)
 
 
 def _names_of(cache: Any, activation: str) -> list[str]:

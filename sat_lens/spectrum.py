@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +18,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import check_scale
+from sat_lens.caching import mean_cosine, normalised_similarity
 from sat_lens.data import Batch, Data, batches
 from sat_lens.errors import ArgumentError, FileFormatError
-from sat_lens.intervention import saturate
+from sat_lens.intervention import replace_attention, saturate
 from sat_lens.metrics import kl_to_soft, metric_value, next_token_loss
 from sat_lens.models import model_name
 from sat_lens.results import Provenance, read_result, write_result
 from sat_lens.sites import Heads
+from sat_lens.sites.naming import places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "scaling curve"
+_BLOCK_OUTPUT = re.compile(r"blocks\.\d+\.hook_out$")
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf)
 
 
@@ -46,7 +51,8 @@ class ScalingCurve:
 
         Columns: ``loss`` (next-token cross-entropy, nats; where the data are tokens), ``kl``
         (divergence from the soft model, nats), ``top1`` (share of positions whose likeliest token
-        is that of the soft model), and ``metric`` if one was given.
+        is that of the soft model), ``metric`` if one was given, and for each layer ``S_L0``, ...:
+        the similarity S of the residual stream to the soft run, normalised by random keys.
         """
         return pd.DataFrame(
             {name: values.tolist() for name, values in self.columns.items()},
@@ -98,7 +104,7 @@ def scaling_curve(
     Args:
         model: A TransformerLens model.
         data: Tokens, texts or batches; see :func:`sat_lens.data.batches`. One forward pass per
-            batch and scale is made, and one more per batch.
+            batch and scale is made, and two more per batch.
         scales: Inverse temperatures; 0 is uniform, ``math.inf`` the limit.
         heads: Which heads; None is all.
         metric: A function of the logits of one batch, measured besides.
@@ -122,22 +128,53 @@ def scaling_curve(
     for c in scales:
         check_scale(c)
     sums: dict[str, Tensor] = {}
+    random: dict[str, float] = {}
+    streams = _residual_streams(model)
     total = 0
     with torch.no_grad(), tqdm(desc="scaling curve", unit="run", disable=not progress) as bar:
         for batch in batches(model, data, batch_size):
-            soft = batch.run(model)
+            soft, soft_stream = _run(model, batch, streams)
+            with replace_attention(model, RandomKey(), heads):
+                random_stream = _run(model, batch, streams)[1]
+            for label, cosine in _cosines(batch, soft_stream, random_stream, streams).items():
+                random[label] = random.get(label, 0.0) + cosine * batch.size
             for i, c in enumerate(scales):
                 with saturate(model, heads, c):
-                    logits = batch.run(model)
-                for name, value in _measures(batch, soft, logits, metric).items():
+                    logits, stream = _run(model, batch, streams)
+                found = _measures(batch, soft, logits, metric)
+                found |= _cosines(batch, soft_stream, stream, streams)
+                for name, value in found.items():
                     sums.setdefault(name, torch.zeros(len(scales)))[i] += value * batch.size
                 bar.update()
             total += batch.size
-    return ScalingCurve(
-        Provenance(model_name(model), data_name),
-        tuple(float(c) for c in scales),
-        {name: values / total for name, values in sums.items()},
-    )
+    columns = {name: values / total for name, values in sums.items()}
+    for label, control in random.items():
+        columns[label] = normalised_similarity(columns[label], torch.tensor(control / total))
+    provenance = Provenance(model_name(model), data_name)
+    return ScalingCurve(provenance, tuple(float(c) for c in scales), columns)
+
+
+def _residual_streams(model: Any) -> dict[str, str]:
+    """Find the names of the residual stream after each block, by the label of its similarity."""
+    names = [name for name in model.hook_dict if name.endswith(".hook_resid_post")]
+    names = names or [name for name in model.hook_dict if _BLOCK_OUTPUT.search(name)]
+    found = places([name.rpartition(".")[0] for name in names])
+    labels = [f"S_{place.stack}{'.' if place.stack else ''}L{place.layer}" for place in found]
+    return dict(zip(names, labels, strict=True))
+
+
+def _run(model: Any, batch: Batch, streams: dict[str, str]) -> tuple[Tensor, dict[str, Tensor]]:
+    logits, cache = model.run_with_cache(batch.inputs, names_filter=list(streams), **batch.kwargs)
+    return logits, {name: cache[name] for name in streams}
+
+
+def _cosines(
+    batch: Batch, soft: dict[str, Tensor], changed: dict[str, Tensor], streams: dict[str, str]
+) -> dict[str, float]:
+    return {
+        label: float(mean_cosine(soft[name], changed[name], batch.real))
+        for name, label in streams.items()
+    }
 
 
 def _measures(

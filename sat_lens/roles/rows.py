@@ -92,7 +92,8 @@ def _median_bin(histogram: Tensor) -> int | None:
 
 def _median_m(histogram: Tensor) -> float:
     middle = _median_bin(histogram)
-    return math.nan if middle is None else round(2 ** (middle / M_BINS_PER_OCTAVE), 2)
+    # Sixteen bins an octave tell whole numbers apart up to 22; above, this is to 4 %.
+    return math.nan if middle is None else float(round(2 ** (middle / M_BINS_PER_OCTAVE)))
 
 
 def _median_scale(histogram: Tensor) -> float:
