@@ -1,19 +1,48 @@
-"""sat_lens: what the softness of attention is for. A plugin for TransformerLens."""
+"""sat_lens: what the softness of attention is for. A plugin for TransformerLens.
 
-from sat_lens import metrics
-from sat_lens.attention import transforms
-from sat_lens.caching import run_with_saturation_cache
+The names below are the surface of the library. They are imported when first used, so importing
+sat_lens costs next to nothing beside importing TransformerLens.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sat_lens.errors import SatLensError
-from sat_lens.intervention import replace_attention, saturate, saturation_hooks
-from sat_lens.models import load_model
-from sat_lens.roles import HeadRoles, head_roles
-from sat_lens.sites import attention_sites
-from sat_lens.spectrum import scaling_curve
 from sat_lens.version import __version__
+
+if TYPE_CHECKING:
+    from sat_lens import metrics, tasks, viz
+    from sat_lens.attention import transforms
+    from sat_lens.caching import SaturationPair, run_with_saturation_cache
+    from sat_lens.intervention import replace_attention, saturate, saturation_hooks
+    from sat_lens.models import load_model
+    from sat_lens.roles import HeadRoles, head_roles
+    from sat_lens.sites import attention_sites
+    from sat_lens.spectrum import scaling_curve
+    from sat_lens.viz import write_report
+
+_PLACES = {
+    "HeadRoles": "sat_lens.roles",
+    "SaturationPair": "sat_lens.caching",
+    "attention_sites": "sat_lens.sites",
+    "head_roles": "sat_lens.roles",
+    "load_model": "sat_lens.models",
+    "replace_attention": "sat_lens.intervention",
+    "run_with_saturation_cache": "sat_lens.caching",
+    "saturate": "sat_lens.intervention",
+    "saturation_hooks": "sat_lens.intervention",
+    "scaling_curve": "sat_lens.spectrum",
+    "transforms": "sat_lens.attention",
+    "write_report": "sat_lens.viz",
+}
+_ROOMS = ("metrics", "tasks", "viz")
 
 __all__ = [
     "HeadRoles",
     "SatLensError",
+    "SaturationPair",
     "__version__",
     "attention_sites",
     "head_roles",
@@ -24,5 +53,20 @@ __all__ = [
     "saturate",
     "saturation_hooks",
     "scaling_curve",
+    "tasks",
     "transforms",
+    "viz",
+    "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"sat_lens.{name}")
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'sat_lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
