@@ -126,7 +126,7 @@ def _add_model_and_data(command: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="a text file to measure on (default: the corpus)"
     )
     command.add_argument(
-        "--sequences", type=int, default=128, help="sequences to measure on (default: %(default)s)"
+        "--sequences", type=int, default=64, help="sequences to measure on (default: %(default)s)"
     )
     command.add_argument(
         "--context", type=int, default=256, help="tokens in a sequence (default: %(default)s)"

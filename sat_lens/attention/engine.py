@@ -44,13 +44,12 @@ def transform_scores(
     threshold = mask_threshold(raw)
     masked = raw.detach() <= threshold
     dead = row_max <= threshold
-    any_dead = bool(dead.any())
     visible = torch.where(masked, -math.inf, raw)
-    if any_dead:
+    if bool(dead.any()):
+        # A row without a visible key never reaches a transform: it gets zeros in its place.
         visible = torch.where(dead, 0.0, visible)
     new = _row_max_at_zero(_call(transform, visible), masked, transform)
-    new = torch.where(masked, raw, new)
-    return torch.where(dead, raw, new) if any_dead else new
+    return torch.where(masked, raw, new)
 
 
 def _in_float32(

@@ -24,6 +24,7 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
     median_m = _median_m(histograms["m_keys"])
     role = role_of(tv_argmax, tv_mean, tv_nearest, median_m, thresholds)
     offset, share = _mode(histograms["offsets"])
+    leaning = lean(tv_argmax, tv_mean)
     targets = Targets(mean.masses(), offset, share, mean.of("argmax_first"))
     return {
         "label": site.label(head),
@@ -31,12 +32,12 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "layer": site.layer,
         "head": head,
         "role": role,
-        "target": target_of(role, targets, thresholds),
+        "target": target_of(leaning, targets, thresholds),
         "saturated": tv_nearest <= thresholds.near,
         "tv_argmax": tv_argmax,
         "tv_mean": tv_mean,
         "tv_nearest": tv_nearest,
-        "lean": lean(tv_argmax, tv_mean),
+        "lean": leaning,
         "lean_se": _lean_error(sums, head),
         "median_m": median_m,
         "m_share": mean.of("m_share", "sampled_rows"),

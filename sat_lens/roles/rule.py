@@ -21,7 +21,6 @@ DESCRIPTIONS = {
     "mean-lean": "nearer to all keys than to one",
     "mean": "averages over all visible keys",
 }
-ARGMAX_SIDE = frozenset({"argmax", "subset", "argmax-lean"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """Where a head looks, each as the share of mass and, where known, of rows with their maximum.
+    """Where a head looks: mean mass by kind of key, and where its rows have their maximum.
 
     The names are those of the field: ``first`` is the first real token, ``induction`` a key that
     follows an earlier occurrence of the query's token, ``duplicate`` such an occurrence itself.
@@ -88,30 +87,38 @@ def role_of(
     return "mean-lean" if leaning <= t.mean_lean else "soft"
 
 
-def target_of(role: str, targets: Targets, thresholds: Thresholds | None = None) -> str:
+def target_of(leaning: float, targets: Targets, thresholds: Thresholds | None = None) -> str:
     """Name where a head looks, or "" if nowhere in particular.
 
-    Sinks (first and special tokens) come before offsets, because a sink is also at some offset.
-    A share of rows counts on the argmax side only: the maximum of a flat row means nothing.
+    Sinks (first and special tokens) come before offsets, because a sink is also at some offset;
+    induction comes before far offsets, which repeated text turns into the same. Where a row has its
+    maximum counts on the argmax side only: the maximum of a flat row means nothing. A head on the
+    mean side has a sink at most: among few kinds of tokens, much of a flat row falls on duplicates.
+
+    Args:
+        leaning: The head's :func:`lean`.
+        targets: Where its mass and its maxima are.
+        thresholds: Where one role ends and the next begins.
 
     Example:
         >>> looks = Targets({"first": 0.1, "previous": 0.7}, -1, 0.8, 0.1)
-        >>> target_of("argmax", looks)
-        'previous'
+        >>> target_of(0.9, looks), target_of(0.2, looks)
+        ('previous', '')
     """
     t = thresholds or Thresholds()
-    on_argmax_side = role in ARGMAX_SIDE
+    sharp, flat = leaning >= t.argmax_lean, leaning <= t.mean_lean
     by_mass = {name for name, mass in targets.mass.items() if mass >= t.target}
-    if "first" in by_mass or (on_argmax_side and targets.first_share >= t.target):
+    modal = offset_name(targets.modal_offset) if sharp and targets.modal_share >= t.target else ""
+    if "first" in by_mass or (sharp and targets.first_share >= t.target):
         return "first"
     if "special" in by_mass:
         return "special"
-    if on_argmax_side and targets.modal_share >= t.target:
-        return offset_name(targets.modal_offset)
+    if flat:
+        return ""
     for name in ("previous", "self", "next", "induction", "duplicate"):
-        if name in by_mass:
+        if name in by_mass or name == modal:
             return name
-    return ""
+    return modal
 
 
 def offset_name(offset: int) -> str:

@@ -18,7 +18,7 @@ from sat_lens.attention.critical import critical_bins
 from sat_lens.attention.distances import distance_to_uniform, distances_to_saturated
 from sat_lens.attention.masks import mask_threshold
 from sat_lens.roles.rule import ROLES, Thresholds
-from sat_lens.roles.sums import FARTHEST_OFFSET, M_BINS, M_BINS_PER_OCTAVE, SAMPLE_SUMS, Sums
+from sat_lens.roles.sums import FARTHEST_OFFSET, M_BINS, M_BINS_PER_OCTAVE, Sums
 
 NEAR_OFFSETS = {"previous": -1, "self": 0, "next": 1}
 BLOCK_ELEMENTS = 2**18
@@ -40,11 +40,6 @@ class Positions:
     sample: Int[Tensor, "batch row"]
     resampling: Float[Tensor, "batch resample"]
 
-    @property
-    def sinks(self) -> Bool[Tensor, "batch key"]:
-        """The first and the special tokens."""
-        return self.special.scatter(1, self.first[:, None], True)
-
 
 def measure(
     sums: Sums,
@@ -63,13 +58,13 @@ def measure(
         sequence = _Sequence.of(positions, b, n_queries, n_keys)
         for start in range(0, n_heads, chunk):
             heads = slice(start, start + chunk)
-            block = raw[b, heads]
-            rows, offset, n_visible = _read_block(block, sequence, threshold)
+            rows, offset, n_visible = _read_block(raw[b, heads], sequence, threshold)
             weight = weights[b, heads] * (n_visible >= min_keys)
-            _add(sums, heads, rows, weight, positions.resampling[b])
+            _add(sums, heads, rows, weight, sequence.resampling)
             _count(sums.histograms["offsets"][heads], offset, weight)
             sums.counted[heads] += (weight > 0).sum(-1).double().cpu()
-    _measure_sample(sums, raw, positions, weights, threshold, min_keys, thresholds)
+        if len(sequence.sample):
+            _measure_sample(sums, raw[b], sequence, weights[b], threshold, min_keys, thresholds)
 
 
 def token_relations(
@@ -101,6 +96,8 @@ class _Sequence:
     relations: dict[str, tuple[Float[Tensor, "query key"], Bool[Tensor, " query"]]]
     keys_near: dict[str, tuple[Int[Tensor, " query"], Bool[Tensor, " query"]]]
     query_positions: Int[Tensor, " query"]
+    sample: Int[Tensor, " row"]
+    resampling: Float[Tensor, " resample"]
 
     @classmethod
     def of(cls, positions: Positions, b: int, n_queries: int, n_keys: int) -> _Sequence:
@@ -118,7 +115,16 @@ class _Sequence:
             for name, relation in positions.relations.items()
         }
         looked_at = torch.stack([at_first, special, at_first | special], dim=-1).float()
-        return cls(looked_at, first, relations, near, queries)
+        sample = positions.sample[b]
+        return cls(
+            looked_at,
+            first,
+            relations,
+            near,
+            queries,
+            sample[sample >= 0],
+            positions.resampling[b],
+        )
 
 
 def _read_block(
@@ -156,23 +162,21 @@ def _read_block(
 
 def _measure_sample(
     sums: Sums,
-    raw: Float[Tensor, "batch head query key"],
-    positions: Positions,
-    weights: Float[Tensor, "batch head query"],
+    raw: Float[Tensor, "head query key"],
+    sequence: _Sequence,
+    weights: Float[Tensor, "head query"],
     threshold: float,
     min_keys: int,
     thresholds: Thresholds,
 ) -> None:
-    batch, n_heads, _, n_keys = raw.shape
-    at = positions.sample.clamp(min=0).view(batch, 1, -1).expand(batch, n_heads, -1)
-    scores = raw.gather(-2, at[..., None].expand(*at.shape, n_keys))
+    scores = raw[:, sequence.sample]
     scores = scores.masked_fill(scores <= threshold, -math.inf)
     n_visible = (scores != -math.inf).sum(-1)
-    scores = scores.masked_fill((n_visible == 0)[..., None], 0.0)
-    weight = weights.gather(-1, at) * (n_visible >= min_keys) * (positions.sample >= 0)[:, None]
+    scores.masked_fill_((n_visible == 0)[..., None], 0.0)
+    weight = weights[:, sequence.sample] * (n_visible >= min_keys)
     soft = distances_to_saturated(scores)
-    rest = scores.masked_fill(positions.sinks[:, None, None], -math.inf)
-    rest = rest.masked_fill((rest == -math.inf).all(-1, keepdim=True), 0.0)
+    rest = scores.masked_fill(sequence.looked_at[:, 2].bool(), -math.inf)
+    rest.masked_fill_((rest == -math.inf).all(-1, keepdim=True), 0.0)
     pattern = rest.softmax(-1)
     rows = {
         "sampled_rows": torch.ones_like(soft.tv_nearest),
@@ -181,24 +185,17 @@ def _measure_sample(
         "tv_argmax_no_sink": 1 - pattern.amax(-1),
         "tv_mean_no_sink": distance_to_uniform(pattern, rest != -math.inf),
     }
-    everything = slice(0, n_heads)
-    for b in range(batch):
-        of_sequence = {name: rows[name][b] for name in SAMPLE_SUMS}
-        _add(sums, everything, of_sequence, weight[b], positions.resampling[b])
+    _add(sums, slice(0, len(scores)), rows, weight, sequence.resampling)
     m_bins = (soft.m.double().log2() * M_BINS_PER_OCTAVE).round().long().clamp(max=M_BINS - 1)
     c_lo, c_hi = critical_bins(scores)
     roles = _roles_of_rows(soft.tv_argmax, soft.tv_mean, soft.tv_nearest, soft.m, thresholds)
     for name, bins in {"m_keys": m_bins, "c_lo": c_lo, "c_hi": c_hi, "row_roles": roles}.items():
-        _count(sums.histograms[name], _by_head(bins), _by_head(weight))
-
-
-def _by_head(rows: Tensor) -> Tensor:
-    return rows.transpose(0, 1).flatten(1)
+        _count(sums.histograms[name], bins, weight)
 
 
 def _roles_of_rows(
     tv_argmax: Tensor, tv_mean: Tensor, tv_nearest: Tensor, m: Tensor, t: Thresholds
-) -> Int[Tensor, "batch head row"]:
+) -> Int[Tensor, "head row"]:
     """Apply the rule of :func:`sat_lens.roles.rule.role_of` to single rows."""
     leaning = tv_mean / (tv_argmax + tv_mean).clamp(min=1e-12)
     role = torch.full_like(m, ROLES.index("soft"))
