@@ -24,6 +24,7 @@ from sat_lens.attention.transforms import Ties, check_scale, check_ties
 from sat_lens.errors import ArgumentError, HeadSelectionError, UnsupportedModelError
 from sat_lens.sites import AttentionSite, Edit, Heads, Selection, attention_sites, open_door
 from sat_lens.sites.door import NewScores
+from sat_lens.sites.hooks import pattern_hook, scores_hook
 from sat_lens.sites.selection import select_heads
 
 ScaleLike = float | Tensor | Mapping[Any, float] | Callable[[int, int], float]
@@ -119,7 +120,9 @@ def saturation_hooks(
     """Give the same intervention as hooks for TransformerLens's ``run_with_hooks``.
 
     Arguments and errors are those of :func:`saturate`. A hook cannot check that it was called, so
-    :func:`saturate` is the safer form where there is a choice.
+    :func:`saturate` is the safer form where there is a choice. Where only the pattern can be
+    hooked (TransformerLens's native models), scales have to be 1 or more, and scores that differ
+    by less than the rounding of the pattern count as equal.
 
     Returns:
         Pairs (name of a hook point, hook).
@@ -138,13 +141,18 @@ def saturation_hooks(
     for path, chosen in _selection_for(sites, heads, scale).items():
         site = _site_at(sites, path)
         _check_reachable(site)
-        if site.level != "scores":
-            raise UnsupportedModelError(
-                f"{path} cannot be saturated through a TransformerLens hook: its scores' hook does "
-                "not carry what its softmax receives. Use `with sat_lens.saturate(model): ...`."
-            )
         edit = _edit(site, _groups(site, chosen, scale, ties))
-        hooks.append((f"{path}.hook_attn_scores", _as_hook(edit)))
+        if site.level == "scores":
+            hooks.append((f"{path}.hook_attn_scores", scores_hook(edit)))
+        elif site.pattern_is_true and all(_scale_of(site, h, scale) >= 1 for h in chosen):
+            hooks.append((f"{path}.hook_pattern", pattern_hook(edit)))
+        else:
+            raise UnsupportedModelError(
+                f"{path} cannot be saturated through a TransformerLens hook"
+                + (" at a scale below 1" if site.pattern_is_true else "")
+                + ": its scores' hook does not carry what its softmax receives. "
+                "Use `with sat_lens.saturate(model): ...`."
+            )
     return hooks
 
 
@@ -218,17 +226,6 @@ def _at(transform: Transform, site: AttentionSite) -> Transform:
     """Let a transform that draws at random know which module it serves."""
     bind = getattr(transform, "at", None)
     return bind(site.path) if callable(bind) else transform
-
-
-def _as_hook(edit: Edit) -> Callable[..., Tensor]:
-    def hook_fn(tensor: Tensor, hook: Any = None) -> Tensor:  # noqa: ARG001 - TransformerLens names it
-        new = edit(tensor)
-        if new is None or len(new.heads) == tensor.shape[1]:
-            return tensor if new is None else new.scores.to(tensor.dtype)
-        index = torch.tensor(new.heads, device=tensor.device)
-        return tensor.index_copy(1, index, new.scores.to(tensor.dtype))
-
-    return hook_fn
 
 
 def _selection_for(sites: list[AttentionSite], heads: Heads, scale: ScaleLike) -> Selection:

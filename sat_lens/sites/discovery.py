@@ -71,9 +71,10 @@ def _attention_paths(model: Any) -> list[str]:
                     by_point.setdefault(id(point), path)
     if not by_point:
         raise UnsupportedModelError(
-            f"Needed a model with softmax attention, and {type(model).__name__} "
-            f"{_name(model)!r} has no attention patterns at all. State-space and linear-attention "
-            "models (Mamba, RWKV) have nothing that can be saturated."
+            f"Needed a model with softmax attention, and TransformerLens shows no attention "
+            f"pattern of {type(model).__name__} {_name(model)!r}. State-space and "
+            "linear-attention models (Mamba, RWKV) have nothing that can be saturated; some hybrid "
+            "models have, but TransformerLens wraps their layers as a whole."
         )
     return list(by_point.values())
 
@@ -95,7 +96,8 @@ def _probe(
 def _state(model: Any) -> object:
     config = getattr(getattr(model, "original_model", None), "config", None)
     return (
-        model.training,
+        # Parts can be in training mode while the whole is not.
+        Counter(module.training for module in model.modules())[True],
         getattr(model, "compatibility_mode", None),
         getattr(config, "_attn_implementation", None),
         Counter(name.endswith(_PATTERN) for name in model.hook_dict)[True],

@@ -104,7 +104,7 @@ class _Door:
         new = self.edit(scores)
         if new is None:
             return None
-        return _put(scores, new.heads, new.scores.to(scores.dtype))
+        return put(scores, new.heads, new.scores.to(scores.dtype))
 
     def at_softmax(self, received: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
         """Edit at the level ``softmax``: the softmax gets the new scores in float32 at least.
@@ -118,11 +118,12 @@ class _Door:
         if new is None:
             return softmax(received)
         wide = torch.promote_types(scores.dtype, torch.float32)
-        changed = _put(scores.to(wide), new.heads, new.scores.to(wide))
+        changed = put(scores.to(wide), new.heads, new.scores.to(wide))
         return softmax(from_heads(changed, self.site.layout, like=received))
 
 
-def _put(whole: Tensor, heads: list[int], part: Tensor) -> Tensor:
+def put(whole: Tensor, heads: list[int], part: Tensor) -> Tensor:
+    """Give ``whole`` with the given heads (its second axis) replaced by those of ``part``."""
     if len(heads) == whole.shape[1]:
         return part
     return whole.index_copy(1, torch.tensor(heads, device=whole.device), part)

@@ -22,6 +22,7 @@ class AttentionSite:
         level: ``"scores"`` or ``"softmax"``, found by running the model; None where neither works.
         layout: The order of axes in which its softmax keeps the heads.
         why_not: For a level of None, the reason, and what to do about it.
+        pattern_is_true: Whether its pattern's hook shows all that the softmax gave, and edits act.
         discarded: Names of hook points whose edits this module throws away.
         dropout: Whether attention dropout was active when the module was looked at.
     """
@@ -34,6 +35,7 @@ class AttentionSite:
     level: Level | None
     layout: str = "b h q k"
     why_not: str = ""
+    pattern_is_true: bool = False
     discarded: frozenset[str] = frozenset()
     dropout: bool = False
 

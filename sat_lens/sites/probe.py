@@ -93,7 +93,9 @@ def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = _hf_config(model)
     vocab = int(getattr(model.cfg, "d_vocab", 0) or getattr(config, "vocab_size", 0) or 0)
-    tokens = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % max(vocab, 2)
+    # As many tokens as heads would leave open which axis of the scores is which.
+    n_tokens = PROBE_TOKENS + 1 if head_count_hint(model) == PROBE_TOKENS else PROBE_TOKENS
+    tokens = torch.arange(1, n_tokens + 1, device=device)[None] % max(vocab, 2)
     text: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((tokens,), {}),
         ((tokens,), {"decoder_input": tokens}),
@@ -108,7 +110,9 @@ def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         return [((pixels.to(device, dtype),), {}), *text]
     if main in ("input_values", "input_features"):
         generator = torch.Generator().manual_seed(0)
-        wave = torch.randn(1, 1600, generator=generator).to(device, dtype)
+        mel_bins = getattr(config, "num_mel_bins", None)
+        shape = (1, getattr(config, "max_length", 3000), mel_bins) if mel_bins else (1, 1600)
+        wave = torch.randn(*shape, generator=generator).to(device, dtype)
         return [((wave,), {"return_type": "logits"}), ((wave,), {}), *text]
     return text
 
@@ -141,7 +145,9 @@ def _recording(model: Any, path: str, calls: list[Call]) -> Iterator[None]:
 
     def handle(scores: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
         calls[-1].events.append(("softmax", scores))
-        return softmax(scores)
+        weights = softmax(scores)
+        calls[-1].events.append(("weights", weights))
+        return weights
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
@@ -188,6 +194,7 @@ def _site(place: Place, calls: list[Call], hint: int | None) -> AttentionSite:
         level=level,
         layout=layout,
         why_not=why_not,
+        pattern_is_true=bool(calls) and all(_pattern_is_the_output(call) for call in calls),
         discarded=frozenset().union(*(_discarded(call) for call in calls)),
         dropout=any(call.dropout for call in calls),
     )
@@ -199,9 +206,14 @@ def _heads(calls: list[Call], hint: int | None) -> tuple[str, str, int]:
         return "the module did not run in a forward pass", "", 0
     if any(call.fused for call in calls):
         return (
-            "its attention runs in a fused kernel, where scores cannot be reached; load the model "
-            'with attn_implementation="eager"'
-        ), "", 0
+            (
+                "its attention runs in a fused kernel, where scores cannot be reached; load the "
+                'model with attn_implementation="eager", or call '
+                'model.original_model.set_attn_implementation("eager")'
+            ),
+            "",
+            0,
+        )
     counts = {len(call.tensors("softmax")) for call in calls}
     if counts == {0}:
         return "no attention softmax ran inside it", "", 0
@@ -226,6 +238,16 @@ def _scores_are_the_input(call: Call) -> bool:
     if len(shown) != 1 or shown[0].shape != received[0].shape or shown[0].dim() != 4:
         return False
     return torch.equal(shown[0].float(), received[0].float())
+
+
+def _pattern_is_the_output(call: Call) -> bool:
+    weights, pattern, out = (call.order(name) for name in ("weights", "pattern", "out"))
+    if weights is None or pattern is None or out is None or not weights < pattern < out:
+        return False
+    given, shown = call.tensors("weights"), call.tensors("pattern")
+    if len(shown) != 1 or len(given) != 1 or shown[0].shape != given[0].shape:
+        return False
+    return torch.equal(shown[0].float(), given[0].float())
 
 
 def _discarded(call: Call) -> frozenset[str]:

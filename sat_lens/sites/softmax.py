@@ -77,8 +77,9 @@ class AttentionSoftmax(TorchFunctionMode):
         # A learned sink's column is cut off before the dropout; the output of the module, which
         # dropout may follow as well, has as many columns as the model is wide.
         widths = (self._n_keys, self._n_keys - 1)
-        is_pattern = isinstance(dropped, Tensor) and dropped.dim() >= 3
-        return is_pattern and dropped.shape[-1] in widths and _is_active(args, kwargs)
+        if not isinstance(dropped, Tensor) or dropped.dim() < 3:
+            return False
+        return dropped.shape[-1] in widths and _is_active(args, kwargs)
 
 
 # Orders of axes in which models keep their scores -> the order that edits see. Batch and head may
@@ -129,9 +130,7 @@ def heads_in(shape: Sequence[int], layout: str, hint: int | None) -> int:
     return shape[layout.split().index("h")] if len(shape) == 4 else hint or 0
 
 
-def as_heads(
-    scores: Tensor, layout: str, n_heads: int
-) -> Float[Tensor, "batch head query key"]:
+def as_heads(scores: Tensor, layout: str, n_heads: int) -> Float[Tensor, "batch head query key"]:
     """View what a softmax received as ``[batch, head, query, key]``.
 
     Raises:
@@ -157,9 +156,7 @@ def as_heads(
     return heads
 
 
-def from_heads(
-    heads: Float[Tensor, "batch head query key"], layout: str, like: Tensor
-) -> Tensor:
+def from_heads(heads: Float[Tensor, "batch head query key"], layout: str, like: Tensor) -> Tensor:
     """Undo :func:`as_heads`: give ``heads`` the layout and shape of ``like``."""
     sizes = _sizes(layout, like, heads.shape[1])
     return rearrange(heads, f"{_LAYOUTS[layout]} -> {layout}", **sizes)

@@ -1,0 +1,57 @@
+"""What every test runs under: offline, one thread, annotations enforced, torch's state guarded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import beartype
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# PEP 484: where float is asked for, an int will do.
+_CHECKED = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+
+def enforce(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the types and the shapes of a function's arguments and of its result."""
+    return _CHECKED(function)
+
+
+jaxtyping.install_import_hook("sat_lens", f"{__name__}.enforce")
+
+import sat_lens as sl  # noqa: E402 - after the hook, so that it is checked
+
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("suite")
+
+
+@pytest.fixture
+def types_unchecked() -> Iterator[None]:
+    """Annotations off, as for users: bad input has to meet the library's own checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Any:
+    return sl.load_model("demo")
+
+
+@pytest.fixture(autouse=True)
+def torch_state_is_kept() -> Iterator[None]:
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    after = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_grad_enabled(before[0])
+    torch.set_default_dtype(before[1])
+    assert after == before, f"the test left torch at {after}, it was {before}"
