@@ -18,15 +18,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import Ties
-from sat_lens.errors import ArgumentError
-from sat_lens.intervention import ScaleLike, replace_attention, saturate
+from sat_lens.errors import ArgumentError, NonFiniteError
+from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
+from sat_lens.scales import ScaleLike
 from sat_lens.sites import Heads
 
 # Below this the random key is as near to the soft run as can be, and S says nothing.
@@ -94,6 +95,7 @@ class SaturationPair:
 
         Raises:
             ArgumentError: The caches do not hold that activation.
+            NonFiniteError: It is not finite everywhere, as attention scores with a mask are not.
 
         Example:
             >>> import sat_lens as sl
@@ -113,10 +115,19 @@ class SaturationPair:
                 (self.soft.cache[name], self.saturated.cache[name], control.cache[name])
                 for name in names
             ]
+        if activation in _HEADS_BEFORE_POSITIONS:
+            triples = [
+                (a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2)) for a, b, c in triples
+            ]
         with torch.no_grad():
-            saturated = [mean_cosine(soft, sat, self.real) for soft, sat, _ in triples]
-            random = [mean_cosine(soft, rand, self.real) for soft, _, rand in triples]
-        return Similarity(activation, names, torch.stack(saturated), torch.stack(random))
+            saturated = torch.stack([mean_cosine(soft, sat, self.real) for soft, sat, _ in triples])
+            random = torch.stack([mean_cosine(soft, rand, self.real) for soft, _, rand in triples])
+        if not bool((saturated + random).isfinite().all()):
+            raise NonFiniteError(
+                f"{activation!r} is not finite everywhere (masked attention scores are not), so it "
+                'has no cosine. Compare another activation, such as "pattern" or "resid_post".'
+            )
+        return Similarity(activation, names, saturated, random)
 
 
 def run_with_saturation_cache(
@@ -170,7 +181,7 @@ def run_with_saturation_cache(
         soft=run(contextlib.nullcontext()),
         saturated=run(saturate(model, heads, scale, ties)),
         provenance=Provenance(model_name(model), scale=_shown(scale), ties=str(ties)),
-        real=_real_positions(kwargs),
+        real=_real_positions(model, inputs, kwargs),
         _run_random=lambda seed: run(replace_attention(model, RandomKey(seed), heads)),
     )
 
@@ -228,9 +239,25 @@ _ALSO = {
 }
 
 
-def _real_positions(kwargs: dict[str, Any]) -> Tensor | None:
+_HEADS_BEFORE_POSITIONS = ("pattern", "attn_scores")
+
+
+def _real_positions(
+    model: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Bool[Tensor, "batch position"] | None:
+    """Find the positions that are no padding; None if all are or nothing says so."""
     mask = kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if isinstance(mask, Tensor):
+        return mask.bool() if mask.dim() == 2 else None
+    texts = inputs[0] if inputs else kwargs.get("input")
+    if not isinstance(texts, list) or len(texts) < 2 or not isinstance(texts[0], str):
+        return None
+    # The model pads several texts by itself, to the length of the longest.
+    named = {name: kwargs[name] for name in ("prepend_bos",) if name in kwargs}
+    lengths = torch.tensor([model.to_tokens(text, **named).shape[-1] for text in texts])[:, None]
+    places = torch.arange(int(lengths.max()))
+    side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
+    return places.flip(0) < lengths if side == "left" else places < lengths
 
 
 def _shown(scale: ScaleLike) -> str:

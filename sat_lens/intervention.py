@@ -20,14 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.attention import Limit, Scale, Transform, Uniform, transform_scores
-from sat_lens.attention.transforms import Ties, check_scale, check_ties
-from sat_lens.errors import ArgumentError, HeadSelectionError, UnsupportedModelError
-from sat_lens.sites import AttentionSite, Edit, Heads, Selection, attention_sites, open_door
+from sat_lens.attention.transforms import Ties, check_ties
+from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.scales import ScaleLike, select_with_scales
+from sat_lens.sites import AttentionSite, Edit, Heads, attention_sites, open_door
 from sat_lens.sites.door import NewScores
 from sat_lens.sites.hooks import pattern_hook, scores_hook
 from sat_lens.sites.selection import select_heads
 
-ScaleLike = float | Tensor | Mapping[Any, float] | Callable[[int, int], float]
 # For one site: groups of heads and the transform of each group.
 Groups = list[tuple[list[int], Transform]]
 
@@ -69,11 +69,8 @@ def saturate(
     """
     check_ties(ties)
     sites = attention_sites(model)
-    selection = _selection_for(sites, heads, scale)
-    groups = {
-        path: _groups(_site_at(sites, path), chosen, scale, ties)
-        for path, chosen in selection.items()
-    }
+    scales = select_with_scales(sites, heads, scale)
+    groups = {path: _groups(chosen, ties) for path, chosen in scales.items()}
     with attached(model, sites, groups):
         yield model
 
@@ -138,13 +135,13 @@ def saturation_hooks(
     check_ties(ties)
     sites = attention_sites(model)
     hooks = []
-    for path, chosen in _selection_for(sites, heads, scale).items():
+    for path, chosen in select_with_scales(sites, heads, scale).items():
         site = _site_at(sites, path)
         _check_reachable(site)
-        edit = _edit(site, _groups(site, chosen, scale, ties))
+        edit = _edit(site, _groups(chosen, ties))
         if site.level == "scores":
             hooks.append((f"{path}.hook_attn_scores", scores_hook(edit)))
-        elif site.pattern_is_true and all(_scale_of(site, h, scale) >= 1 for h in chosen):
+        elif site.pattern_is_true and min(chosen.values()) >= 1:
             hooks.append((f"{path}.hook_pattern", pattern_hook(edit)))
         else:
             raise UnsupportedModelError(
@@ -200,7 +197,7 @@ def transform_for(scale: float, ties: Ties = "exact") -> Transform:
 
 
 def _edit(site: AttentionSite, groups: Groups) -> Edit:
-    bound = [(heads, _at(transform, site)) for heads, transform in groups]
+    bound = [(heads, _at(transform, site, heads)) for heads, transform in groups]
     order = sorted(head for heads, _ in bound for head in heads)
 
     def edit(scores: Tensor) -> NewScores:
@@ -222,59 +219,17 @@ def _take(scores: Tensor, heads: list[int]) -> Tensor:
     return scores if len(heads) == scores.shape[1] else scores[:, heads]
 
 
-def _at(transform: Transform, site: AttentionSite) -> Transform:
-    """Let a transform that draws at random know which module it serves."""
+def _at(transform: Transform, site: AttentionSite, heads: list[int]) -> Transform:
+    """Let a transform that draws at random know which module and heads it serves."""
     bind = getattr(transform, "at", None)
-    return bind(site.path) if callable(bind) else transform
+    return bind(site.path, tuple(heads)) if callable(bind) else transform
 
 
-def _selection_for(sites: list[AttentionSite], heads: Heads, scale: ScaleLike) -> Selection:
-    if isinstance(scale, Mapping) and heads is None:
-        return select_heads(sites, list(scale))
-    return select_heads(sites, heads)
-
-
-def _groups(site: AttentionSite, chosen: list[int], scale: ScaleLike, ties: Ties) -> Groups:
+def _groups(scale_of_head: Mapping[int, float], ties: Ties) -> Groups:
     by_scale: dict[float, list[int]] = {}
-    for head in chosen:
-        c = _scale_of(site, head, scale)
-        check_scale(c)
+    for head, c in scale_of_head.items():
         by_scale.setdefault(c, []).append(head)
     return [(heads, transform_for(c, ties)) for c, heads in by_scale.items()]
-
-
-def _scale_of(site: AttentionSite, head: int, scale: ScaleLike) -> float:
-    if isinstance(scale, Mapping):
-        found = {
-            label: c for name, c in scale.items() for label in _names(site, head) if name == label
-        }
-        if not found:
-            raise HeadSelectionError(
-                f"The mapping of scales has no entry for the chosen head {site.label(head)}."
-            )
-        return float(next(iter(found.values())))
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        if scale.dim() != 2 or site.layer >= scale.shape[0] or head >= scale.shape[1]:
-            raise ArgumentError(
-                f"Scales as a tensor need shape [layer, head] and an entry for "
-                f"{site.label(head)}; found shape {list(scale.shape)}."
-            )
-        return float(scale[site.layer, head])
-    if callable(scale):
-        return float(scale(site.layer, head))
-    if isinstance(scale, (int, float, Tensor)) and not isinstance(scale, bool):
-        return float(scale)
-    raise ArgumentError(
-        "scale must be a number >= 0, math.inf, a tensor [layer, head], a mapping from heads to "
-        f"numbers, or a callable (layer, head) -> number; {scale!r} was given."
-    )
-
-
-def _names(site: AttentionSite, head: int) -> list[Any]:
-    names: list[Any] = [site.label(head)]
-    if not site.stack:
-        names += [f"{site.layer}.{head}", (site.layer, head)]
-    return names
 
 
 def _site_at(sites: list[AttentionSite], path: str) -> AttentionSite:

@@ -129,11 +129,11 @@ class RandomKey:
     """Attend to one visible key, drawn anew for every head, query and attention module.
 
     The control for saturation: as hard as the limit, blind to the scores. The draw is a hash of
-    the seed, the site, the head's place in the selection, the query's position counted from the
-    newest key, and the key. It therefore leaves torch's random state alone, is equal on every
-    device, does not depend on how prompts are batched (all prompts of a batch share the draws),
-    and agrees with and without a KV cache. Cross-attention is the exception to the last: its keys
-    do not grow with its queries, so that a query's position cannot be known there.
+    the seed, the site, the head, the query's position counted from the newest key, and the key.
+    It therefore leaves torch's random state alone, is equal on every device, does not depend on
+    how prompts are batched (all prompts of a batch share the draws), and agrees with and without a
+    KV cache. Cross-attention is the exception to the last: its keys do not grow with its queries,
+    so that a query's position cannot be known there.
 
     Example:
         >>> import torch
@@ -144,10 +144,11 @@ class RandomKey:
 
     seed: int = 0
     site: str = ""
+    heads: tuple[int, ...] = ()
 
-    def at(self, site: str) -> RandomKey:
-        """Return the same transform with the draws of one attention module."""
-        return dataclasses.replace(self, site=site)
+    def at(self, site: str, heads: tuple[int, ...] = ()) -> RandomKey:
+        """Return the same transform with the draws of one attention module, or of some heads."""
+        return dataclasses.replace(self, site=site, heads=heads)
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
         """Return 0 for the drawn key and ``-inf`` for all others."""
@@ -160,7 +161,7 @@ class RandomKey:
         n_heads, n_queries, n_keys = (1, 1, *scores.shape)[-3:]
         keys = torch.arange(n_keys, device=scores.device)
         queries = torch.arange(n_keys - n_queries, n_keys, device=scores.device)
-        heads = torch.arange(n_heads, device=scores.device)
+        heads = torch.tensor(self.heads or range(n_heads), device=scores.device)
         start = hashlib.sha256(f"{self.seed}/{self.site}".encode()).digest()
         state = heads[:, None, None] + int.from_bytes(start[:7], "big")
         state = _mix(state) + queries[:, None]

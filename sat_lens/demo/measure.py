@@ -9,7 +9,6 @@ When not to use it: for a training run of your own; ``sat_lens.norm_growth`` rea
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from sat_lens.metrics import next_token_loss
 from sat_lens.models import load_model
 from sat_lens.results import library_versions, write_whole
 from sat_lens.roles import head_roles
-
-logger = logging.getLogger(__name__)
 
 WINDOWS = 64
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import math
 import os
 import shutil
@@ -30,8 +29,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sat_lens.demo.corpus import training_texts
-
-logger = logging.getLogger(__name__)
+from sat_lens.demo.measure import measure_checkpoints
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
@@ -254,6 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
         shutil.rmtree(options.work, ignore_errors=True)
     train(recipe, options.work)
     write_model(recipe, options.work, options.out)
+    log = options.out / "training_log.json"
+    measure_checkpoints(options.work, log, recipe.context, dataclasses.asdict(recipe))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
+from sat_lens.roles.damage import head_damage
 from sat_lens.roles.importance import Metric, row_importance
 from sat_lens.roles.merging import all_reduced, shard_of_rank
 from sat_lens.roles.positions import BatchReader, Rows, special_ids
@@ -36,6 +37,7 @@ def head_roles(
     min_keys: int = 8,
     rows: Rows = ROWS_PER_SEQUENCE,
     thresholds: Thresholds | None = None,
+    damage: bool = False,
     shard: tuple[int, int] | None = None,
     batch_size: int = 8,
     progress: bool = True,
@@ -60,6 +62,9 @@ def head_roles(
         rows: For what needs a sort or a search (tv_nearest, m, c_lo, c_hi), how many seeded rows of
             each sequence; ``"all"`` for all.
         thresholds: Where one role ends and the next begins.
+        damage: Also measure what replacing each head's pattern (by its argmax, uniform, its nearest
+            saturated row, zero) does to the metric, or to the loss if none is given; costs four
+            forward passes per head.
         shard: ``(i, n)`` with i from 1 to n: read every n-th batch only, starting with the i-th.
         batch_size: Sequences in a forward pass, for tokens and texts.
         progress: Whether to show a progress bar.
@@ -89,7 +94,12 @@ def head_roles(
             for batch in mine:
                 importance = None if metric is None else row_importance(model, batch, sites, metric)
                 reader = BatchReader(batch, special, query_positions, rows, importance)
-                for path, part in _one_batch(model, sites, batch, reader, min_keys, limits).items():
+                found = _one_batch(model, sites, batch, reader, min_keys, limits)
+                if damage:
+                    done = head_damage(model, batch, sites, metric or "loss")
+                    for path, part in found.items():
+                        part.add_damage(done[path], reader.resampling)
+                for path, part in found.items():
                     sums[path].add(part)
                 n_sequences += batch.size
                 bar.update(batch.size)

@@ -72,6 +72,9 @@ class HeadRoles:
                        tokens; ``induction`` and ``duplicate`` over rows that have such a key
         c_lo           median greatest scale within .1 of uniform; inf if every scale is
         c_hi           median least scale within .1 of the limit; 0 if every scale is
+        damage_...     only if asked for: mean rise of the metric if the pattern is replaced by its
+                       argmax, uniform, its nearest saturated row, or the head's output by zero
+        relative_...   relative_damage: that of the role's own ideal pattern over that of zero
         agreement      share of sampled rows that have the head's own role
         n_rows         number of counted rows
         ============== =========================================================================

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sat_lens.attention.critical import N_BINS, scale_of_bin
-from sat_lens.roles.rule import ROLES, Targets, Thresholds, lean, role_of, target_of
-from sat_lens.roles.sums import FARTHEST_OFFSET, M_BINS_PER_OCTAVE, Sums
+from sat_lens.roles.rule import IDEAL, ROLES, Targets, Thresholds, lean, role_of, target_of
+from sat_lens.roles.sums import DAMAGES, FARTHEST_OFFSET, M_BINS_PER_OCTAVE, Sums
 from sat_lens.sites.naming import AttentionSite
 
 
@@ -52,6 +52,7 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         **mean.masses(),
         "c_lo": _median_scale(histograms["c_lo"]),
         "c_hi": _median_scale(histograms["c_hi"]),
+        **_damage(mean, role),
         "agreement": _share_of(histograms["row_roles"], ROLES.index(role)),
         "n_rows": int(sums.counted[head]),
     }
@@ -72,6 +73,17 @@ class _Means:
         for name in ("induction", "duplicate"):
             masses[name] = self.of(f"mass_{name}", f"{name}_rows")
         return masses
+
+
+def _damage(mean: _Means, role: str) -> dict[str, float]:
+    if not mean.sums["damage_sequences"]:
+        return {}
+    damage = {name: mean.of(f"damage_{name}", "damage_sequences") for name in DAMAGES}
+    own = damage[IDEAL[role]]
+    relative = own / damage["zero"] if damage["zero"] else math.nan
+    return {f"damage_{name}": value for name, value in damage.items()} | {
+        "relative_damage": relative
+    }
 
 
 def _mode(offsets: Tensor) -> tuple[int, float]:

@@ -22,6 +22,16 @@ DESCRIPTIONS = {
     "mean": "averages over all visible keys",
 }
 
+# The pattern that a role claims to describe.
+IDEAL = {
+    "argmax": "argmax",
+    "argmax-lean": "argmax",
+    "subset": "nearest",
+    "soft": "nearest",
+    "mean-lean": "uniform",
+    "mean": "uniform",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:

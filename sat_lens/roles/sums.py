@@ -41,6 +41,10 @@ ROW_SUMS = (
 )
 # Sums over the sampled rows, where a sort and a search are paid for.
 SAMPLE_SUMS = ("sampled_rows", "tv_nearest", "m_share", "tv_argmax_no_sink", "tv_mean_no_sink")
+# Sums over sequences, where damage was asked for.
+DAMAGES = ("argmax", "uniform", "nearest", "zero")
+DAMAGE_SUMS = ("damage_sequences", *(f"damage_{name}" for name in DAMAGES))
+ALL_SUMS = ROW_SUMS + SAMPLE_SUMS + DAMAGE_SUMS
 # Weighted counts of rows by a number of theirs, per head.
 HISTOGRAMS = {
     "offsets": 2 * FARTHEST_OFFSET + 1,
@@ -68,10 +72,7 @@ class Sums:
     def empty(cls, n_heads: int) -> Sums:
         """Start with nothing measured."""
         return cls(
-            {
-                name: torch.zeros(1 + BOOTSTRAPS, n_heads, dtype=torch.float64)
-                for name in ROW_SUMS + SAMPLE_SUMS
-            },
+            {name: torch.zeros(1 + BOOTSTRAPS, n_heads, dtype=torch.float64) for name in ALL_SUMS},
             {
                 name: torch.zeros(n_heads, n_bins, dtype=torch.float64)
                 for name, n_bins in HISTOGRAMS.items()
@@ -84,9 +85,19 @@ class Sums:
         for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
             mine += theirs
 
+    def add_damage(
+        self,
+        damage: dict[str, Float[Tensor, "batch head"]],
+        resampling: Float[Tensor, "batch resample"],
+    ) -> None:
+        """Take the damage that replacements did to each sequence of a batch in."""
+        self.by_name["damage_sequences"] += resampling.sum(0)[:, None]
+        for name in DAMAGES:
+            self.by_name[f"damage_{name}"] += resampling.T @ damage[name].double()
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, in a fixed order: what goes to files and between processes."""
-        named = {f"sum.{name}": self.by_name[name] for name in ROW_SUMS + SAMPLE_SUMS}
+        named = {f"sum.{name}": self.by_name[name] for name in ALL_SUMS}
         named |= {f"histogram.{name}": self.histograms[name] for name in HISTOGRAMS}
         return {**named, "counted": self.counted}
 
@@ -94,7 +105,7 @@ class Sums:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Sums:
         """Rebuild sums from :meth:`tensors`; a KeyError names what is missing."""
         return cls(
-            {name: tensors[f"sum.{name}"] for name in ROW_SUMS + SAMPLE_SUMS},
+            {name: tensors[f"sum.{name}"] for name in ALL_SUMS},
             {name: tensors[f"histogram.{name}"] for name in HISTOGRAMS},
             tensors["counted"],
         )
