@@ -13,45 +13,55 @@ from sat_lens.errors import SatLensError
 from sat_lens.version import __version__
 
 if TYPE_CHECKING:
-    from sat_lens import metrics, tasks, viz
+    from sat_lens import metrics, norms, tasks, training, viz
     from sat_lens.attention import transforms
     from sat_lens.caching import SaturationPair, run_with_saturation_cache
     from sat_lens.intervention import replace_attention, saturate, saturation_hooks
     from sat_lens.models import load_model
+    from sat_lens.norms import norm_growth, parameter_norms, scaled_parameters
     from sat_lens.roles import HeadRoles, head_roles
     from sat_lens.sites import attention_sites
     from sat_lens.spectrum import scaling_curve
+    from sat_lens.training import SaturationTracker
     from sat_lens.viz import write_report
 
 _PLACES = {
     "HeadRoles": "sat_lens.roles",
     "SaturationPair": "sat_lens.caching",
+    "SaturationTracker": "sat_lens.training",
     "attention_sites": "sat_lens.sites",
     "head_roles": "sat_lens.roles",
     "load_model": "sat_lens.models",
+    "norm_growth": "sat_lens.norms",
+    "parameter_norms": "sat_lens.norms",
     "replace_attention": "sat_lens.intervention",
     "run_with_saturation_cache": "sat_lens.caching",
     "saturate": "sat_lens.intervention",
     "saturation_hooks": "sat_lens.intervention",
+    "scaled_parameters": "sat_lens.norms",
     "scaling_curve": "sat_lens.spectrum",
     "transforms": "sat_lens.attention",
     "write_report": "sat_lens.viz",
 }
-_ROOMS = ("metrics", "tasks", "viz")
+_ROOMS = ("metrics", "norms", "tasks", "training", "viz")
 
 __all__ = [
     "HeadRoles",
     "SatLensError",
     "SaturationPair",
+    "SaturationTracker",
     "__version__",
     "attention_sites",
     "head_roles",
     "load_model",
     "metrics",
+    "norm_growth",
+    "parameter_norms",
     "replace_attention",
     "run_with_saturation_cache",
     "saturate",
     "saturation_hooks",
+    "scaled_parameters",
     "scaling_curve",
     "tasks",
     "transforms",

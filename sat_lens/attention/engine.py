@@ -16,6 +16,9 @@ from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Un
 from sat_lens.errors import ArgumentError, NonFiniteError
 
 # These return a maximum of 0 in every row and leave masked keys at -inf.
+# Softmax gives this exactly no mass, in float64 too, and no one takes it for a mask: whoever looks
+# at changed scores still sees which keys were visible.
+NO_MASS = -1000.0
 _OWN = (Limit, RandomKey, Scale, Uniform)
 
 
@@ -25,8 +28,8 @@ def transform_scores(
     """Apply a transform to scores as a model has them; the result is float32.
 
     The scores are taken to float32, masked keys to ``-inf``. Afterwards each row is shifted so
-    that its maximum is 0, masked keys get the model's own mask value back, and rows without a
-    visible key are as they were. The input is not changed.
+    that its maximum is 0, a visible key without mass holds -1000, masked keys get the model's own
+    mask value back, and rows without a visible key are as they were. The input is not changed.
 
     Raises:
         NonFiniteError: The scores hold NaN or +inf before anything was done to them.
@@ -49,7 +52,7 @@ def transform_scores(
         # A row without a visible key never reaches a transform: it gets zeros in its place.
         visible = torch.where(dead, 0.0, visible)
     new = _row_max_at_zero(_call(transform, visible), masked, transform)
-    return torch.where(masked, raw, new)
+    return torch.where(masked, raw, new.clamp_(min=NO_MASS))
 
 
 def _in_float32(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from torch import Tensor
 
-from sat_lens.errors import FileFormatError
+from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import Provenance, read_result, write_result
 from sat_lens.roles.rows import head_row
 from sat_lens.roles.rule import Thresholds
@@ -101,11 +101,11 @@ class HeadRoles:
             the lean moved by more than ``errors`` standard errors.
 
         Raises:
-            FileFormatError: The two results have different heads.
+            ArgumentError: The two results have different heads.
         """
         mine, theirs = self.frame(), other.frame()
         if list(mine.index) != list(theirs.index):
-            raise FileFormatError(
+            raise ArgumentError(
                 "Only results with the same heads can be compared; found "
                 f"{len(mine)} heads ({mine.index[0]}, ...) and {len(theirs)} "
                 f"({theirs.index[0]}, ...)."

@@ -1,0 +1,22 @@
+"""Parameter norms: of one model, through training, and scaled on purpose."""
+
+from sat_lens.norms.fits import Exponent
+from sat_lens.norms.growth import NormGrowth, norm_growth
+from sat_lens.norms.homogeneity import HomogeneityCurve, homogeneity_curve
+from sat_lens.norms.measures import saturation_measures
+from sat_lens.norms.naming import COMPONENTS
+from sat_lens.norms.parameters import ParameterNorms, parameter_norms
+from sat_lens.norms.scaled import scaled_parameters
+
+__all__ = [
+    "COMPONENTS",
+    "Exponent",
+    "HomogeneityCurve",
+    "NormGrowth",
+    "ParameterNorms",
+    "homogeneity_curve",
+    "norm_growth",
+    "parameter_norms",
+    "saturation_measures",
+    "scaled_parameters",
+]

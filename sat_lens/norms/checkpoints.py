@@ -1,0 +1,226 @@
+"""Which checkpoints a caller means, and at which step each was taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sat_lens.errors import ArgumentError, FileFormatError, ModelError
+from sat_lens.norms.sources import STATE_DICT_SUFFIXES
+
+_STEP = re.compile(r"(\d+)(?:\.[A-Za-z]+)?$")
+_CHECKPOINT = re.compile(r"^(checkpoint|step|model|state)?[-_]?\d+(\.[A-Za-z]+)?$")
+_SUFFIXES = (".safetensors", *STATE_DICT_SUFFIXES)
+_REVISIONS = {"EleutherAI/": "step{}", "stanford-crfm/": "checkpoint-{}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class HubRevision:
+    """One revision of a model on the hub."""
+
+    name: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}"
+
+    def download(self) -> Path:
+        """Fetch its weights and give their directory.
+
+        Raises:
+            ModelError: The hub cannot be reached, or has no such revision.
+        """
+        from huggingface_hub import snapshot_download
+
+        patterns: tuple[list[str], ...] = (["*.safetensors"], ["*.bin"])
+        try:
+            for weights in patterns:
+                wanted = ["*.json", *weights]
+                folder = Path(
+                    snapshot_download(self.name, revision=self.revision, allow_patterns=wanted)
+                )
+                if any(folder.glob(weights[0])):
+                    return folder
+        except Exception as error:
+            raise ModelError(
+                f"{self} is not in the local cache, and the hub could not be reached or has no "
+                f"such revision ({type(error).__name__}). Check the name, the step and the network "
+                "(is HF_HUB_OFFLINE set?), or give local checkpoint directories."
+            ) from error
+        raise ModelError(f"{self} holds neither safetensors nor PyTorch weights.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint: the step it was taken at, and where its weights are."""
+
+    step: int
+    source: Path | HubRevision | nn.Module
+
+    def __str__(self) -> str:
+        if isinstance(self.source, nn.Module):
+            return f"the model of step {self.step}"
+        return str(self.source)
+
+    def located(self) -> Path | nn.Module:
+        """Give the path or the model, after a download where one is needed."""
+        return self.source.download() if isinstance(self.source, HubRevision) else self.source
+
+
+def list_checkpoints(checkpoints: Any) -> list[Checkpoint]:
+    """Read what the caller gave as checkpoints, in the order of their steps.
+
+    Raises:
+        ArgumentError: There are fewer than two, a step cannot be read off a name, or steps are
+            repeated or out of order.
+        FileFormatError: A path does not exist, or a directory holds no checkpoints.
+    """
+    found = _read(checkpoints)
+    for before, after in itertools.pairwise(found):
+        if before.step == after.step:
+            raise ArgumentError(f"Step {after.step} is given twice: {before} and {after}.")
+        if before.step > after.step:
+            raise ArgumentError(
+                f"Steps are out of order: {before.step} ({before}) comes before {after.step} "
+                f"({after}). Give them from the first step to the last."
+            )
+    if len(found) < 2:
+        raise ArgumentError(f"Growth needs at least two checkpoints; found {len(found)}.")
+    for checkpoint in found:
+        if isinstance(checkpoint.source, Path) and not checkpoint.source.exists():
+            raise FileFormatError(f"There is no checkpoint {checkpoint.source}.")
+    return found
+
+
+def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
+    """List the published checkpoints of a model; TransformerLens knows their schedules.
+
+    Raises:
+        ArgumentError: TransformerLens knows no checkpoints of that model, or not that step.
+        ModelError: The installed TransformerLens has no registry of checkpoints.
+
+    Example:
+        >>> [str(c) for c in hub_checkpoints("EleutherAI/pythia-70m", [0, 512])]
+        ['EleutherAI/pythia-70m@step0', 'EleutherAI/pythia-70m@step512']
+    """
+    try:
+        from transformer_lens.tools.model_registry.checkpoints import get_checkpoint_labels
+    except ImportError as error:
+        raise ModelError("Checkpoints of hub models need TransformerLens 4.") from error
+    try:
+        known, _ = get_checkpoint_labels(name)
+    except Exception as error:
+        raise ArgumentError(
+            f"TransformerLens knows no published checkpoints of {name!r}. Give a full name such as "
+            "'EleutherAI/pythia-70m', or local checkpoint directories."
+        ) from error
+    pattern = next((p for owner, p in _REVISIONS.items() if name.startswith(owner)), None)
+    if pattern is None:
+        raise ArgumentError(
+            f"The checkpoints of {name!r} are files and no revisions. Download them, and give a "
+            "mapping from steps to files."
+        )
+    chosen = list(known) if steps is None else [int(step) for step in steps]
+    missing = [step for step in chosen if step not in set(known)]
+    if missing:
+        near = sorted(known, key=lambda step: abs(step - missing[0]))[:3]
+        raise ArgumentError(
+            f"{name} has no checkpoint of step {missing[0]}; the nearest are {sorted(near)}."
+        )
+    return [Checkpoint(step, HubRevision(name, pattern.format(step))) for step in chosen]
+
+
+def _read(checkpoints: Any) -> list[Checkpoint]:
+    if isinstance(checkpoints, (str, os.PathLike)):
+        return _in_directory(Path(checkpoints))
+    if isinstance(checkpoints, Mapping):
+        return [_given(step, source) for step, source in checkpoints.items()]
+    if not isinstance(checkpoints, Iterable) or isinstance(checkpoints, nn.Module):
+        raise _unreadable(checkpoints)
+    items = list(checkpoints)
+    if len(items) == 2 and isinstance(items[0], str) and _are_steps(items[1]):
+        return hub_checkpoints(*items)
+    return [_item(item) for item in items]
+
+
+def _item(item: Any) -> Checkpoint:
+    if isinstance(item, (str, os.PathLike)):
+        return Checkpoint(step_of(Path(item)), Path(item))
+    if isinstance(item, Sequence) and len(item) == 2:
+        return _given(item[0], item[1])
+    if isinstance(item, nn.Module):
+        raise ArgumentError(
+            "A model in memory does not say its step: give a mapping from steps to models."
+        )
+    raise _unreadable(item)
+
+
+def _given(step: Any, source: Any) -> Checkpoint:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ArgumentError(f"A step is a whole number from 0 on; found {step!r}.")
+    if isinstance(source, (str, os.PathLike)):
+        return Checkpoint(step, Path(source))
+    if isinstance(source, nn.Module):
+        return Checkpoint(step, source)
+    raise _unreadable(source)
+
+
+def _in_directory(folder: Path) -> list[Checkpoint]:
+    if not folder.is_dir():
+        raise FileFormatError(
+            f"There is no directory {folder}. For a hub model give its name and the steps: "
+            f"({str(folder)!r}, [0, 512, 1000])."
+        )
+    kept = [
+        path
+        for path in folder.iterdir()
+        if _CHECKPOINT.match(path.name) and (path.is_dir() or path.suffix in _SUFFIXES)
+    ]
+    if not kept:
+        raise FileFormatError(
+            f"{folder} holds no checkpoints: looked for checkpoint-N, as the Trainer names them, "
+            "and for files such as model_N.pt."
+        )
+    return sorted((Checkpoint(step_of(path), path) for path in kept), key=lambda c: c.step)
+
+
+def step_of(path: Path) -> int:
+    """Read the step off the name of a checkpoint.
+
+    Raises:
+        ArgumentError: The name ends in no number.
+
+    Example:
+        >>> step_of(Path("run/checkpoint-1000")), step_of(Path("model_64.pt"))
+        (1000, 64)
+    """
+    found = _STEP.search(path.name)
+    if found is None:
+        raise ArgumentError(
+            f"No step can be read off {path.name!r}. Name it like checkpoint-1000, or give a "
+            "mapping from steps to checkpoints."
+        )
+    return int(found[1])
+
+
+def _are_steps(value: Any) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        return False
+    return all(isinstance(step, int) for step in value)
+
+
+def _unreadable(found: object) -> ArgumentError:
+    return ArgumentError(
+        "Checkpoints are a directory that holds checkpoint-N, a list of such directories or files "
+        "of weights, a mapping from steps to paths or models, or a hub model and its steps; found "
+        f"{type(found).__name__}."
+    )

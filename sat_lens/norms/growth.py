@@ -1,0 +1,289 @@
+"""How a model's parameters move and grow through training, and how saturated it becomes.
+
+The paper fits the growth of the raw norm. At the start of training that norm is mostly the initial
+norm, which hides the growth; so the exponent is also given with the initial norm taken out.
+
+When not to use it: while a model trains; see :mod:`sat_lens.training`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.norms.checkpoints import Checkpoint, list_checkpoints
+from sat_lens.norms.fits import RANGE, Exponent, fit_exponent
+from sat_lens.norms.lens import lens_model
+from sat_lens.norms.measures import saturation_measures
+from sat_lens.norms.parameters import norms_of
+from sat_lens.norms.sources import Parameters, open_parameters, tied_names
+from sat_lens.norms.trajectory import check_same_model, half_way, products
+from sat_lens.results import Provenance, read_result, write_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KIND = "norm growth"
+DRAWN = ("norm", "norm_grown", "qk_product", "ov_product", "loss", "loss_saturated", "S", "lean")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormGrowth:
+    """Norms and paths of a model's parameters by step; made by :func:`norm_growth`.
+
+    Attributes:
+        provenance: The checkpoints, the data and the versions.
+        steps: The step of each checkpoint.
+        columns: One value a checkpoint; see :meth:`frame`.
+        exponent: Of the norm with the initial norm taken out.
+        raw_exponent: Of the norm as it is.
+        complete: False if the run was interrupted: what was measured until then is here.
+    """
+
+    provenance: Provenance
+    steps: tuple[int, ...]
+    columns: dict[str, Tensor]
+    exponent: Exponent
+    raw_exponent: Exponent
+    complete: bool = True
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a checkpoint, indexed by step.
+
+        Columns: ``norm``; ``norm_grown``, sqrt(norm^2 - initial norm^2); ``distance`` from the
+        initial parameters; ``norm_...`` for each component; ``qk_product`` and ``ov_product``,
+        means over heads of norms that rescaling cannot change. ``rotation``, degrees from the
+        checkpoint before, and ``rotation_per_doubling``, degrees from the checkpoint nearest to
+        half the step (``rotation_from``), for one doubling. ``straightness``, the cosine between
+        the ways from the initial parameters to this checkpoint and to the one before, and
+        ``random_walk``, what a random walk would have. ``alignment``, the cosine between the way
+        from the checkpoint before and the parameters there. Where there were data:
+        what :func:`sat_lens.norms.saturation_measures` gives. NaN where there is no such value;
+        without a checkpoint of step 0, all that refers to the initial parameters is.
+        """
+        return pd.DataFrame(
+            {name: values.tolist() for name, values in self.columns.items()},
+            index=pd.Index(self.steps, name="step"),
+        )
+
+    def fit(self, column: str, first: float | None = None, last: float = math.inf) -> Exponent:
+        """Fit the exponent of any column against the step, on a range of steps.
+
+        Args:
+            column: A column of :meth:`frame`, such as ``"qk_product"``.
+            first: First step of the range; None is the last five doublings.
+            last: Last step of the range.
+
+        Raises:
+            ArgumentError: There is no such column.
+        """
+        if column not in self.columns:
+            raise ArgumentError(f"There is no column {column!r}; found {', '.join(self.columns)}.")
+        return _fit(self.steps, self.columns[column], first, last)
+
+    def plot(self, title: str | None = None, columns: Sequence[str] | None = None) -> Figure:
+        """Draw columns against the step; None draws the norms, and saturation where measured."""
+        from sat_lens.figures import growth_figure
+
+        chosen = columns or [name for name in DRAWN if name in self.columns]
+        named = title or f"Norm growth: {self.provenance}"
+        return growth_figure(self.frame(), named, columns=chosen)
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as one safetensors file with a JSON header."""
+        meta = {
+            "provenance": dataclasses.asdict(self.provenance),
+            "steps": list(self.steps),
+            "columns": list(self.columns),
+            "exponent": _to_json(self.exponent),
+            "raw_exponent": _to_json(self.raw_exponent),
+            "complete": self.complete,
+        }
+        write_result(path, KIND, self.columns, meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> NormGrowth:
+        """Read a result that :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: The file is missing, broken, foreign, or holds something else.
+        """
+        columns, meta = read_result(path, KIND)
+        try:
+            return cls(
+                provenance=Provenance(**meta["provenance"]),
+                steps=tuple(meta["steps"]),
+                columns={name: columns[name] for name in meta["columns"]},
+                exponent=_from_json(meta["exponent"]),
+                raw_exponent=_from_json(meta["raw_exponent"]),
+                complete=meta["complete"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+
+
+def norm_growth(
+    checkpoints: Any,
+    data: Any = None,
+    *,
+    fit_range: tuple[float, float] | None = None,
+    tokenizer: Any = None,
+    as_model: Callable[[Any], Any] | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+    data_name: str = "",
+) -> NormGrowth:
+    """Follow parameter norms through training (Merrill et al. 2021, section 3).
+
+    Checkpoints are read tensor by tensor where their files allow; at most three are in memory.
+
+    Args:
+        checkpoints: A directory that holds ``checkpoint-N``; a list of such directories or of files
+            of weights (.safetensors, or a state dict, which is loaded without running code); a
+            mapping from steps to paths or models in memory; or a hub model and its steps, such as
+            ``("EleutherAI/pythia-70m", [0, 512, 1000])``, None for all that were published.
+        data: Where given, saturation is measured on it at each checkpoint; see
+            :func:`sat_lens.data.batches`.
+        fit_range: First and last step that exponents are fitted on; None is the last five
+            doublings.
+        tokenizer: A tokenizer or its directory, for texts, where checkpoints have none.
+        as_model: Makes a TransformerLens model of a checkpoint's path or model, where data are
+            given and the checkpoint is no directory that transformers can load.
+        batch_size: Sequences in a forward pass, for tokens and texts.
+        progress: Whether to show a progress bar.
+        data_name: What the data is called in the result.
+
+    Raises:
+        ArgumentError: Fewer than two checkpoints, steps that are repeated, out of order or not to
+            be read off a name, or different architectures.
+        NonFiniteError: A parameter holds NaN or infinity; the message names it.
+        FileFormatError: A file is missing, broken, or no checkpoint.
+
+    Example:
+        >>> import torch
+        >>> first, later = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        >>> growth = norm_growth({0: first, 8: later}, progress=False)
+        >>> list(growth.frame().index)
+        [0, 8]
+    """
+    found = list_checkpoints(checkpoints)
+    kept = data if data is None or isinstance(data, (Tensor, str)) else list(data)
+    rows: list[dict[str, float]] = []
+    reader = _Reader(found)
+    with tqdm(found, desc="norm growth", unit="checkpoint", disable=not progress) as bar:
+        try:
+            for index, checkpoint in enumerate(bar):
+                row = reader.row(index)
+                if kept is not None:
+                    model = (as_model or (lambda path: lens_model(path, tokenizer)))(
+                        checkpoint.located()
+                    )
+                    row |= saturation_measures(model, kept, batch_size=batch_size)
+                rows.append(row)
+        except KeyboardInterrupt:
+            if len(rows) < 2:
+                raise
+    return _result(found, rows, fit_range, data_name)
+
+
+class _Reader:
+    """Opens checkpoints as they are needed; keeps the first, and no more than two others."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self.checkpoints = checkpoints
+        self.steps = [checkpoint.step for checkpoint in checkpoints]
+        self.tied: set[str] | None = None
+
+    def row(self, index: int) -> dict[str, float]:
+        with contextlib.ExitStack() as stack:
+            now = self._open(index, stack)
+            row = norms_of(now).summary()
+            if index == 0:
+                return row
+            before = self._open(index - 1, stack)
+            first = self._open(0, stack) if self.steps[0] == 0 else None
+            check_same_model(before, now)
+            sums = products(now, before, first)
+        row["rotation"] = sums.angle
+        row["alignment"] = sums.alignment
+        if first is not None:
+            row["distance"] = math.sqrt(sums.moved)
+            if index > 1:
+                row["straightness"] = sums.straightness
+                row["random_walk"] = math.sqrt(self.steps[index - 1] / self.steps[index])
+        return row | self._rotation(index, sums.angle)
+
+    def _rotation(self, index: int, angle_before: float) -> dict[str, float]:
+        partner = half_way(self.steps, index)
+        if partner is None:
+            return {}
+        if partner == index - 1:
+            angle = angle_before
+        else:
+            with contextlib.ExitStack() as stack:
+                angle = products(self._open(index, stack), self._open(partner, stack), None).angle
+        doublings = math.log2(self.steps[index] / self.steps[partner])
+        return {
+            "rotation_per_doubling": angle / doublings,
+            "rotation_from": float(self.steps[partner]),
+        }
+
+    def _open(self, index: int, stack: contextlib.ExitStack) -> Parameters:
+        checkpoint = self.checkpoints[index]
+        opened = stack.enter_context(open_parameters(checkpoint.located(), str(checkpoint)))
+        if self.tied is None:
+            self.tied = tied_names(opened)
+        return opened.without(self.tied)
+
+
+def _result(
+    found: Sequence[Checkpoint],
+    rows: Sequence[dict[str, float]],
+    fit_range: tuple[float, float] | None,
+    data_name: str,
+) -> NormGrowth:
+    steps = tuple(checkpoint.step for checkpoint in found[: len(rows)])
+    names = list(dict.fromkeys(name for row in reversed(rows) for name in row))
+    columns = {
+        name: torch.tensor([row.get(name, math.nan) for row in rows], dtype=torch.float64)
+        for name in names
+    }
+    squares = columns["norm"].square()
+    grown = squares - squares[0] if steps[0] == 0 else torch.full_like(squares, math.nan)
+    columns["norm_grown"] = grown.where(grown >= 0, math.nan).sqrt()
+    first, last = fit_range or (None, math.inf)
+    source = found[0].source
+    where = source.parent.name if isinstance(source, Path) else getattr(source, "name", "models")
+    return NormGrowth(
+        provenance=Provenance(f"{where}, {len(steps)} checkpoints", data_name),
+        steps=steps,
+        columns=columns,
+        exponent=_fit(steps, columns["norm_grown"], first, last),
+        raw_exponent=_fit(steps, columns["norm"], first, last),
+        complete=len(rows) == len(found),
+    )
+
+
+def _fit(steps: Sequence[int], values: Tensor, first: float | None, last: float) -> Exponent:
+    start = min(last, steps[-1]) / RANGE if first is None else first
+    return fit_exponent(torch.tensor(steps, dtype=torch.float64), values, start, last)
+
+
+def _to_json(exponent: Exponent) -> dict[str, Any]:
+    # JSON has no NaN.
+    return {k: None if v != v else v for k, v in dataclasses.asdict(exponent).items()}
+
+
+def _from_json(entries: dict[str, Any]) -> Exponent:
+    known: dict[str, Any] = {k: math.nan if v is None else v for k, v in entries.items()}
+    return Exponent(**known)

@@ -1,0 +1,162 @@
+"""A TransformerLens view of what holds weights: a checkpoint directory, or a model in training.
+
+A model in training is never touched. Its view is a twin: the same modules once more, whose
+parameters are the same memory, so an optimiser's step is seen at once and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sat_lens.errors import ArgumentError, FileFormatError, ModelError, UnsupportedModelError
+
+
+def lens_model(source: Path | nn.Module, tokenizer: Any = None) -> Any:
+    """Give a TransformerLens model of a checkpoint directory or of a model in memory.
+
+    A TransformerLens model comes back as it is; a Hugging Face model comes back as a bridge over a
+    twin, and is itself left alone.
+
+    Args:
+        source: A directory that save_pretrained or the Trainer wrote, or a model.
+        tokenizer: A tokenizer or its directory, for texts; a checkpoint's own where it has one.
+
+    Raises:
+        ArgumentError: A file of weights alone, which says nothing of its architecture.
+        ModelError, UnsupportedModelError: It cannot be loaded, or TransformerLens has no adapter.
+    """
+    if isinstance(source, nn.Module):
+        model = unwrapped(source)
+        if hasattr(model, "hook_dict"):
+            return model
+        return _bridge(_twin(model), type(model).__name__, tokenizer)
+    if not source.is_dir():
+        raise ArgumentError(
+            f"{source} holds weights and no architecture, so it cannot be run on data. Give a "
+            "directory with config.json, a model in memory, or as_model=, a function that makes a "
+            "model of it."
+        )
+    return _from_directory(source, tokenizer)
+
+
+def shares_memory(view: nn.Module, model: nn.Module) -> bool:
+    """Say whether a view's parameters are all the model's own memory, and so never go stale."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return all(p.untyped_storage().data_ptr() in own for p in view.parameters())
+
+
+def unwrapped(model: Any) -> Any:
+    """Take a model out of what DataParallel and torch.compile put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__.endswith("DataParallel"):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode without gradients; leave mode and random state as found."""
+    modes = [(module, module.training) for module in model.modules()]
+    with kept_random_state(), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave PyTorch's random state, on every device in use, as it was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def _twin(model: nn.Module) -> Any:
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"Measuring saturation needs a TransformerLens or a Hugging Face model; found "
+            f"{type(model).__name__}. Norms alone can be measured without data."
+        )
+    shared: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    twin: Any = copy.deepcopy(model, shared)
+    for module in twin.modules():
+        # Hooks belong to the training run, and a replaced forward may lead back to its model.
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module.__dict__.pop("forward", None)
+    if hasattr(twin, "set_attn_implementation"):
+        twin.set_attn_implementation("eager")
+    twin.eval()
+    return twin
+
+
+def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
+    try:
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+    except ImportError as error:
+        raise ModelError(
+            "Measuring a Hugging Face model needs TransformerLens 4 (TransformerBridge)."
+        ) from error
+    from sat_lens.models import _quiet
+
+    try:
+        with _quiet():
+            bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"TransformerLens has no adapter for {architecture}: {str(error)[:200]}"
+        ) from error
+    if tokenizer is not None:
+        bridge.tokenizer = _tokenizer(tokenizer)
+    return bridge.eval()
+
+
+def _from_directory(folder: Path, tokenizer: Any) -> Any:
+    import transformers
+
+    from sat_lens.models import _quiet
+
+    if not (folder / "config.json").exists():
+        raise FileFormatError(f"{folder} holds no config.json, so its model cannot be built.")
+    if tokenizer is None and (folder / "tokenizer_config.json").exists():
+        tokenizer = folder
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            architecture = (config.architectures or [""])[0]
+            model = getattr(transformers, architecture).from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{folder} names an architecture that transformers does not have: {error}."
+        ) from error
+    except Exception as error:
+        raise ModelError(f"{folder} could not be loaded: {str(error)[:300]}") from error
+    return _bridge(model, architecture, tokenizer)
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"No tokenizer could be loaded from {tokenizer}: {error}") from error

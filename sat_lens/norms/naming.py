@@ -1,0 +1,176 @@
+"""What a parameter is, read off its name: its component, its stack, its layer.
+
+Names are all that a checkpoint file gives, so they are all that is used, for live models as well:
+a model and its checkpoint are then sorted in the same way. What no rule knows is ``other``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+COMPONENTS = (
+    "embedding",
+    "qk",
+    "ov",
+    "attention",
+    "mlp",
+    "layer norm",
+    "unembedding",
+    "other",
+)
+# Wrappers that stand between a module and its name: TransformerLens, DataParallel, torch.compile.
+_WRAPPERS = ("_original_component.", "original_model.", "_orig_mod.")
+# What an attention module calls its matrices, over the families that were looked at.
+_LEAVES = {
+    "q": "q q_proj query q_lin query_proj linear_q wq w_q b_q",
+    "k": "k k_proj key k_lin key_proj linear_k wk w_k _w_k b_k _b_k",
+    "v": "v v_proj value v_lin value_proj linear_v wv w_v _w_v b_v _b_v",
+    "o": "o o_proj out_proj dense c_proj output out_lin linear_out wo w_o b_o",
+    "joint": "c_attn qkv_proj wqkv qkv in_proj_weight in_proj_bias",
+    "interleaved": "query_key_value",
+    "q_a": "q_a_proj",
+    "q_b": "q_b_proj",
+    "kv_a": "kv_a_proj_with_mqa",
+    "kv_b": "kv_b_proj",
+}
+_ROLE = {leaf: role for role, leaves in _LEAVES.items() for leaf in leaves.split()}
+_STACKS = ("vision", "encoder", "decoder")
+_PARTS = {
+    "qkv": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "in"),
+    "input_linear": ("gate", "in"),
+}
+_COMPONENT_OF_ROLE = {"q": "qk", "k": "qk", "q_a": "qk", "q_b": "qk", "v": "ov", "o": "ov"}
+_SCORES = ("relative_attention_bias", "sinks")
+_NORM = re.compile(r"norm|^ln(_?(\d+|f|out|final|pre|post|q|k))?$", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_NOT_SOFTMAX = re.compile(r"linear_attn|linear_attention", re.IGNORECASE)
+_CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|dense|^fc\d|^w[123]$|^linear[12]$|expert|router|moe|^intermediate$|^output$",
+    re.IGNORECASE,
+)
+_HEAD = re.compile(
+    r"head$|unembed|embed_out|classifier|^cls$|^score$|final_logits_bias|^w_u$|^b_u$", re.I
+)
+_EMBEDDING = re.compile(r"embed|emb$|^wte$|^wpe$|^shared$|^pos$|cls_token|^w_e$|^w_pos$", re.I)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterPlace:
+    """Where a parameter belongs.
+
+    Attributes:
+        component: One of :data:`COMPONENTS`; ``attention`` is what serves both halves of an
+            attention module or cannot be split between them.
+        stack: ``"encoder"``, ``"decoder"`` or ``"vision"`` where there are several, else ``""``.
+        layer: The block's index, None outside blocks.
+        attention: Path of its attention module, ``""`` outside attention.
+        role: Which matrix of the attention module it is, ``""`` if none of those known.
+        cross: Whether the attention module is a cross-attention.
+        bias: Whether it is a bias.
+    """
+
+    component: str
+    stack: str
+    layer: int | None
+    attention: str = ""
+    role: str = ""
+    cross: bool = False
+    bias: bool = False
+
+
+def canonical_name(name: str) -> str:
+    """Strip the wrappers from a parameter's name.
+
+    Example:
+        >>> canonical_name("module.layers.1._original_component.mlp.weight")
+        'layers.1.mlp.weight'
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def parameter_places(names: Iterable[str]) -> dict[str, ParameterPlace]:
+    """Sort parameters by name; a stack is named only where there are several.
+
+    Example:
+        >>> places = parameter_places(["h.0.attn.q_proj.weight", "wte.weight", "h.0.ln_1.weight"])
+        >>> [place.component for place in places.values()]
+        ['qk', 'embedding', 'layer norm']
+    """
+    found = {name: _place(name) for name in names}
+    if len({place.stack for place in found.values() if place.layer is not None}) > 1:
+        return found
+    return {name: dataclasses.replace(place, stack="") for name, place in found.items()}
+
+
+def superseded(names: Iterable[str]) -> set[str]:
+    """Name the joint matrices whose parts stand beside them.
+
+    A TransformerBridge splits joint projections and keeps the original; counting both would count
+    the same weights twice.
+
+    Example:
+        >>> superseded(["a.qkv.weight", "a.q.weight", "a.k.weight", "a.v.weight"])
+        {'a.qkv.weight'}
+    """
+    known = set(names)
+    double = set()
+    for name in known:
+        module, _, last = name.rpartition(".")
+        parent, _, leaf = module.rpartition(".")
+        parts = _PARTS.get(leaf, ())
+        if parts and all(f"{parent}.{part}.{last}" in known for part in parts):
+            double.add(name)
+    return double
+
+
+def _place(name: str) -> ParameterPlace:
+    parts = name.split(".")
+    index = next(
+        (i for i, part in enumerate(parts) if part.isdigit() and "conv" not in "".join(parts[:i])),
+        None,
+    )
+    layer = None if index is None else int(parts[index])
+    before = parts if index is None else parts[:index]
+    stack = next((s for s in _STACKS if any(p.startswith(s) for p in before)), "")
+    bias = parts[-1].lower().endswith("bias") or parts[-1].lower().startswith(("b_", "_b_"))
+    modules = parts if parts[-1] not in ("weight", "bias", "w", "b") else parts[:-1]
+    if any(_NORM.search(part) for part in modules):
+        return ParameterPlace("layer norm", stack, layer, bias=bias)
+    at = next((i for i, part in enumerate(modules) if _ATTENTION.search(part)), None)
+    if at is not None and layer is not None and not _NOT_SOFTMAX.search(modules[at]):
+        return _in_attention(modules, at, stack, layer, bias)
+    return ParameterPlace(_outside_attention(modules, layer), stack, layer, bias=bias)
+
+
+def _in_attention(
+    modules: list[str], at: int, stack: str, layer: int, bias: bool
+) -> ParameterPlace:
+    leaf = modules[-1].lower()
+    # Experts inside attention have matrices of any name, and no heads of their own.
+    role = "" if "experts" in modules else _ROLE.get(leaf, "")
+    component = "qk" if leaf.endswith(_SCORES) else _COMPONENT_OF_ROLE.get(role, "attention")
+    return ParameterPlace(
+        component,
+        stack,
+        layer,
+        attention=".".join(modules[: at + 1]),
+        role=role,
+        cross=any(_CROSS.search(part) for part in modules[at:]),
+        bias=bias,
+    )
+
+
+def _outside_attention(modules: list[str], layer: int | None) -> str:
+    if layer is not None and not any(_NOT_SOFTMAX.search(part) for part in modules):
+        return "mlp" if any(_MLP.search(part) for part in modules) else "other"
+    if layer is None and (any(_HEAD.search(p) for p in modules) or modules == ["decoder"]):
+        return "unembedding"
+    if layer is None and any(_EMBEDDING.search(part) for part in modules):
+        return "embedding"
+    return "other"

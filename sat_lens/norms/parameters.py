@@ -1,0 +1,294 @@
+"""Norms of a model's parameters: total, by layer, by component, by head.
+
+When not to use it: to compare two different models. Norms grow with width and depth; follow one
+model through its training instead (:func:`sat_lens.norm_growth`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sat_lens.errors import ArgumentError, FileFormatError, NonFiniteError
+from sat_lens.norms.heads import (
+    HEAD_NORMS,
+    HeadWeights,
+    heads_of,
+    heads_of_lens_model,
+    joint_rows,
+)
+from sat_lens.norms.naming import COMPONENTS, ParameterPlace, parameter_places
+from sat_lens.norms.sources import Parameters, module_parameters
+from sat_lens.results import Provenance, read_result, write_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KIND = "parameter norms"
+OUTSIDE = "outside"
+Table = Literal["component", "layer", "head", "parameter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterNorms:
+    """Norms of one model's parameters; made by :func:`parameter_norms`.
+
+    Attributes:
+        provenance: The model and the versions.
+        names: The parameters; one that holds several components stands once for each.
+        components: The component of each, one of ``COMPONENTS``.
+        layers: The layer of each, such as ``"L3"`` or ``"decoder.L3"``, or ``"outside"``.
+        squares: The squared norm of each.
+        sizes: The number of elements of each.
+        labels: The heads that could be told apart, such as ``"L3H0"``.
+        heads: Norms of each head, in the order of ``HEAD_NORMS``.
+        notes: What the products of the heads leave out, in words.
+    """
+
+    provenance: Provenance
+    names: tuple[str, ...]
+    components: tuple[str, ...]
+    layers: tuple[str, ...]
+    squares: Float[Tensor, " parameter"]
+    sizes: Int[Tensor, " parameter"]
+    labels: tuple[str, ...]
+    heads: Float[Tensor, "head norm"]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """The Euclidean norm of all parameters, tied ones counted once."""
+        return math.sqrt(float(self.squares.sum()))
+
+    def frame(self, by: Table = "component") -> pd.DataFrame:
+        """Return a table of norms.
+
+        Args:
+            by: ``"component"``, ``"layer"`` (one column a component, and ``total``), ``"head"``
+                (raw norms ``W_Q``, ``W_K``, ``W_V``, ``W_O``, and ``qk_product`` and
+                ``ov_product``, the norms of ``W_Q W_K^T`` and ``W_V W_O``, which rescaling a pair
+                cannot change), or ``"parameter"``.
+
+        Raises:
+            ArgumentError: ``by`` is none of these.
+        """
+        if by == "head":
+            index = pd.Index(self.labels, name="label")
+            return pd.DataFrame(self.heads.tolist(), index=index, columns=list(HEAD_NORMS))
+        rows = pd.DataFrame(
+            {
+                "parameter": self.names,
+                "component": self.components,
+                "layer": self.layers,
+                "square": self.squares.tolist(),
+                "size": self.sizes.tolist(),
+            }
+        )
+        if by == "parameter":
+            rows["norm"] = rows.pop("square") ** 0.5
+            return rows.set_index("parameter")
+        if by == "component":
+            sums = rows.groupby("component")[["square", "size"]].sum()
+            sums = sums.reindex([name for name in COMPONENTS if name in sums.index])
+            share = sums["square"] / sums["square"].sum()
+            return pd.DataFrame(
+                {"norm": sums["square"] ** 0.5, "share": share, "size": sums["size"]}
+            )
+        if by == "layer":
+            grid = rows.pivot_table(
+                "square", "layer", "component", aggfunc="sum", fill_value=0.0, sort=False
+            )
+            grid = grid[[name for name in COMPONENTS if name in grid.columns]]
+            grid["total"] = grid.sum(axis=1)
+            return grid**0.5
+        raise ArgumentError(f"by is component, layer, head or parameter; found {by!r}.")
+
+    def summary(self) -> dict[str, float]:
+        """Give one row of numbers: the total, each component, the means over heads of the products.
+
+        Keys are ``norm``, ``norm_<component>``, ``qk_product`` and ``ov_product``.
+        """
+        components = self.frame("component")["norm"].to_dict()
+        row = {"norm": self.total}
+        row |= {f"norm_{str(k).replace(' ', '_')}": float(v) for k, v in components.items()}
+        if self.labels:
+            means = dict(zip(HEAD_NORMS, self.heads.mean(0).tolist(), strict=True))
+            row |= {name: means[name] for name in ("qk_product", "ov_product")}
+        return row
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw the norms of the components, block by block in the model's order."""
+        from sat_lens.figures import growth_figure
+
+        blocks = self.frame("layer").drop(index=OUTSIDE, errors="ignore")
+        blocks = blocks.loc[:, (blocks > 0).any()]
+        return growth_figure(
+            blocks.set_axis(range(len(blocks)), axis=0),
+            title or f"Parameter norms by layer: {self.provenance}",
+            x="block",
+            log_x=False,
+            log_y=False,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as one safetensors file with a JSON header."""
+        tensors = {"squares": self.squares, "sizes": self.sizes, "heads": self.heads}
+        meta = {
+            "provenance": dataclasses.asdict(self.provenance),
+            **{name: list(getattr(self, name)) for name in _LISTS},
+        }
+        write_result(path, KIND, tensors, meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ParameterNorms:
+        """Read a result that :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: The file is missing, broken, foreign, or holds something else.
+        """
+        tensors, meta = read_result(path, KIND)
+        try:
+            parts: dict[str, Any] = {name: tuple(meta[name]) for name in _LISTS}
+            parts |= {name: tensors[name] for name in ("squares", "sizes", "heads")}
+            return cls(provenance=Provenance(**meta["provenance"]), **parts)
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+
+
+_LISTS = ("names", "components", "layers", "labels", "notes")
+
+
+def parameter_norms(model: nn.Module) -> ParameterNorms:
+    """Measure the norms of all parameters (Merrill et al. 2021, section 3).
+
+    Works for a TransformerLens model, a Hugging Face model and any other module; heads are told
+    apart where the model says how many it has and names its projections in a known way.
+
+    The raw norms are what the paper follows. They also change when a weight pair is rescaled, which
+    changes no output; ``qk_product`` and ``ov_product`` of a head do not.
+
+    Args:
+        model: Any module with parameters.
+
+    Raises:
+        NonFiniteError: A parameter holds NaN or infinity; the message names it.
+        ModelError: The model has no parameters.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> norms = parameter_norms(sl.load_model("demo"))
+        >>> norms.frame("head").shape
+        (32, 6)
+    """
+    from sat_lens.models import model_name
+
+    return norms_of(module_parameters(model), model, model_name(model))
+
+
+def norms_of(
+    parameters: Parameters, model: nn.Module | None = None, name: str = ""
+) -> ParameterNorms:
+    """Measure the norms of named parameters; the model, where there is one, shows its heads."""
+    places = parameter_places(parameters.shapes)
+    rows: list[tuple[str, str, str, float, int]] = []
+    for key, place in places.items():
+        for component, part in _parts(parameters, key, place):
+            square = squared_norm(part)
+            if not math.isfinite(square):
+                raise NonFiniteError(
+                    f"The parameter {key} of {parameters.name} holds NaN or infinity. Take a "
+                    "checkpoint from before the training diverged."
+                )
+            rows.append((key, component, _layer(place), square, part.numel()))
+    heads = list(_heads(parameters, model))
+    names, components, layers, squares, sizes = zip(*rows, strict=True)
+    return ParameterNorms(
+        provenance=Provenance(name or parameters.name),
+        names=names,
+        components=components,
+        layers=layers,
+        squares=torch.tensor(squares, dtype=torch.float64),
+        sizes=torch.tensor(sizes),
+        labels=tuple(label for module in heads for label in module.labels),
+        heads=torch.cat([module.norms() for module in heads])
+        if heads
+        else torch.zeros(0, len(HEAD_NORMS), dtype=torch.float64),
+        notes=_notes(places, bool(heads)),
+    )
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """Sum the squares of a tensor in float64, piece by piece."""
+    pieces = tensor.detach().flatten().split(CHUNK)
+    return sum(float(wide(piece).square().sum()) for piece in pieces)
+
+
+CHUNK = 1 << 22
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Give a tensor in float64, on the CPU where its device has none."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def _parts(
+    parameters: Parameters, name: str, place: ParameterPlace
+) -> Iterator[tuple[str, Tensor]]:
+    """Give a parameter's components; a joint projection serves two."""
+    tensor = parameters.read(name)
+    joint = joint_rows(place, tensor.shape, parameters.config)
+    if joint is None:
+        yield place.component, tensor
+        return
+    transposed, rows = joint
+    by_row = tensor.T if transposed else tensor
+    yield "qk", by_row[torch.cat([rows["q"], rows["k"]]).to(tensor.device)]
+    yield "ov", by_row[rows["v"].to(tensor.device)]
+
+
+def _heads(parameters: Parameters, model: nn.Module | None) -> Iterator[HeadWeights]:
+    shown = list(heads_of_lens_model(model)) if hasattr(model, "hook_dict") else []
+    yield from shown
+    known = {(module.stack, module.layer) for module in shown}
+    for module in heads_of(parameters):
+        if (module.stack, module.layer) not in known:
+            yield module
+
+
+def _layer(place: ParameterPlace) -> str:
+    if place.layer is None:
+        return OUTSIDE
+    return f"{place.stack}.L{place.layer}" if place.stack else f"L{place.layer}"
+
+
+def _notes(places: dict[str, ParameterPlace], any_heads: bool) -> tuple[str, ...]:
+    found = []
+    attention = [name for name, place in places.items() if place.attention]
+    if any(places[name].bias and places[name].role for name in attention):
+        found.append("Projections have biases, which the products leave out.")
+    normed = [n for n, p in places.items() if p.component == "layer norm" and _inside_attention(n)]
+    if normed:
+        found.append(
+            f"Queries, keys or latents are normalised inside attention ({normed[0]} and others): "
+            "the scale of what comes before has no effect on the scores."
+        )
+    if any(places[name].role in ("kv_a", "kv_b") for name in attention):
+        found.append("Attention is latent: products are of the factors multiplied out.")
+    if attention and not any_heads:
+        found.append(
+            "Heads could not be told apart: no known layout, or their number is not known."
+        )
+    return tuple(found)
+
+
+def _inside_attention(name: str) -> bool:
+    *_, parent, leaf = ["", *name.split(".")[:-1]]
+    return "attn" in parent.lower() and leaf.lower().startswith(("q", "k"))

@@ -1,0 +1,14 @@
+"""Follow norms and saturation while a model trains.
+
+Three ways in: as a callback of the Hugging Face Trainer, as an object whose ``step`` your own loop
+calls, or around a loop that has no callbacks, TransformerLens's among them.
+
+When not to use it: for a run that is over. Its checkpoints are read by
+:func:`sat_lens.norm_growth`; that holds for TransformerLens's own training loop too, which writes
+``model_N.pt`` where asked to (N starts anew in each epoch, so let each epoch have its own folder).
+"""
+
+from sat_lens.training.log import read_training_log
+from sat_lens.training.tracker import SaturationTracker
+
+__all__ = ["SaturationTracker", "read_training_log"]

@@ -1,0 +1,115 @@
+"""A log of one JSON object a line, which is readable at any time, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sat_lens.errors import FileFormatError
+from sat_lens.results import library_versions
+
+KIND = "sat_lens training log"
+_FORMAT = 1
+
+
+class TrainingLog:
+    """Appends lines to a file; each is handed to the operating system before the next."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = path.exists() and path.stat().st_size > 0
+            if known:
+                _cut_torn_line(path)
+                known = path.stat().st_size > 0
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise FileFormatError(f"{path} cannot be written: {error.strerror}.") from error
+        if not known:
+            versions = library_versions()
+            self.write({"kind": KIND, "format": _FORMAT, "model": model, "versions": versions})
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one line; what is not finite becomes null, which JSON has."""
+        plain = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in entry.items()
+        }
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_training_log(path: str | Path) -> pd.DataFrame:
+    """Read what a :class:`SaturationTracker` wrote, also while it writes.
+
+    A line that was cut off when the run was killed is left out. Of a step that was logged twice,
+    before and after a run was resumed, the later line counts.
+
+    Returns:
+        One row a step, indexed by step.
+
+    Raises:
+        FileFormatError: There is no such file, it was not written by sat_lens, or a line in its
+            middle is broken.
+    """
+    header, *rows = _lines(Path(path))
+    if header.get("format", 0) > _FORMAT:
+        raise FileFormatError(
+            f"{path} was written by a newer sat_lens. Update sat_lens to read it."
+        )
+    by_step = {row["step"]: row for row in rows}
+    frame = pd.DataFrame([by_step[step] for step in sorted(by_step)])
+    if frame.empty:
+        frame = pd.DataFrame({"step": pd.Series(dtype="int64")})
+    words = [name for name in _WORDS if name in frame.columns]
+    numbers = frame.columns.difference(words)
+    frame[numbers] = frame[numbers].apply(pd.to_numeric)
+    return frame.set_index("step")
+
+
+_WORDS = ("problem",)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        *whole, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise FileFormatError(f"Line {number} of {path} is broken: {error}.") from error
+        if not isinstance(entry, dict) or (entries and not isinstance(entry.get("step"), int)):
+            raise FileFormatError(f"Line {number} of {path} is no line of a training log.")
+        entries.append(entry)
+    if not entries or entries[0].get("kind") != KIND:
+        what = "holds one line, cut off" if torn and not entries else "was not written by sat_lens"
+        raise FileFormatError(f"{path} {what}.")
+    return entries
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Make a log ready to be continued; refuse a file that is something else."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole or not content.startswith(b'{"kind": "sat_lens'):
+        _lines(path)
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))

@@ -1,0 +1,262 @@
+"""The tracker: what it measures, when, and how it keeps out of the training run's way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
+from sat_lens.norms import parameter_norms, saturation_measures
+from sat_lens.norms.lens import kept_random_state, lens_model, shares_memory, unwrapped
+from sat_lens.training.log import TrainingLog
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUDGET = 0.02
+
+
+class SaturationTracker:
+    """Logs parameter norms, and saturation on a small fixed batch, while a model trains.
+
+    It changes nothing of the run: training with it gives the same weights bit for bit. A Hugging
+    Face model is measured through a twin that shares its memory; a TransformerLens model is
+    measured itself, with its mode and the random state put back, and hooks that you put on it run.
+
+    Use it in one of three ways:
+
+    - ``Trainer(..., callbacks=[tracker])``: it answers all events of a TrainerCallback;
+    - ``tracker.step(model, step)`` after each step of your own loop, and ``tracker.close()``;
+    - ``with tracker.watching(model): train(model, config, data)`` around a loop without callbacks,
+      such as TransformerLens's: every step of an optimiser of the model's parameters counts.
+
+    Args:
+        path: A file for one JSON object a line; each line is flushed, and a log that is there
+            already is continued. None writes no file.
+        data: A small fixed batch: tokens, texts or batches (see :func:`sat_lens.data.batches`).
+            Some four sequences are enough. None logs norms only.
+        every: Norms are logged every so many steps; None at step 0, the powers of two and, from
+            16 on, half-way between them.
+        measure_every: Saturation likewise; None at step 0 and the powers of two.
+        log: A function ``(numbers, step)`` that gets each row too:
+            ``lambda row, step: wandb.log(row, step=step)``, or one that calls
+            ``SummaryWriter.add_scalar`` for each number.
+        budget: Share of the run's time that measuring may take. A saturation measure that would
+            take more is put off to the first step where it would not; the first is always made,
+            so a run of less than a minute can end above its budget. None never puts off: for toy
+            models, whose steps take next to no time.
+        tokenizer: A tokenizer or its directory, where data are texts and the model has none.
+        batch_size: Sequences in a forward pass.
+
+    Raises:
+        ArgumentError: An interval below 1, or a budget that is no share.
+        FileFormatError: At the first step: the file is there and no training log, or cannot be
+            written.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> tracker = SaturationTracker(data=["import os, sys, re, json"], every=1)
+        >>> row = tracker.step(sl.load_model("demo"), 0)
+        >>> sorted(row)[:4]
+        ['S', 'cos_random', 'cos_saturated', 'lean']
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        data: Any = None,
+        *,
+        every: int | None = None,
+        measure_every: int | None = None,
+        log: Callable[[dict[str, float], int], object] | None = None,
+        budget: float | None = DEFAULT_BUDGET,
+        tokenizer: Any = None,
+        batch_size: int = 8,
+    ) -> None:
+        for name, interval in (("every", every), ("measure_every", measure_every)):
+            if interval is not None and interval < 1:
+                raise ArgumentError(f"{name} must be at least 1, or None; found {interval}.")
+        if budget is not None and not 0 < budget <= 1:
+            raise ArgumentError(f"budget is a share in (0, 1], or None; found {budget}.")
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._path = None if path is None else Path(path)
+        self._data = data if data is None or isinstance(data, (Tensor, str)) else list(data)
+        self._every = every
+        self._measure_every = measure_every
+        self._log = log
+        self._budget = budget
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._file: TrainingLog | None = None
+        self._started: float | None = None
+        self._view: Any = None
+        self._last_cost: float | None = None
+        self._due = False
+
+    def step(self, model: nn.Module, step: int) -> dict[str, Any] | None:
+        """Measure if this step is due for it; call it after every step.
+
+        Returns:
+            What was logged, or None if nothing was.
+
+        Raises:
+            SatLensError: The very first saturation measure cannot be made: the model or the data do
+                not allow it. Later ones only leave a line that says so.
+        """
+        began = time.perf_counter()
+        if self._started is None:
+            self._started = began
+        with_norms = is_due(step, self._every, halves=True)
+        self._due = self._due or is_due(step, self._measure_every, halves=False)
+        with_measures = self._data is not None and self._due and self._affordable(began)
+        if not with_norms and not with_measures:
+            return None
+        return self._record(unwrapped(model), step, with_measures, began)
+
+    def frame(self) -> pd.DataFrame:
+        """Return what was logged by this object, one row a step."""
+        return pd.DataFrame(self.rows).set_index("step") if self.rows else pd.DataFrame()
+
+    @property
+    def overhead(self) -> float:
+        """The share of the time since the first step that measuring took."""
+        if self._started is None:
+            return 0.0
+        return self.seconds / (time.perf_counter() - self._started)
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module, first_step: int = 0) -> Iterator[SaturationTracker]:
+        """Follow a training loop that has no callbacks, by counting its optimiser's steps.
+
+        Args:
+            model: The model that the loop trains.
+            first_step: The step that the run starts from.
+        """
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        own = {id(parameter) for parameter in model.parameters()}
+        count = first_step
+
+        def after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+            nonlocal count
+            if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+                count += 1
+                self.step(model, count)
+
+        self.step(model, first_step)
+        handle = register_optimizer_step_post_hook(after_step)
+        try:
+            yield self
+            self._finish(model, count)
+        finally:
+            handle.remove()
+            self.close()
+
+    def close(self) -> None:
+        """Close the file and let go of the model; the rows stay."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._view = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Answer the Trainer's event: measure before the first step."""
+        if self._tokenizer is None:
+            self._tokenizer = kwargs.get("processing_class")
+        if state.is_world_process_zero:
+            self.step(kwargs["model"], state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Answer the Trainer's event."""
+        if state.is_world_process_zero:
+            self.step(kwargs["model"], state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Answer the Trainer's event: log the last step, and close."""
+        if state.is_world_process_zero:
+            self._finish(kwargs["model"], state.global_step)
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer the Trainer's other events, of which there are more with each version."""
+        if name.startswith("on_"):
+            return _no_answer
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _finish(self, model: nn.Module, step: int) -> None:
+        now = time.perf_counter()
+        if not self.rows or self.rows[-1]["step"] != step:
+            affordable = self._data is not None and self._affordable(now)
+            self._record(unwrapped(model), step, affordable, now)
+
+    def _affordable(self, now: float) -> bool:
+        if self._budget is None or self._last_cost is None or self._started is None:
+            return True
+        return self.seconds + self._last_cost <= self._budget * (now - self._started)
+
+    def _record(
+        self, model: nn.Module, step: int, with_measures: bool, began: float
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"step": step}
+        try:
+            row |= parameter_norms(model).summary()
+            if with_measures:
+                row |= self._measures(model)
+        except NonFiniteError as error:
+            row["problem"] = str(error)
+        except (SatLensError, RuntimeError) as error:
+            # Once it has worked, a failure, for want of memory say, must not end the run.
+            if self._last_cost is None:
+                raise
+            logger.warning("Saturation was not measured at step %d: %s", step, error)
+            row["problem"] = str(error)
+        self._write(row, model)
+        self._due = self._due and not with_measures
+        self.seconds += time.perf_counter() - began
+        return row
+
+    def _measures(self, model: nn.Module) -> dict[str, float]:
+        with kept_random_state():
+            if self._view is None or not shares_memory(self._view, model):
+                self._view = lens_model(model, self._tokenizer)
+            # The first measure also loads and builds what later ones find ready.
+            began = time.perf_counter()
+            found = saturation_measures(self._view, self._data, batch_size=self._batch_size)
+            self._last_cost = time.perf_counter() - began
+            return found
+
+    def _write(self, row: dict[str, Any], model: nn.Module) -> None:
+        self.rows.append(row)
+        if self._path is not None:
+            if self._file is None:
+                self._file = TrainingLog(self._path, type(model).__name__)
+            self._file.write(row)
+        if self._log is not None:
+            numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, float)}
+            self._log(numbers, row["step"])
+
+
+def is_due(step: int, every: int | None, halves: bool) -> bool:
+    """Say whether a step is one to log: every n-th, or on a logarithmic scale.
+
+    Example:
+        >>> [step for step in range(50) if is_due(step, None, halves=True)]
+        [0, 1, 2, 4, 8, 16, 23, 32, 45]
+    """
+    if every is not None:
+        return step % every == 0
+    if step == 0:
+        return True
+    octave = 1 << (step.bit_length() - 1)
+    return step == octave or (halves and octave >= 16 and step == round(octave * 2**0.5))
+
+
+def _no_answer(*_args: Any, **_kwargs: Any) -> None:
+    return None

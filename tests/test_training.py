@@ -1,0 +1,223 @@
+"""The tracker: it changes nothing, survives a kill, keeps to its budget, and fits three loops."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.norms.lens import lens_model, shares_memory
+from sat_lens.training import SaturationTracker, read_training_log
+from sat_lens.training.tracker import is_due
+
+LLAMA = ("LlamaForCausalLM", "LlamaConfig", tiny.SIZE | {"attention_dropout": 0.1})
+NEOX = ("GPTNeoXForCausalLM", "GPTNeoXConfig", tiny.SIZE | {"hidden_dropout": 0.1})
+FIXED = tiny.tokens(length=12, seed=5)
+MEASURED = {"loss", "loss_saturated", "S", "lean", "tv_argmax", "tv_mean", "norm", "qk_product"}
+
+
+def hf_model(kind=LLAMA, attention="sdpa"):
+    architecture, config, settings = kind
+    return tiny.hf_model(architecture, getattr(transformers, config)(**settings), attention)
+
+
+def train(model, steps, after_step):
+    """Train with dropout, so that a disturbed random state would show."""
+    torch.manual_seed(0)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(1, steps + 1):
+        tokens = torch.randint(4, tiny.VOCAB, (2, 10))
+        output = model(tokens)
+        logits = getattr(output, "logits", output)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        after_step(model, step)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def native():
+    torch.manual_seed(0)
+    return tiny.native()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [hf_model, lambda: hf_model(NEOX), native],
+    ids=["llama", "neox", "transformer_lens"],
+)
+def test_training_is_the_same_bit_for_bit(build):
+    model = build()
+    expected = train(copy.deepcopy(model), 5, lambda *_: None)
+    tracker = SaturationTracker(data=FIXED, every=1, measure_every=1, budget=None)
+    modes, grads = [], []
+
+    def after_step(model, step):
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        row = tracker.step(model, step)
+        assert row.keys() >= MEASURED
+        modes.append(all(m.training for m in model.modules()))
+        after = [p.grad for p in model.parameters() if p.grad is not None]
+        grads.append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+
+    found = train(model, 5, after_step)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(modes)
+    assert all(grads)
+    frame = tracker.frame()
+    assert frame.index.tolist() == [1, 2, 3, 4, 5]
+    # Measures follow the weights, also where the view holds copies of them.
+    assert frame["loss"].nunique() == 5
+    assert frame["norm"].nunique() == 5
+
+
+def test_the_view_is_the_model_itself_without_a_copy():
+    model = hf_model(attention="eager").eval()
+    view = lens_model(model)
+    assert shares_memory(view, model)
+    with torch.no_grad():
+        torch.testing.assert_close(view(FIXED), model(FIXED).logits)
+        next(model.parameters()).mul_(1.5)
+        torch.testing.assert_close(view(FIXED), model(FIXED).logits)
+    assert not shares_memory(lens_model(hf_model(NEOX)), hf_model(NEOX))
+
+
+def test_hooks_and_replaced_forwards_of_the_run_are_not_called():
+    model = hf_model()
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model.forward = lambda *_args, **_kwargs: calls.append(2)
+    SaturationTracker(data=FIXED).step(model, 0)
+    assert calls == []
+
+
+def test_a_wrapped_model_is_measured():
+    wrapped = nn.DataParallel(hf_model())
+    assert SaturationTracker(data=FIXED).step(wrapped, 0).keys() >= MEASURED
+
+
+def trainer(folder, tracker, steps):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+        seed=0,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tiny.tokens(batch=16, seed=1)]
+    return transformers.Trainer(
+        model=hf_model(), args=arguments, train_dataset=rows, callbacks=tracker
+    )
+
+
+def test_a_trainer_takes_it_as_a_callback(tmp_path):
+    plain = trainer(tmp_path / "a", [], 5)
+    plain.train()
+    seen = []
+    tracker = SaturationTracker(
+        tmp_path / "log.jsonl", FIXED, log=lambda row, step: seen.append((step, row["norm"]))
+    )
+    tracked = trainer(tmp_path / "b", [tracker], 5)
+    tracked.train()
+    for a, b in zip(plain.model.parameters(), tracked.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    frame = read_training_log(tmp_path / "log.jsonl")
+    assert frame.index.tolist() == [0, 1, 2, 4, 5]
+    assert [step for step, _ in seen] == [0, 1, 2, 4, 5]
+    assert frame.loc[0].notna().all()
+    with pytest.raises(AttributeError):
+        _ = tracker.nothing
+
+
+def test_a_loop_without_callbacks_is_followed_by_its_optimiser():
+    from transformer_lens.tools.training import TrainConfig
+    from transformer_lens.tools.training import train as train_lens
+
+    tokens = [{"tokens": row} for row in tiny.tokens(batch=8, seed=2)]
+    config = TrainConfig(num_epochs=1, batch_size=2, print_every=None, device="cpu")
+    tracker = SaturationTracker(data=FIXED, budget=None)
+    model, plain = native(), native()
+    with tracker.watching(model):
+        train_lens(model, config, tokens)
+    train_lens(plain, config, tokens)
+    assert tracker.frame().index.tolist() == [0, 1, 2, 4]
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    train_lens(model, config, tokens)
+    assert len(tracker.rows) == 4
+
+
+def test_another_optimiser_does_not_count():
+    tracker, model, other = SaturationTracker(every=1), nn.Linear(2, 2), nn.Linear(2, 2)
+    with tracker.watching(model, first_step=7):
+        for module in (other, model):
+            module(torch.ones(1, 2)).sum().backward()
+            torch.optim.SGD(module.parameters(), lr=0.1).step()
+    assert tracker.frame().index.tolist() == [7, 8]
+
+
+def test_the_budget_puts_measures_off_and_makes_them_later(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    model = native()
+    tracker = SaturationTracker(data=FIXED, every=10**9, measure_every=10, budget=0.1)
+    done = []
+
+    def measures(*_args, **_options):
+        clock[0] += 1.0
+        return {"S": 1.0}
+
+    monkeypatch.setattr("sat_lens.training.tracker.saturation_measures", measures)
+    for step in range(200):
+        if tracker.step(model, step):
+            done.append(step)
+        clock[0] += 0.25
+        assert tracker.overhead <= 0.1 or len(done) == 1
+    # A measure takes as long as four steps, so one in forty steps can be afforded.
+    assert done[0] == 0
+    assert 2 <= len(done) <= 6
+    free = SaturationTracker(data=FIXED, every=10**9, measure_every=10, budget=None)
+    assert sum(free.step(model, step) is not None for step in range(200)) == 20
+
+
+def test_what_cannot_be_measured_fails_at_the_start_and_not_in_the_middle(monkeypatch):
+    with pytest.raises(UnsupportedModelError, match="Hugging Face"):
+        SaturationTracker(data=FIXED).step(nn.Linear(2, 2), 0)
+    model = hf_model()
+    tracker = SaturationTracker(data=FIXED, measure_every=1, budget=None)
+    tracker.step(model, 0)
+
+    def fails(_model):
+        raise UnsupportedModelError("gone")
+
+    monkeypatch.setattr(tracker, "_measures", fails)
+    assert tracker.step(model, 1)["problem"] == "gone"
+
+
+def test_arguments_are_checked():
+    for options in ({"every": 0}, {"measure_every": -1}, {"budget": 0.0}, {"budget": 2.0}):
+        with pytest.raises(ArgumentError):
+            SaturationTracker(**options)
+
+
+def test_steps_are_due_on_a_logarithmic_scale():
+    assert [s for s in range(70) if is_due(s, None, halves=False)] == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert [s for s in range(70) if is_due(s, 30, halves=True)] == [0, 30, 60]
+
+
+def test_the_random_state_is_left_alone():
+    model = hf_model()
+    state = torch.get_rng_state()
+    SaturationTracker(data=FIXED).step(model, 0)
+    assert torch.equal(torch.get_rng_state(), state)
