@@ -1,0 +1,215 @@
+"""Curves: measures against the inverse temperature, and norms against training steps."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from sat_lens.errors import ArgumentError
+from sat_lens.figures import marks
+
+INK, QUIET = "#222222", "#666666"
+WORDS = {
+    "loss": "loss (nats per token)",
+    "S": "similarity S, by layer",
+    "kl": "KL from the soft model (nats)",
+    "top1": "same most likely token (share)",
+    "metric": "metric",
+}
+
+
+def scaling_curve_figure(frame: pd.DataFrame, title: str) -> Figure:
+    """Draw every measure against the inverse temperature, one panel a measure.
+
+    The axis is logarithmic; 0 and infinity stand at its ends, apart from the rest.
+
+    Args:
+        frame: A row a scale (the index), a column a measure, as ``ScalingCurve.frame()`` gives it.
+        title: What was measured on what.
+
+    Raises:
+        ArgumentError: The table is empty.
+
+    Example:
+        >>> frame = pd.DataFrame({"loss": [8.0, 2.0, 3.0]}, index=[0.0, 1.0, math.inf])
+        >>> [text.get_text() for text in scaling_curve_figure(frame, "t").axes[0].get_xticklabels()]
+        ['0', '1', '∞']
+    """
+    if frame.empty or not len(frame.columns):
+        raise ArgumentError(
+            "Needed a table with a row a scale and a column a measure; it is empty."
+        )
+    ordered = frame.sort_index()
+    groups = measure_groups([str(name) for name in frame.columns])
+    scales = [float(c) for c in ordered.index]
+    places = scale_places(scales)
+    inside = [i for i, c in enumerate(scales) if 0 < c < math.inf]
+    figure, panels = _panels(len(groups), title)
+    for index, (axes, (words, names)) in enumerate(zip(panels, groups.items(), strict=True)):
+        for name, color in zip(names, _line_colors(index, len(names)), strict=True):
+            values = ordered[name].to_numpy(dtype=float)
+            axes.plot([places[i] for i in inside], values[inside], color=color, lw=1.6)
+            axes.plot(places, values, "o", color=color, ms=3.5, label=name.rpartition("_")[2])
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize=6.5, ncols=math.ceil(len(names) / 6))
+        if 1.0 in scales:
+            axes.axvline(0.0, color="#CCCCCC", lw=0.8, zorder=0)
+        chosen = tick_scales(scales, most=7)
+        ticks = [places[scales.index(c)] for c in chosen]
+        axes.set_xticks(ticks, [scale_text(c) for c in chosen])
+        axes.set_xlabel("inverse temperature c", size=8, color=QUIET)
+        axes.set_title(words, size=8.5, color=INK, loc="left").set_parse_math(False)
+    return figure
+
+
+def growth_figure(
+    frame: pd.DataFrame,
+    title: str,
+    *,
+    x: str = "step",
+    columns: Sequence[str] | None = None,
+    log_x: bool = True,
+    log_y: bool = True,
+) -> Figure:
+    """Draw measures against training steps, one line a column.
+
+    Args:
+        frame: A row a step.
+        title: What was measured on what.
+        x: The column of the horizontal axis; the index is taken where there is no such column.
+        columns: Which columns to draw; None is every column of numbers.
+        log_x: Whether the steps are on a logarithmic axis; steps of 0 are then left out.
+        log_y: Whether the values are; values of 0 or less are then left out.
+
+    Raises:
+        ArgumentError: The table is empty, or a column is missing.
+
+    Example:
+        >>> frame = pd.DataFrame({"step": [1, 10, 100], "norm": [1.0, 2.0, 4.0]})
+        >>> growth_figure(frame, "t").axes[0].get_xscale()
+        'log'
+    """
+    steps = frame[x] if x in frame.columns else frame.index.to_series()
+    numeric = [str(c) for c in frame.select_dtypes("number").columns if c != x]
+    names = list(numeric if columns is None else columns)
+    missing = [name for name in names if name not in frame.columns]
+    if frame.empty or missing or not names:
+        raise ArgumentError(
+            f"Needed a table with rows and the columns {', '.join(names) or 'of some number'}; "
+            f"found {len(frame)} rows and {', '.join(map(str, frame.columns)) or 'no columns'}."
+        )
+    figure, (axes,) = _panels(1, title)
+    for name, color in zip(names, _cycle(len(names)), strict=True):
+        keep = ((steps > 0) | (not log_x)) & ((frame[name] > 0) | (not log_y))
+        drawn = (steps[keep].to_numpy(), frame[name][keep].to_numpy())
+        axes.plot(*drawn, "-o", color=color, lw=1.6, ms=3, label=name.replace("_", " "))
+    axes.set_xscale("log" if log_x else "linear")
+    axes.set_yscale("log" if log_y else "linear")
+    for axis, log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
+        if log:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(x, size=8, color=QUIET)
+    if len(names) > 1:
+        axes.legend(
+            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), borderpad=0
+        )
+    else:
+        axes.set_ylabel(names[0].replace("_", " "), size=8, color=QUIET)
+    return figure
+
+
+def measure_groups(columns: Sequence[str]) -> dict[str, list[str]]:
+    """Group the measures of a curve into panels: one a measure, with all its layers.
+
+    Example:
+        >>> measure_groups(["kl", "S_L0", "S_L1"])["similarity S, by layer"]
+        ['S_L0', 'S_L1']
+    """
+    groups: dict[str, list[str]] = {words: [] for words in WORDS.values()}
+    for name in columns:
+        layered = name.rpartition("_L")[2].isdigit() and name.startswith("S")
+        words = WORDS["S"] if layered else WORDS.get(name, name.replace("_", " "))
+        groups.setdefault(words, []).append(name)
+    return {words: names for words, names in groups.items() if names}
+
+
+def scale_places(scales: Sequence[float]) -> list[float]:
+    """Place scales on an axis: log2 inside, 0 and infinity one and a half units beyond the ends.
+
+    Example:
+        >>> scale_places([0.0, 0.5, 1.0, 2.0, math.inf])
+        [-2.5, -1.0, 0.0, 1.0, 2.5]
+    """
+    inside = [math.log2(c) for c in scales if 0 < c < math.inf] or [0.0]
+    ends = {0.0: min(inside) - 1.5, math.inf: max(inside) + 1.5}
+    return [ends[c] if c in ends else math.log2(c) for c in scales]
+
+
+def tick_scales(scales: Sequence[float], most: int) -> list[float]:
+    """Choose which scales get a tick: the ends, 1, and others as far as they keep apart.
+
+    Example:
+        >>> tick_scales([0.0, 1.0, 1.1, 4.0, math.inf], most=4)
+        [0.0, 1.0, 4.0, inf]
+    """
+    places = dict(zip(scales, scale_places(scales), strict=True))
+    span = max(places.values()) - min(places.values()) or 1.0
+    whole = [c for c in scales if c < math.inf and c > 0 and float(math.log2(c)).is_integer()]
+    first = [c for c in (0.0, math.inf, 1.0) if c in places]
+    chosen: list[float] = []
+    for c in [*first, *whole, *scales]:
+        if all(abs(places[c] - places[other]) >= 0.8 * span / most for other in chosen):
+            chosen.append(c)
+    return sorted(chosen)
+
+
+def scale_text(c: float) -> str:
+    """Write a scale for an axis.
+
+    Example:
+        >>> scale_text(math.inf), scale_text(0.5), scale_text(32.0)
+        ('∞', '0.5', '32')
+    """
+    return "∞" if math.isinf(c) else f"{c:g}"
+
+
+def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    across = min(count, 2)
+    down = math.ceil(count / across)
+    width, height = (6.4, 3.4) if count == 1 else (7.2, 2.5 * down)
+    lines = textwrap.wrap(marks.visible(title), int(width * 11)) or [""]
+    head = 0.25 + 0.2 * len(lines)
+    figure = Figure(figsize=(width, height + head), facecolor="white")
+    engine = ConstrainedLayoutEngine(rect=(0, 0, 1, height / (height + head)))
+    figure.set_layout_engine(engine)
+    figure.text(
+        0.02, 1 - 0.12 / (height + head), "\n".join(lines), size=10, color=INK, va="top",
+        weight="bold",
+    ).set_parse_math(False)  # fmt: skip
+    panels = [figure.add_subplot(down, across, i + 1) for i in range(count)]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#BBBBBB")
+        axes.tick_params(labelsize=7.5, colors=QUIET, length=2)
+    return figure, panels
+
+
+def _line_colors(panel: int, count: int) -> list[Any]:
+    """One colour for a single line; for the layers of a model a ramp from light to dark."""
+    if count == 1:
+        return [marks.LINES[panel % len(marks.LINES)]]
+    return [colormaps["viridis_r"](0.15 + 0.85 * i / (count - 1)) for i in range(count)]
+
+
+def _cycle(count: int) -> list[str]:
+    return [marks.LINES[i % len(marks.LINES)] for i in range(count)]

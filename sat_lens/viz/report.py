@@ -1,0 +1,261 @@
+"""The report: one HTML file about one model, to look at, to send, and to open without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sat_lens.caching import SaturationPair
+from sat_lens.errors import ArgumentError
+from sat_lens.figures import marks
+from sat_lens.figures.maps import records_of
+from sat_lens.results import csv_text, write_whole
+from sat_lens.roles.result import HeadRoles
+from sat_lens.roles.rule import DESCRIPTIONS, ROLES
+from sat_lens.viz import maps
+from sat_lens.viz.page import render
+from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
+from sat_lens.viz.text import Tokens
+
+MOST_POSITIONS = 256
+_MASSES = ("previous", "self", "next", "first", "special", "induction", "duplicate")
+
+
+def write_report(
+    path: str | Path,
+    *,
+    roles: HeadRoles,
+    pair: SaturationPair,
+    tokens: Tokens | None = None,
+    curve: Any = None,
+    sweep: Any = None,
+    growth: Any = None,
+    title: str | None = None,
+) -> Path:
+    """Write the report of a model as one self-contained HTML file.
+
+    The page makes no request to any network; its Content-Security-Policy forbids them. Its numbers
+    are a corpus's (``roles``), its patterns those of one short text (``pair``).
+
+    Args:
+        path: Where the page goes; the file appears whole or not at all.
+        roles: The roles of all heads.
+        pair: Both runs of one text; a batch of 1 of at most 256 positions.
+        tokens: What stands at each position, from :func:`sat_lens.viz.token_strings`; with several
+            stacks a dict ``{"encoder": [...], "decoder": [...]}``; None numbers the positions.
+        curve: A scaling curve, for the section on the spectrum.
+        sweep: A result whose ``frame()`` has a row a head (index: label) with the column
+            ``effect``, and ``random_effect`` where a random control was run.
+        growth: A result whose ``frame()`` has a row a checkpoint, with the column ``step``.
+        title: The page's title; None names the model.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ArgumentError: The pair holds no pattern or more than one text, the tokens do not fit it,
+            or a result lacks a column.
+        FileFormatError: The file cannot be written.
+
+    Example:
+        >>> import sat_lens as sl, tempfile
+        >>> model, text = sl.load_model("demo"), "def area(width, height): return width * height"
+        >>> tokens = model.to_tokens(text)
+        >>> page = sl.viz.write_report(
+        ...     Path(tempfile.mkdtemp()) / "report.html",
+        ...     roles=sl.head_roles(model, [text], progress=False),
+        ...     pair=sl.run_with_saturation_cache(model, tokens),
+        ...     tokens=sl.viz.token_strings(model, tokens),
+        ... )
+        >>> page.stat().st_size < 2_500_000
+        True
+    """
+    frame = _head_table(roles, sweep)
+    found = patterns_of(pair)
+    _check_size(found)
+    page = render(
+        "report.html",
+        styles=["base.css", "patterns.css", "report.css"],
+        scripts=["patterns.js", "heads.js", "table.js", "report.js"],
+        title=title or f"Head roles of {roles.provenance.model}",
+        line=_one_line(roles, pair, frame),
+        versions=roles.provenance.versions,
+        complete=roles.complete,
+        maps=maps.role_maps(frame),
+        wide=_columns_across(frame) > 16,
+        legend=_legend(frame),
+        caution=marks.CAUTION,
+        start=clearest(frame),
+        charts=maps.scale_charts(curve.frame()) if curve is not None else [],
+        bars=maps.scale_bars(frame),
+        sweep=_sweep(frame) if sweep is not None else None,
+        growth=maps.step_charts(growth.frame()) if growth is not None else [],
+        data=_data(frame, found, tokens, pair, roles),
+        csv=csv_text(frame.rename_axis("label")),
+    )  # fmt: skip
+    target = Path(path)
+    write_whole(target, page.encode("utf-8", "backslashreplace"))
+    return target
+
+
+def clearest(frame: pd.DataFrame) -> int:
+    """Say which row holds the clearest head: the argmax side first, where a head does most.
+
+    Example:
+        >>> frame = pd.DataFrame({"role": ["mean", "argmax"], "target": ["", ""],
+        ...                       "agreement": [1.0, 0.9]})
+        >>> clearest(frame)
+        1
+    """
+    records = records_of(frame)
+
+    def key(index: int) -> tuple[bool, bool, float]:
+        record = records[index]
+        settled = record["role"] in ("argmax", "subset")
+        return settled, settled and bool(record["target"]), marks.clarity(record)
+
+    return max(range(len(records)), key=key)
+
+
+def _head_table(roles: HeadRoles, sweep: Any) -> pd.DataFrame:
+    frame = roles.frame()
+    if sweep is None:
+        return frame
+    effects = sweep.frame()
+    if "effect" not in effects.columns or not set(effects.index) <= set(frame.index):
+        raise ArgumentError(
+            "The sweep's frame() needs a row a head, indexed by the labels of the roles, with the "
+            f"column 'effect'; found the columns {', '.join(map(str, effects.columns))} and labels "
+            f"such as {', '.join(map(str, effects.index[:3]))}."
+        )
+    if effects.index.has_duplicates:
+        # A sweep over positions has several rows a head: the largest stands for it.
+        effects = effects.assign(size=effects["effect"].abs()).sort_values(
+            "size", ascending=False, kind="stable"
+        )
+        effects = effects[~effects.index.duplicated()]
+    names = [name for name in ("effect", "random_effect") if name in effects.columns]
+    wanted = [name for name in names if effects[name].notna().any()]
+    if "effect" not in wanted:
+        raise ArgumentError("The sweep holds no finite effect. Run it on heads that it can patch.")
+    return frame.join(effects[wanted])
+
+
+def _check_size(found: list[Patterns]) -> None:
+    longest = max((max(p.soft.shape[-2:]) for p in found), default=0)
+    if longest > MOST_POSITIONS:
+        raise ArgumentError(
+            f"The report shows one short text of at most {MOST_POSITIONS} positions; the pair's "
+            f"has {longest}. Run the pair on its beginning."
+        )
+
+
+def _one_line(roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame) -> str:
+    rows = f"{int(frame['n_rows'].max()):,} rows a head" if "n_rows" in frame.columns else ""
+    sequences = f"{roles.n_sequences:,} sequence{'s' if roles.n_sequences != 1 else ''}"
+    source = f" of {roles.provenance.data}" if roles.provenance.data else ""
+    shape = ", ".join(
+        f"{len(m.layers)} layers {marks.TIMES} {m.heads} heads{f' ({m.stack})' if m.stack else ''}"
+        for m in maps.role_maps(frame)
+    )
+    return (
+        f"{roles.provenance.model}: {shape}, measured on {sequences}{source}"
+        f"{f' ({rows}, each with {roles.min_keys} keys or more)' if rows else ''}. "
+        f"Patterns: one text, soft and at c = {_scale(pair)}, ties {pair.provenance.ties}."
+    )
+
+
+def _scale(pair: SaturationPair) -> str:
+    return "∞" if pair.provenance.scale == "inf" else pair.provenance.scale
+
+
+def _columns_across(frame: pd.DataFrame) -> int:
+    return sum(m.heads for m in maps.role_maps(frame))
+
+
+def _legend(frame: pd.DataFrame) -> dict[str, Any]:
+    counts = frame["role"].value_counts()
+    kinds = {"offset" if str(t).startswith("offset ") else str(t) for t in frame["target"] if t}
+    return {
+        "roles": [(role, DESCRIPTIONS[role], int(counts.get(role, 0))) for role in ROLES],
+        "targets": [
+            (marks.TARGET_MARKS.get(name, f"{marks.MINUS}k"), name, words)
+            for name, words in marks.TARGET_WORDS.items()
+            if name in kinds
+        ],
+    }
+
+
+def _sweep(frame: pd.DataFrame) -> dict[str, Any]:
+    effects = frame["effect"].dropna()
+    ranked = effects.reindex(effects.abs().sort_values(ascending=False, kind="stable").index)
+    control = float(frame["random_effect"].abs().mean()) if "random_effect" in frame else math.nan
+    limit = float(effects.abs().max()) if len(effects) else 0.0
+    return {
+        "maps": maps.effect_maps(frame, "effect"),
+        "limit": f"{limit:.3g}",
+        "ranked": [
+            {
+                "label": str(label),
+                "role": str(frame.loc[label, "role"]),
+                "effect": f"{value:+.3g}",
+                "share": abs(value) / limit if limit else 0.0,
+                "sign": "pos" if value >= 0 else "neg",
+            }
+            for label, value in ranked.head(12).items()
+        ],
+        "control": f"{control:.3g}" if math.isfinite(control) else "",
+    }
+
+
+def _data(
+    frame: pd.DataFrame,
+    found: list[Patterns],
+    tokens: Tokens | None,
+    pair: SaturationPair,
+    roles: HeadRoles,
+) -> dict[str, Any]:
+    texts: list[list[str]] = []
+    sites: list[dict[str, Any]] = []
+    where: dict[str, list[int]] = {}
+    for patterns in found:
+        queries, keys = tokens_of(tokens, patterns)
+        for text in (queries, keys):
+            if text not in texts:
+                texts.append(text)
+        for head, label in enumerate(patterns.site.labels):
+            where[label] = [len(sites), head]
+        sites.append(_site(patterns, texts.index(queries), texts.index(keys)))
+    return {
+        "labels": [str(label) for label in frame.index],
+        "columns": {str(name): _column(frame[name]) for name in frame.columns},
+        "masses": [name for name in _MASSES if name in frame.columns],
+        "descriptions": DESCRIPTIONS,
+        "targets": marks.TARGET_WORDS,
+        "where": [where.get(str(label)) for label in frame.index],
+        "sites": sites,
+        "texts": texts,
+        "start": clearest(frame),
+        "scale": _scale(pair),
+        "ties": pair.provenance.ties,
+        "provenance": dataclasses.asdict(roles.provenance),
+    }
+
+
+def _site(patterns: Patterns, queries: int, keys: int) -> dict[str, Any]:
+    causal = patterns.causal
+    return {
+        "causal": causal,
+        "queries": queries,
+        "keys": keys,
+        "soft": [encode_soft(pattern, causal) for pattern in patterns.soft],
+        "saturated": [encode_saturated(pattern, causal) for pattern in patterns.saturated],
+    }
+
+
+def _column(column: Any) -> list[Any]:
+    return [value.item() if hasattr(value, "item") else value for value in column.tolist()]

@@ -1,0 +1,243 @@
+"""Views for notebooks: each displays itself, and saves itself as a page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sat_lens.caching import SaturationPair
+from sat_lens.errors import ArgumentError
+from sat_lens.figures.marks import clarity
+from sat_lens.roles.result import HeadRoles
+from sat_lens.sites.selection import Heads, select_heads
+from sat_lens.viz.page import render
+from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
+from sat_lens.viz.text import Tokens, escaped
+from sat_lens.viz.view import FigureView, View, component_view, drawn
+
+MOST_HEADS = 8
+
+
+def role_map(roles: HeadRoles, title: str | None = None) -> FigureView:
+    """Show the head-role map.
+
+    Args:
+        roles: The roles of all heads.
+        title: A title; None says what was measured on what.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> roles = sl.head_roles(model, ["import os, sys, re, json, time"], progress=False)
+        >>> role_map(roles).save_html("roles.html")  # doctest: +SKIP
+    """
+    name = title or f"Head roles: {roles.provenance}"
+    figure = roles.plot(name)
+    picture = base64.b64encode(drawn(figure, "svg")).decode()
+    page = render(
+        "view.html",
+        styles=["base.css", "view.css"],
+        scripts=[],
+        title=name,
+        picture=f"data:image/svg+xml;base64,{picture}",
+    )
+    return FigureView(name, page, int(figure.get_size_inches()[1] * 96) + 40, figure)
+
+
+def attention(
+    pair: SaturationPair,
+    heads: Heads = None,
+    *,
+    tokens: Tokens | None = None,
+    roles: HeadRoles | None = None,
+) -> View:
+    """Show soft attention beside saturated attention, through circuitsvis.
+
+    Cross-attention, whose queries and keys are different texts, is drawn as a rectangle.
+
+    Args:
+        pair: Both runs of one text, with their patterns in the caches.
+        heads: Which heads; None is the clearest ones, at most 8, or without roles the first.
+        tokens: What stands at each position, see :func:`sat_lens.viz.token_strings`; with several
+            stacks a dict ``{"encoder": [...], "decoder": [...]}``; None numbers the positions.
+        roles: Roles to name the heads by.
+
+    Raises:
+        ArgumentError: The caches hold no pattern or more than one text, or the tokens do not fit.
+        HeadSelectionError: There is no such head.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> pair = sl.run_with_saturation_cache(model, "def f(x): return x")
+        >>> attention(pair, ["L1H0", "L1H1"]).title
+        'Attention, soft and saturated: L1H0, L1H1'
+    """
+    found = patterns_of(pair)
+    selection = select_heads([p.site for p in found], heads if heads is not None else
+                             _clearest(found, roles))  # fmt: skip
+    frame = roles.frame() if roles is not None else None
+    texts: list[list[str]] = []
+    groups, labels = [], []
+    for shape in dict.fromkeys(_kind(p) for p in found):
+        group: dict[str, Any] = {"names": [], "soft": [], "saturated": []}
+        for patterns in (p for p in found if _kind(p) == shape):
+            for head in selection.get(patterns.site.path, []):
+                label = patterns.site.label(head)
+                labels.append(label)
+                row = frame.loc[label] if frame is not None and label in frame.index else {}
+                words = [label, str(row.get("role", "")), str(row.get("target", ""))]
+                group["names"].append(" ".join(filter(None, words)))
+                causal = shape[-1]
+                group["soft"].append(encode_soft(patterns.soft[head], causal))
+                group["saturated"].append(encode_saturated(patterns.saturated[head], causal))
+                queries, keys = tokens_of(tokens, patterns)
+                texts += [text for text in (queries, keys) if text not in texts]
+                group |= {"causal": causal, "queries": texts.index(queries)}
+                group["keys"] = texts.index(keys)
+        if group["names"]:
+            groups.append(group)
+    c = "∞" if pair.provenance.scale == "inf" else pair.provenance.scale
+    data = {"groups": groups, "texts": texts, "limit": f"c = {c}, ties {pair.provenance.ties}"}
+    title = f"Attention, soft and saturated: {', '.join(labels)}"
+    note = "Rows are queries, columns keys. Soft patterns are kept in steps of 1/255."
+    return component_view(title, note, data, height=860 * len(groups))
+
+
+def tokens(
+    tokens: Sequence[str],
+    values: Float[Tensor, " position"] | Float[Tensor, "position layer head"],
+    title: str = "Values by token",
+) -> View:
+    """Show a number for every token, by colour; for all heads with a choice of layer and head.
+
+    Args:
+        tokens: One text a position.
+        values: ``[position]``, or ``[position, layer, head]``; NaN shows as 0.
+        title: What the numbers are.
+
+    Raises:
+        ArgumentError: The shapes do not fit.
+
+    Example:
+        >>> tokens(["a", "b"], torch.tensor([0.2, -0.4])).height
+        180
+    """
+    clean = _checked(tokens, values, (1, 3))
+    if clean.dim() == 1:
+        props: dict[str, Any] = {"tokens": escaped(tokens), "values": clean.tolist()}
+        return component_view(title, "", {"component": "ColoredTokens", "props": props}, height=180)
+    props = {
+        "tokens": escaped(tokens),
+        "activations": clean.tolist(),
+        "firstDimensionName": "Layer",
+        "secondDimensionName": "Head",
+    }
+    return component_view(
+        title, "", {"component": "TextNeuronActivations", "props": props}, height=300
+    )
+
+
+def top_tokens(
+    tokens: Sequence[str],
+    values: Float[Tensor, "position layer head"],
+    title: str = "Tokens with the largest and smallest values",
+    *,
+    k: int = 10,
+) -> View:
+    """Show the tokens with the largest and the smallest values, head by head.
+
+    Args:
+        tokens: One text a position.
+        values: A number for every position, layer and head, coloured on a scale from 0 to 1; NaN
+            counts as 0.
+        title: What the numbers are.
+        k: How many tokens at each end.
+
+    Raises:
+        ArgumentError: The shapes do not fit.
+
+    Example:
+        >>> top_tokens(["a", "b"], torch.rand(2, 1, 3)).title
+        'Tokens with the largest and smallest values'
+    """
+    by_layer = _checked(tokens, values, (3,)).permute(1, 0, 2)
+    count = min(k, len(tokens))
+    top = by_layer.topk(count, dim=1)
+    bottom = by_layer.topk(count, dim=1, largest=False)
+    # Given a single text, circuitsvis shows a single head; given it twice, it shows all of them.
+    props = {
+        "tokens": [escaped(tokens)] * 2,
+        "topkVals": [top.values.tolist()] * 2,
+        "topkIdxs": [top.indices.tolist()] * 2,
+        "bottomkVals": [bottom.values.flip(1).tolist()] * 2,
+        "bottomkIdxs": [bottom.indices.flip(1).tolist()] * 2,
+        "firstDimensionName": "Layer",
+        "thirdDimensionName": "Head",
+    }
+    height = 240 + 52 * count
+    return component_view(title, "", {"component": "TopkTokens", "props": props}, height=height)
+
+
+def row_changes(pair: SaturationPair, stack: str = "") -> Float[Tensor, "position layer head"]:
+    """Measure how far saturating moves each row of attention, for ``tokens`` and ``top_tokens``.
+
+    The value is the total variation between the soft and the saturated row, in [0, 1]; NaN where a
+    layer has no such head.
+
+    Args:
+        pair: Both runs of one text.
+        stack: Which stack, where the model has several.
+
+    Raises:
+        ArgumentError: The pair has no patterns of that stack.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> list(row_changes(sl.run_with_saturation_cache(model, "import os"))[0].shape)
+        [4, 8]
+    """
+    found = [p for p in patterns_of(pair) if p.site.stack == stack]
+    if not found:
+        stacks = sorted({p.site.stack for p in patterns_of(pair)})
+        raise ArgumentError(f"Needed a stack of the pair, one of {stacks}; found {stack!r}.")
+    layers = max(p.site.layer for p in found) + 1
+    heads = max(p.site.n_heads for p in found)
+    values = torch.full((found[0].soft.shape[1], layers, heads), float("nan"))
+    for p in found:
+        change = (p.soft - p.saturated).abs().sum(-1) / 2
+        values[:, p.site.layer, : p.site.n_heads] = change.T
+    return values
+
+
+def _checked(tokens: Sequence[str], values: Tensor, dimensions: tuple[int, ...]) -> Tensor:
+    shapes = {1: "[position]", 3: "[position, layer, head]"}
+    fits = values.dim() in dimensions and len(tokens) == values.shape[0] and values.numel() > 0
+    if isinstance(tokens, str) or not fits:
+        raise ArgumentError(
+            f"Needed a list of tokens and values of shape "
+            f"{' or '.join(shapes[d] for d in dimensions)}; found {len(tokens)} tokens and values "
+            f"of shape {list(values.shape)}."
+        )
+    return values.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _clearest(found: list[Patterns], roles: HeadRoles | None) -> list[str]:
+    labels = [label for patterns in found for label in patterns.site.labels]
+    if roles is None:
+        return labels[:MOST_HEADS]
+    frame = roles.frame()
+    known = [label for label in labels if label in frame.index]
+    shares = frame["agreement"].to_dict()
+    return sorted(known, key=lambda label: -clarity({"agreement": shares[label]}))[:MOST_HEADS]
+
+
+def _kind(patterns: Patterns) -> tuple[str, int, int, bool]:
+    queries, keys = patterns.soft.shape[-2:]
+    return patterns.site.stack, queries, keys, patterns.causal

@@ -1,0 +1,214 @@
+"""Static figures: what they show, that nothing overlaps, and that files are vectors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from text_attacks import ATTACKS
+
+from sat_lens import figures
+from sat_lens.errors import ArgumentError
+from sat_lens.figures import curves, marks
+from sat_lens.figures.marks import visible
+from sat_lens.roles.rule import DESCRIPTIONS, ROLES
+
+TARGETS = ["", "previous", "offset -3", "first", "induction", "self"]
+
+
+def frame_of(layers, heads, stacks=("",)):
+    cells = itertools.product(stacks, range(layers), range(heads))
+    rows = [
+        {
+            "stack": stack,
+            "layer": layer,
+            "head": head,
+            "role": ROLES[(layer + head) % len(ROLES)],
+            "target": TARGETS[(layer * 7 + head) % len(TARGETS)],
+            "agreement": ((layer * 5 + head * 3) % 11) / 10,
+        }
+        for stack, layer, head in cells
+    ]
+    return pd.DataFrame(rows)
+
+
+def texts_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in drawn_texts(figure)]
+
+
+def drawn_texts(figure: Figure):
+    FigureCanvasAgg(figure).draw()
+    found = list(figure.texts)
+    for axes in figure.axes:
+        found += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+        if axes.axison:
+            found += [*labels_in_view(axes.xaxis), *labels_in_view(axes.yaxis)]
+    return [text for text in found if text.get_visible() and text.get_text()]
+
+
+def labels_in_view(axis):
+    low, high = sorted(axis.get_view_interval())
+    pairs = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+    return [label for place, label in pairs if low <= place <= high]
+
+
+def overlaps(figure: Figure) -> list[tuple[str, str]]:
+    texts = drawn_texts(figure)
+    boxes = [text.get_window_extent().shrunk(0.9, 0.8) for text in texts]
+    return [
+        (texts[i].get_text(), texts[j].get_text())
+        for i, j in itertools.combinations(range(len(texts)), 2)
+        if boxes[i].overlaps(boxes[j])
+    ]
+
+
+def outside(figure: Figure) -> list[str]:
+    page = figure.bbox
+    boxes = [(text, text.get_window_extent()) for text in drawn_texts(figure)]
+    return [
+        text.get_text()
+        for text, box in boxes
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1
+    ]
+
+
+def growth():
+    return pd.DataFrame(
+        {"step": [0, 1, 10, 100], "norm": [1.0, 1.1, 2, 4], "mlp": [0.5, 0.5, 1, 2]}
+    )
+
+
+def curve():
+    scales = pd.Index(
+        [0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf], name="scale"
+    )
+    layers = {f"S_L{layer}": [0.1 * layer] * len(scales) for layer in range(4)}
+    return pd.DataFrame({"loss": range(11), "kl": range(11), **layers}, index=scales)
+
+
+DRAWINGS = {
+    "roles 4 x 4": lambda: figures.role_map(frame_of(4, 4), "Four by four"),
+    "roles 24 x 32": lambda: figures.role_map(frame_of(24, 32), "A long title " * 20),
+    "roles of three stacks": lambda: figures.role_map(
+        frame_of(6, 8, ("encoder", "decoder", "cross")), "Stacks"
+    ),
+    "roles of one head": lambda: figures.role_map(frame_of(1, 1), "One"),
+    "sweep 4 x 4": lambda: figures.sweep_map(torch.randn(4, 4), "Sweep", "effect", reference=0.3),
+    "sweep 24 x 32": lambda: figures.sweep_map(torch.randn(24, 32), "Sweep", "effect (nats)"),
+    "grid": lambda: figures.grid_map(
+        torch.randn(5, 8),
+        "Grid",
+        "growth",
+        rows=[0.0, 0.001, 0.01, 0.1, 1.0],
+        columns=[10.0**-k for k in range(8)],
+        row_name="weight decay",
+        column_name="learning rate",
+    ),
+    "curve": lambda: figures.scaling_curve_figure(curve(), "Curve"),
+    "growth": lambda: figures.growth_figure(growth(), "Growth"),
+    "one line": lambda: figures.growth_figure(growth(), "Growth", columns=["norm"], log_y=False),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_no_text_overlaps_or_leaves_the_page(name):
+    torch.manual_seed(0)
+    figure = DRAWINGS[name]()
+    assert overlaps(figure) == []
+    assert outside(figure) == []
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWINGS if "24 x 32" not in name])
+@pytest.mark.parametrize("ending", ["svg", "pdf"])
+def test_every_figure_can_be_kept(name, ending, tmp_path):
+    path = tmp_path / f"figure.{ending}"
+    DRAWINGS[name]().savefig(path)
+    assert path.read_bytes().startswith({"svg": b"<?xml", "pdf": b"%PDF"}[ending])
+
+
+def test_the_legend_says_every_role_in_words():
+    texts = texts_of(figures.role_map(frame_of(4, 4), "t"))
+    assert all(f"{role}: {DESCRIPTIONS[role]}" in texts for role in ROLES)
+    assert marks.CAUTION.split()[-1] in " ".join(texts)
+
+
+def test_layers_go_down_and_keep_their_own_numbers():
+    frame = frame_of(4, 2)
+    frame = frame[frame["layer"].isin([1, 3])]
+    axes = figures.role_map(frame, "t").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "3"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+
+
+def test_a_clearer_role_has_a_stronger_colour():
+    frame = pd.DataFrame(
+        {"layer": [0, 0], "head": [0, 1], "role": ["mean"] * 2, "agreement": [0.1, 1.0]}
+    )
+    cells = figures.role_map(frame, "t").axes[0].patches
+    pale, strong = [cell.get_facecolor() for cell in cells]
+    assert sum(pale[:3]) > sum(strong[:3])
+
+
+def test_effects_are_centred_on_zero_and_gaps_stay_empty():
+    values = torch.tensor([[1.0, -0.5], [0.0, math.nan]])
+    cells = figures.sweep_map(values, "t", "effect").axes[0].patches
+    (r1, _, b1), (r2, _, b2), zero = (cell.get_facecolor()[:3] for cell in cells[:3])
+    assert r1 > b1
+    assert b2 > r2
+    assert zero == (1.0, 1.0, 1.0)
+    assert cells[3].get_hatch()
+
+
+@pytest.mark.parametrize("text", [t for t in ATTACKS if len(t) < 100])
+def test_titles_are_data(text, tmp_path):
+    figure = figures.role_map(frame_of(2, 2), text)
+    figure.savefig(tmp_path / "figure.svg")
+    assert visible(text).replace(" ", "") in "".join(texts_of(figure)).replace("\n", "").replace(
+        " ", ""
+    )
+
+
+def test_importing_leaves_matplotlib_alone():
+    code = (
+        "import sys, matplotlib; before = matplotlib.rcParams.copy(); import sat_lens.figures;"
+        "assert matplotlib.rcParams.copy() == before;"
+        "assert 'matplotlib.pyplot' not in sys.modules;"
+        "assert 'transformer_lens' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_scales_stand_in_order_with_the_ends_apart():
+    scales = [0.0, 0.5, 1.0, 2.0, math.inf]
+    places = curves.scale_places(scales)
+    assert places == sorted(places)
+    assert curves.scale_places([1.0]) == [0.0]
+    assert curves.scale_places([0.0, math.inf]) == [-1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("draw", "found"),
+    [
+        (lambda: figures.role_map(pd.DataFrame(), "t"), "layer, head, role"),
+        (lambda: figures.role_map(pd.DataFrame({"layer": [0], "head": [0]}), "t"), "role"),
+        (lambda: figures.sweep_map(torch.full((2, 2), math.nan), "t", "l"), r"\[2, 2\]"),
+        (lambda: figures.scaling_curve_figure(pd.DataFrame(), "t"), "empty"),
+        (lambda: figures.growth_figure(growth(), "t", columns=["nothing"]), "nothing"),
+        (
+            lambda: figures.grid_map(
+                torch.zeros(2, 2), "t", "l", rows=[1], columns=[1], row_name="r", column_name="c"
+            ),
+            "found 1 and 1",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(draw, found):
+    with pytest.raises(ArgumentError, match=found):
+        draw()

@@ -1,0 +1,66 @@
+"""Two processes measure their shares of the data and both hold the whole result."""
+
+import os
+import socket
+
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import sat_lens as sl
+from sat_lens.cli import main
+from sat_lens.roles import HeadRoles
+
+
+def tokens():
+    return torch.randint(3, 2048, (6, 16), generator=torch.Generator().manual_seed(1))
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def measure(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    roles = sl.head_roles(sl.load_model(), tokens(), batch_size=2, progress=False)
+    roles.save(f"{folder}/{rank}.st")
+    dist.destroy_process_group()
+
+
+def test_two_gloo_processes_both_return_the_result_of_one(demo, tmp_path):
+    mp.spawn(measure, (free_port(), str(tmp_path)), nprocs=2)
+    alone = sl.head_roles(demo, tokens(), batch_size=2, progress=False)
+    for rank in range(2):
+        found = HeadRoles.load(tmp_path / f"{rank}.st")
+        assert found.n_sequences == 6
+        pd.testing.assert_frame_equal(found.frame(), alone.frame(), rtol=1e-9)
+
+
+def test_shards_of_the_command_line_merge_and_a_broken_one_is_left_out(tmp_path, capsys):
+    options = ["--sequences", "24", "--context", "24", "--quiet"]
+    for i in (1, 2):
+        out = str(tmp_path / f"{i}.st")
+        assert main(["roles", *options, "--shard", f"{i}/2", "--out", out]) == 0
+    assert main(["roles", *options, "--out", str(tmp_path / "whole.st")]) == 0
+    parts = [str(tmp_path / "1.st"), str(tmp_path / "2.st")]
+    assert main(["merge", *parts, "--out", str(tmp_path / "merged.st")]) == 0
+    merged, whole = (HeadRoles.load(tmp_path / f"{n}.st") for n in ("merged", "whole"))
+    pd.testing.assert_frame_equal(merged.frame(), whole.frame(), rtol=1e-9)
+
+    (tmp_path / "2.st").write_bytes(b"not a result")
+    capsys.readouterr()
+    assert main(["merge", *parts, "--out", str(tmp_path / "rest.st")]) == 1
+    assert "left out" in capsys.readouterr().err
+    assert HeadRoles.load(tmp_path / "rest.st").n_sequences == 16
+
+
+@pytest.mark.parametrize("shard", ["2", "a/b", "3/2", "0/2"])
+def test_a_shard_that_is_none_is_refused(shard, capsys):
+    assert main(["roles", "--shard", shard, "--sequences", "1", "--quiet"]) == 2
+    assert "hard" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""Tokens as texts: nothing vanishes, nothing is markup."""
+
+from __future__ import annotations
+
+import html
+import json
+import unicodedata
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from text_attacks import ATTACKS
+
+import sat_lens as sl
+from sat_lens.figures.marks import visible
+from sat_lens.viz.page import circuitsvis_bundle, content_security_policy, embedded_json
+from sat_lens.viz.text import escaped, token_strings
+
+ANY_TEXT = st.text(st.characters(codec=None, categories=None))
+
+
+@given(ANY_TEXT)
+def test_every_character_shows(text):
+    seen = visible(text)
+    assert seen.strip()
+    seen.encode("utf-8")
+    hidden = {"Cc", "Cs", "Cn", "Zl", "Zp"}
+    assert not any(unicodedata.category(character) in hidden for character in seen)
+
+
+@given(st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1))
+def test_ordinary_text_stays_as_it_is(text):
+    assert visible(f" {text}") == f" {text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("\n", "⏎"),
+        ("\n    ", "⏎␣␣␣␣"),
+        ("\n       ", "⏎␣\u00d77"),
+        ("\t", "⇥"),
+        ("", "⟨empty⟩"),
+        ("\udc80", "⟨U+DC80⟩"),
+        ("\u202e", "⟨U+202E⟩"),
+        ("a\u200db", "a\u200db"),
+        ("\u200d", "⟨U+200D⟩"),
+        (" def", " def"),
+    ],
+)
+def test_what_would_vanish_is_named(text, seen):
+    assert visible(text) == seen
+
+
+@given(st.recursive(ANY_TEXT | st.floats() | st.integers(), st.lists, max_leaves=8))
+def test_json_cannot_close_its_element(value):
+    text = str(embedded_json({"value": value}))
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+    json.loads(text)
+
+
+@given(ANY_TEXT)
+def test_json_gives_the_text_back(text):
+    assert json.loads(str(embedded_json([text]))) == [text]
+
+
+class Counting(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_escaped_tokens_hold_no_markup(attack):
+    parser = Counting()
+    parser.feed(f"<p>{escaped([attack])[0]}</p>")
+    parser.close()
+    assert parser.tags == ["p"]
+    assert parser.text == visible(attack)
+
+
+def test_the_bundle_cannot_close_its_element():
+    assert "</script" not in circuitsvis_bundle().lower()
+    assert "\r" not in circuitsvis_bundle()
+
+
+def test_the_policy_allows_two_scripts_and_no_request():
+    policy = content_security_policy("a{}", ["one", "two"])
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert policy.split("script-src")[1].split(";")[0].count("sha256-") == 2
+
+
+def test_tokens_of_the_demo_read_as_text():
+    model = sl.load_model("demo")
+    text = "def f(x):\n    return 'é\U0001f680'"
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = token_strings(model, ids)
+    assert len(pieces) == len(ids)
+    assert all(pieces)
+    assert not any("Ġ" in piece or "Ċ" in piece for piece in pieces)
+    assert pieces[0] == "def"
+
+
+class FakeTokenizer:
+    pieces = ("▁def", "<0x0A>", "##ing", "", "âĢ")
+    texts = ("def", "\n", "##ing", "", "�")
+
+    def convert_ids_to_tokens(self, token):
+        return self.pieces[token] or "<empty>"
+
+    def decode(self, ids):
+        return self.texts[ids[0]]
+
+
+def test_pieces_of_other_tokenizers_keep_what_they_are():
+    model = type("Model", (), {"tokenizer": FakeTokenizer()})()
+    assert token_strings(model, range(5)) == [" def", "\n", "##ing", "<empty>", "âĢ"]
+    assert token_strings(type("Model", (), {})(), [7]) == ["7"]
+
+
+def test_escape_is_the_standard_one():
+    assert html.unescape(escaped(["<a href='x'>"])[0]) == "<a href='x'>"
