@@ -94,8 +94,9 @@ class SaturationPair:
             seed: Seed of the random keys.
 
         Raises:
-            ArgumentError: The caches do not hold that activation.
-            NonFiniteError: It is not finite everywhere, as attention scores with a mask are not.
+            ArgumentError: The caches do not hold that activation, or it is the attention scores,
+                whose masked entries outweigh all others.
+            NonFiniteError: It is not finite everywhere.
 
         Example:
             >>> import sat_lens as sl
@@ -103,6 +104,11 @@ class SaturationPair:
             >>> pair.similarity("resid_post").frame().shape
             (4, 3)
         """
+        if activation == "attn_scores":
+            raise ArgumentError(
+                "Attention scores hold the mask, which outweighs all else in a cosine. Compare "
+                '"pattern".'
+            )
         if seed not in self._random:
             self._random[seed] = self._run_random(seed)
         control = self._random[seed]
@@ -115,7 +121,7 @@ class SaturationPair:
                 (self.soft.cache[name], self.saturated.cache[name], control.cache[name])
                 for name in names
             ]
-        if activation in _HEADS_BEFORE_POSITIONS:
+        if activation == "pattern":  # heads stand before positions
             triples = [
                 (a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2)) for a, b, c in triples
             ]
@@ -124,8 +130,8 @@ class SaturationPair:
             random = torch.stack([mean_cosine(soft, rand, self.real) for soft, _, rand in triples])
         if not bool((saturated + random).isfinite().all()):
             raise NonFiniteError(
-                f"{activation!r} is not finite everywhere (masked attention scores are not), so it "
-                'has no cosine. Compare another activation, such as "pattern" or "resid_post".'
+                f"{activation!r} is not finite everywhere, so it has no cosine. In half precision "
+                "activations can overflow: load the model in float32."
             )
         return Similarity(activation, names, saturated, random)
 
@@ -194,7 +200,7 @@ def mean_cosine(
     """Give the mean cosine over the last axis, over real positions where ``real`` says which.
 
     Example:
-        >>> float(mean_cosine(torch.ones(1, 2, 3), 2 * torch.ones(1, 2, 3)))
+        >>> round(float(mean_cosine(torch.ones(1, 2, 3), 2 * torch.ones(1, 2, 3))), 6)
         1.0
     """
     cosines = torch.cosine_similarity(first.double(), second.double(), dim=-1).cpu()
@@ -204,7 +210,7 @@ def mean_cosine(
 
 
 def normalised_similarity(
-    cos_changed: Float[Tensor, "*any"], cos_random: Float[Tensor, "*any"]
+    cos_changed: Float[Tensor, "*any"], cos_random: Float[Tensor, "*#any"]
 ) -> Float[Tensor, "*any"]:
     """Give S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN where there is no room.
 
@@ -237,9 +243,6 @@ _ALSO = {
     "z": (".o.hook_in",),
     "attn_out": (".attn.hook_out", ".self_attn.hook_out"),
 }
-
-
-_HEADS_BEFORE_POSITIONS = ("pattern", "attn_scores")
 
 
 def _real_positions(

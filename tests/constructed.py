@@ -86,6 +86,4 @@ UNIFORM = torch.zeros(N_CTX, N_CTX)
 
 
 def _find(weights, part):
-    return next(
-        p for name, p in weights.items() if part in name and name.endswith("weight")
-    )
+    return next(p for name, p in weights.items() if part in name and name.endswith("weight"))

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
+from sat_lens.figures.shown import ShownFigure
 
 INK, QUIET = "#222222", "#666666"
 WORDS = {
@@ -189,7 +190,7 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     width, height = (6.4, 3.4) if count == 1 else (7.2, 2.5 * down)
     lines = textwrap.wrap(marks.visible(title), int(width * 11)) or [""]
     head = 0.25 + 0.2 * len(lines)
-    figure = Figure(figsize=(width, height + head), facecolor="white")
+    figure = ShownFigure(figsize=(width, height + head), facecolor="white")
     engine = ConstrainedLayoutEngine(rect=(0, 0, 1, height / (height + head)))
     figure.set_layout_engine(engine)
     figure.text(

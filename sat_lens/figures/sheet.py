@@ -7,9 +7,9 @@ import textwrap
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from sat_lens.figures import marks
+from sat_lens.figures.shown import ShownFigure
 
 INK, QUIET = "#222222", "#666666"
 MARGIN, LEFT, LINE = 0.25, 0.55, 0.21
@@ -30,7 +30,7 @@ class Sheet:
         self.map_height = max(layers for layers, _ in sizes) * self.cell
         self.legend_height = legend_lines * LINE + MARGIN
         self.height = self.top + self.map_height + 0.3 + self.legend_height
-        self.figure = Figure(figsize=(self.width, self.height), facecolor="white")
+        self.figure = ShownFigure(figsize=(self.width, self.height), facecolor="white")
         y = 1 - MARGIN / self.height
         self.figure.text(
             MARGIN / self.width, y, "\n".join(lines), size=10, color=INK, va="top", weight="bold"

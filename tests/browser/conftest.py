@@ -11,21 +11,13 @@ import pytest
 from browser import chromium
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known, also where this file is found late."""
-    config.addinivalue_line("markers", "browser: opens a page in a real browser")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark all tests of this folder, and leave them out unless they were asked for."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of this folder before they are chosen by mark."""
     here = Path(__file__).parent
-    own = [item for item in items if here in item.path.parents]
-    for item in own:
-        item.add_marker("browser")
-    asked = "browser" in config.getoption("-m") or any("browser" in a for a in config.args)
-    if not asked:
-        config.hook.pytest_deselected(items=own)
-        items[:] = [item for item in items if item not in own]
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("browser")
 
 
 @pytest.fixture(scope="session")

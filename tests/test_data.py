@@ -1,0 +1,298 @@
+"""Data in every form it may have gives the same model the same numbers."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sat_lens as sl
+from sat_lens.data import batches, text_windows
+from sat_lens.errors import DataError
+
+TEXTS = ["import os", "x = 1 + 2 + 3\n", "def f(x):\n    return x"]
+SEQUENCES = st.lists(st.integers(3, 2047), min_size=1, max_size=24)
+
+
+def refusal(*words):
+    assert issubclass(DataError, sl.SatLensError)
+    assert issubclass(DataError, ValueError)
+    return pytest.raises(DataError, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
+
+
+def read(model, data, **kwargs):
+    return list(batches(model, data, **kwargs))
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return batch.run(model)
+
+
+def ids(model, text):
+    return model.tokenizer(text)["input_ids"]
+
+
+def same_batches(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert one.kwargs.keys() == other.kwargs.keys()
+        assert all(torch.equal(one.kwargs[name], other.kwargs[name]) for name in one.kwargs)
+
+
+@settings(max_examples=15)
+@given(st.lists(SEQUENCES, min_size=2, max_size=4))
+def test_padding_changes_no_logit_at_a_real_position(demo, rows):
+    padded = read(demo, [{"input_ids": row} for row in rows])
+    assert [batch.size for batch in padded] == [len(rows)]
+    logits = logits_of(demo, padded[0])
+    for i, row in enumerate(rows):
+        assert padded[0].real[i].tolist() == [j < len(row) for j in range(logits.shape[1])]
+        alone = logits_of(demo, read(demo, torch.tensor([row]))[0])[0]
+        torch.testing.assert_close(logits[i, : len(row)], alone, rtol=1e-4, atol=1e-4)
+
+
+@given(rows=st.integers(1, 9), batch_size=st.integers(1, 10))
+def test_a_tensor_is_cut_into_batches_and_nothing_is_lost(demo, rows, batch_size):
+    tokens = torch.arange(rows * 3).reshape(rows, 3)
+    found = read(demo, tokens, batch_size=batch_size)
+    assert torch.equal(torch.cat([batch.inputs for batch in found]), tokens)
+    assert [batch.size for batch in found[:-1]] == [batch_size] * (len(found) - 1)
+    assert all(torch.equal(batch.tokens, batch.inputs) for batch in found)
+
+
+@settings(max_examples=25)
+@given(n=st.integers(1, 7), batch_size=st.integers(1, 8))
+def test_texts_come_in_order_in_batches(demo, n, batch_size):
+    texts = [f"x{i} = {i}" for i in range(n)]
+    found = read(demo, (text for text in texts), batch_size=batch_size)
+    assert [batch.size for batch in found[:-1]] == [batch_size] * (len(found) - 1)
+    rows = [row[keep].tolist() for b in found for row, keep in zip(b.tokens, b.real, strict=True)]
+    assert rows == [ids(demo, text) for text in texts]
+
+
+def test_texts_open_with_the_beginning_of_sequence_once(demo):
+    bos = demo.tokenizer.bos_token_id
+    (batch,) = read(demo, "import os")
+    assert (batch.tokens == bos).nonzero().tolist() == [[0, 0]]
+    assert batch.kwargs == {}
+    assert torch.equal(batch.tokens, demo.to_tokens("import os"))
+
+
+def test_a_long_text_is_cut_to_the_context(demo):
+    (batch,) = read(demo, ["x = 1\n" * 999])
+    assert batch.inputs.shape == (1, demo.cfg.n_ctx)
+
+
+def test_all_forms_of_the_same_tokens_agree(demo):
+    tokens = torch.tensor([ids(demo, TEXTS[0])])
+    forms = [
+        tokens,
+        tokens[0],
+        [tokens],
+        [tokens[0]],
+        TEXTS[0],
+        TEXTS[:1],
+        [{"input": tokens}],
+        [{"input_ids": tokens}],
+        [{"tokens": tokens[0]}],
+        [{"text": TEXTS[0]}],
+        [{"input_ids": tokens[0].tolist()}],
+    ]
+    expected = read(demo, tokens)
+    for form in forms:
+        same_batches(read(demo, form), expected)
+
+
+def test_a_dict_passes_the_models_own_arguments_on(demo):
+    tokens = torch.tensor([[0, 5, 6], [0, 7, 2]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    (batch,) = read(demo, [{"input": tokens, "attention_mask": mask, "use_cache": False}])
+    assert batch.real.tolist() == [[True] * 3, [True, True, False]]
+    assert batch.kwargs["use_cache"] is False
+    assert torch.equal(logits_of(demo, batch), demo(tokens, attention_mask=mask).detach())
+
+
+def test_a_dict_says_what_a_decoder_reads():
+    case = tiny.pair("bart", "Bart", tiny.BART)
+    (tokens,), extra = case.inputs()
+    mask = torch.ones_like(extra["decoder_input"])
+    item = {"input": tokens, **extra, "decoder_attention_mask": mask}
+    (batch,) = read(case.build(), [item])
+    assert torch.equal(batch.decoder_tokens, extra["decoder_input"])
+    assert batch.decoder_real.all()
+    assert batch.real is None
+
+
+def test_images_are_no_tokens():
+    size = {"image_size": 16, "patch_size": 4}
+    model = tiny.reader(
+        "vit", "ViTForImageClassification", "ViTConfig", "softmax", settings=tiny.SIZE | size
+    ).build()
+    images = tiny.noise(5, 3, 16, 16)
+    found = read(model, images, batch_size=2)
+    assert [batch.size for batch in found] == [2, 2, 1]
+    assert all(batch.tokens is None for batch in found)
+
+
+def test_forms_may_be_mixed_and_keep_their_order(demo):
+    tokens = torch.tensor([[0, 5, 6]])
+    found = read(demo, [TEXTS[0], tokens, TEXTS[1], {"input": tokens}], batch_size=8)
+    starts = [batch.inputs[0, :3].tolist() for batch in found]
+    assert starts == [ids(demo, TEXTS[0])[:3], [0, 5, 6], ids(demo, TEXTS[1])[:3], [0, 5, 6]]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset_with_a_text_column_reads_like_its_texts(demo, streamed):
+    whole = datasets.Dataset.from_dict({"text": TEXTS, "id": [1, 2, 3]})
+    dataset = whole.to_iterable_dataset() if streamed else whole
+    same_batches(read(demo, dataset, batch_size=2), read(demo, TEXTS, batch_size=2))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_tokenised_dataset_reads_like_its_texts(demo, streamed, side):
+    rows = [ids(demo, text) for text in TEXTS]
+    width = max(map(len, rows))
+    columns = {"input_ids": [], "attention_mask": []}
+    for row in rows:
+        filling = [demo.tokenizer.pad_token_id] * (width - len(row))
+        real, padding = [1] * len(row), [0] * len(filling)
+        left = side == "left"
+        columns["input_ids"].append(filling + row if left else row + filling)
+        columns["attention_mask"].append(padding + real if left else real + padding)
+    dataset = datasets.Dataset.from_dict(columns)
+    dataset = dataset.to_iterable_dataset() if streamed else dataset
+    same_batches(read(demo, dataset), read(demo, TEXTS))
+
+
+def test_a_dataset_of_tensors_is_read_too(demo):
+    dataset = datasets.Dataset.from_dict({"input_ids": [ids(demo, text) for text in TEXTS]})
+    found = read(demo, dataset.with_format("torch"))
+    assert [batch.inputs[0].tolist() for batch in found] == [ids(demo, text) for text in TEXTS]
+
+
+def test_a_stream_is_read_no_further_than_it_is_needed(demo):
+    def endless():
+        while True:
+            yield {"text": "import os"}
+
+    stream = batches(demo, endless(), batch_size=4)
+    assert [next(stream).size for _ in range(3)] == [4, 4, 4]
+
+
+def test_roles_take_a_dataset(demo):
+    texts = ["import os, sys, re, json, math, itertools"] * 2
+    dataset = datasets.Dataset.from_dict({"text": texts})
+    found = sl.head_roles(demo, dataset, progress=False).frame()
+    expected = sl.head_roles(demo, texts, progress=False).frame()
+    assert found.equals(expected)
+
+
+def test_a_model_without_tokenizer_reads_tokens_only():
+    model = tiny.native()
+    (batch,) = read(model, [{"input_ids": [5, 6]}, {"input_ids": [7]}])
+    assert batch.real.tolist() == [[True, True], [True, False]]
+    with refusal("no tokenizer", "token tensors"):
+        read(model, "a text")
+
+
+@pytest.mark.parametrize("empty", [[], iter([]), datasets.Dataset.from_dict({"text": []})])
+def test_empty_data(demo, empty):
+    with refusal("empty", "at least one sequence"):
+        read(demo, empty)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)])
+def test_an_empty_tensor(demo, shape):
+    with refusal("holds nothing"):
+        read(demo, torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("texts", ["", " \n", ["import os", ""], [{"text": ""}]])
+def test_an_empty_text(demo, texts):
+    with refusal("texts is empty", "text_windows"):
+        read(demo, texts)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [{"input_ids": []}, {"input_ids": [5, 6], "attention_mask": [0, 0]}],
+)
+def test_a_sequence_without_tokens(demo, item):
+    with refusal("no token"):
+        read(demo, [{"input_ids": [5]}, item])
+
+
+def test_a_mask_of_another_length(demo):
+    with refusal("one mask entry per token", "1 for 2"):
+        read(demo, [{"input_ids": [5, 6], "attention_mask": [1]}])
+
+
+@pytest.mark.parametrize("data", [5, None, [5], [["import os"]], {"text": "import os"}, b"bytes"])
+@pytest.mark.usefixtures("types_unchecked")
+def test_what_is_no_data(demo, data):
+    with refusal("token tensor", "list of texts", "found (int|NoneType|list|dict)"):
+        read(demo, data)
+
+
+def test_a_dict_without_an_input(demo):
+    with refusal("input, input_ids", "keys attention_mask, labels"):
+        read(demo, [{"attention_mask": torch.ones(1, 3), "labels": 1}])
+
+
+@pytest.mark.parametrize(
+    ("data", "wrong"),
+    [
+        (torch.tensor([[0, 2048]]), "2048"),
+        (torch.tensor([[-100, 5]]), "-100"),
+        ([{"input_ids": [4_000]}], "4000"),
+        ([{"input": torch.tensor([[9_999]])}], "9999"),
+    ],
+)
+def test_tokens_of_another_vocabulary(demo, data, wrong):
+    with refusal("between 0 and 2047", f"found {wrong}", "another model"):
+        read(demo, data)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_holds_at_least_one_sequence(demo, size):
+    with refusal("batch_size", f"found {size}"):
+        read(demo, TEXTS, batch_size=size)
+
+
+@settings(max_examples=25)
+@given(
+    texts=st.lists(st.text("abc =\n", min_size=1, max_size=40), min_size=1, max_size=6),
+    context=st.integers(2, 12),
+    limit=st.none() | st.integers(1, 5),
+)
+def test_windows_are_the_stream_cut_up(demo, texts, context, limit):
+    bos, width = demo.tokenizer.bos_token_id, context - 1
+    stream = [i for t in texts for i in demo.tokenizer(t, add_special_tokens=False)["input_ids"]]
+    expected = [
+        [bos, *stream[start : start + width]] for start in range(0, len(stream) - width + 1, width)
+    ][:limit]
+    if expected:
+        assert text_windows(demo, texts, context, limit).tolist() == expected
+    else:
+        with refusal(f"gives {len(stream)} tokens", f"needs {width}", "longer text"):
+            text_windows(demo, texts, context, limit)
+
+
+def test_windows_read_no_more_text_than_they_need(demo):
+    def endless():
+        while True:
+            yield "import os\n" * 50
+
+    assert text_windows(demo, endless(), 32, limit=20).shape == (20, 32)
+
+
+@pytest.mark.parametrize(("context", "limit"), [(1, None), (0, 3), (8, 0)])
+def test_windows_need_room(demo, context, limit):
+    with refusal("room for a token", f"context of {context}"):
+        text_windows(demo, TEXTS, context, limit)

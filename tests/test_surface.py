@@ -1,0 +1,209 @@
+"""What holds for the package as a whole: its surface, its examples, its rooms, its files."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import subprocess
+
+import pytest
+
+import sat_lens as sl
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "sat_lens"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+# In the order of the design: a room imports only rooms above it.
+ROOMS = [
+    ["version"],
+    ["errors"],
+    ["attention"],
+    ["sites"],
+    ["scales"],
+    ["intervention"],
+    ["models"],
+    ["data"],
+    ["results"],
+    ["figures"],
+    ["caching"],
+    ["metrics"],
+    ["spectrum"],
+    ["roles"],
+    ["patching"],
+    ["norms"],
+    ["training"],
+    ["tasks"],
+    ["viz"],
+    ["demo"],
+    ["verify"],
+    ["cli"],
+]
+KNOW_NO_TRANSFORMER_LENS = {
+    "errors",
+    "attention",
+    "results",
+    "figures",
+    "metrics",
+    "norms",
+    "tasks",
+}
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages([str(PACKAGE)], "sat_lens.")
+    if module.name != "sat_lens.demo.train"
+]
+
+
+def room_of(path):
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def at_module_level(tree):
+    """Walk what an import of the module runs: no function bodies, no TYPE_CHECKING blocks."""
+    waiting = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not is_function:
+            waiting += ast.iter_child_nodes(node)
+
+
+def imports(nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def tracked_files():
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return [
+        REPOSITORY / name for name in found.stdout.splitlines() if (REPOSITORY / name).is_file()
+    ]
+
+
+def test_the_surface_is_small_and_there():
+    assert len(sl.__all__) <= 25
+    assert sl.__all__ == sorted(sl.__all__)
+    assert dir(sl) == sl.__all__
+    for name in sl.__all__:
+        assert getattr(sl, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = sl.nonsense
+
+
+def public_objects():
+    """What a user may call: the surface, and what its submodules and rooms export by name."""
+    found = {name: getattr(sl, name) for name in sl.__all__}
+    for room in ("roles", "figures", "norms", "training", "patching", "viz"):
+        module = importlib.import_module(f"sat_lens.{room}")
+        found |= {
+            f"{room}.{name}": getattr(module, name) for name in getattr(module, "__all__", [])
+        }
+    for room in ("metrics", "tasks", "transforms"):
+        module = getattr(sl, room)
+        found |= {
+            f"{room}.{name}": value
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__
+            and not name.startswith(("_", "check_"))
+        }
+    return found
+
+
+def says_what_it_holds(value):
+    """Errors, results and protocols: there is nothing to call."""
+    if not inspect.isclass(value):
+        return False
+    is_result = dataclasses.is_dataclass(value) or getattr(value, "_is_protocol", False)
+    return is_result or issubclass(value, Exception)
+
+
+def test_every_public_name_is_explained_and_what_is_called_has_an_example():
+    bare = []
+    for name, value in public_objects().items():
+        if inspect.isfunction(value) or inspect.isclass(value):
+            words = inspect.getdoc(value) or ""
+            if not words or ("Example" not in words and not says_what_it_holds(value)):
+                bare.append(name)
+    assert bare == [], f"without a docstring or an example: {bare}"
+
+
+class Finder(doctest.DocTestFinder):
+    """Also find the examples of functions that a decorator wraps."""
+
+    def _from_module(self, module, object):
+        return super()._from_module(module, inspect.unwrap(object))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_are_true(name, demo, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    load = sl.models.load_model
+    monkeypatch.setattr(
+        "sat_lens.models.load_model", lambda name="demo": demo if name == "demo" else load(name)
+    )
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    shown = []
+    for test in Finder().find(module, name):
+        runner.run(test, out=shown.append)
+    assert runner.failures == 0, "".join(shown)
+
+
+def test_examples_are_found_under_decorators():
+    found = Finder().find(importlib.import_module("sat_lens.intervention"))
+    assert {"saturate", "replace_attention"} <= {
+        test.name.rpartition(".")[2] for test in found if test.examples
+    }
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_look_upwards_only(path):
+    order = {room: i for i, floor in enumerate(ROOMS) for room in floor}
+    if path == PACKAGE / "__init__.py":
+        return
+    mine = order[room_of(path)]
+    for name in imports(at_module_level(ast.parse(path.read_text()))):
+        parts = name.split(".")
+        if parts[0] == "sat_lens":
+            assert parts[1] in order, f"{name}: import from a room, not from the surface"
+            assert order[parts[1]] <= mine, f"{name} is no room above {room_of(path)}"
+        if parts[0] == "transformer_lens":
+            assert room_of(path) not in KNOW_NO_TRANSFORMER_LENS, name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_keep_the_style(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= 300
+    assert "TO" + "DO" not in text
+    assert ast.get_docstring(tree), "every module says what it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print" or path.name == "cli.py"
+            assert node.func.id not in ("eval", "exec")
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    places = re.compile(rb"(?<![\w.~])/(?:work|root|home|Users)/\w")
+    for path in tracked_files():
+        if path.suffix not in (".safetensors", ".png"):
+            found = places.search(path.read_bytes())
+            assert found is None, f"{path.relative_to(REPOSITORY)}: {found.group()}"
