@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sat_lens.intervention import replace_attention, saturate, saturation_hooks
     from sat_lens.models import load_model
     from sat_lens.norms import norm_growth, parameter_norms, scaled_parameters
+    from sat_lens.patching import saturable_heads, sweep_heads
     from sat_lens.roles import HeadRoles, head_roles
     from sat_lens.sites import attention_sites
     from sat_lens.spectrum import scaling_curve
@@ -36,11 +37,13 @@ _PLACES = {
     "parameter_norms": "sat_lens.norms",
     "replace_attention": "sat_lens.intervention",
     "run_with_saturation_cache": "sat_lens.caching",
+    "saturable_heads": "sat_lens.patching",
     "saturate": "sat_lens.intervention",
     "saturation_hooks": "sat_lens.intervention",
     "scaled_parameters": "sat_lens.norms",
     "scaling_curve": "sat_lens.spectrum",
     "transforms": "sat_lens.attention",
+    "sweep_heads": "sat_lens.patching",
     "write_report": "sat_lens.viz",
 }
 _ROOMS = ("metrics", "norms", "tasks", "training", "viz")
@@ -56,14 +59,18 @@ __all__ = [
     "load_model",
     "metrics",
     "norm_growth",
+    "norms",
     "parameter_norms",
     "replace_attention",
     "run_with_saturation_cache",
+    "saturable_heads",
     "saturate",
     "saturation_hooks",
     "scaled_parameters",
     "scaling_curve",
+    "sweep_heads",
     "tasks",
+    "training",
     "transforms",
     "viz",
     "write_report",

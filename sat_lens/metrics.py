@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sat_lens.errors import ArgumentError, NonFiniteError
@@ -36,7 +36,12 @@ class LogitDifference:
         return [self.position]
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
-        """Give one value per prompt, in nats."""
+        """Give one value per prompt, in nats.
+
+        Raises:
+            ArgumentError: The logits lack the position, a token, or as many prompts.
+        """
+        self._check(logits)
         at = logits[:, self.position]
         answer, wrong = (t.to(at.device).expand(len(at)) for t in (self.answer, self.wrong))
         return (at.gather(1, answer[:, None]) - at.gather(1, wrong[:, None])).squeeze(1)
@@ -44,6 +49,23 @@ class LogitDifference:
     def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
         """Give the mean over prompts."""
         return self.per_prompt(logits).mean()
+
+    def _check(self, logits: Tensor) -> None:
+        n_prompts, n_positions, vocab = logits.shape
+        if len(self.answer) not in (1, n_prompts):
+            raise ArgumentError(
+                f"Needed one answer, or one for each of {n_prompts} prompts; found "
+                f"{len(self.answer)}."
+            )
+        if not -n_positions <= self.position < n_positions:
+            raise ArgumentError(
+                f"The metric reads position {self.position}, and the logits have {n_positions}."
+            )
+        tokens = torch.stack([self.answer, self.wrong])
+        if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+            raise ArgumentError(
+                f"Answers are token ids between 0 and {vocab - 1}; found {tokens.tolist()}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +76,16 @@ class NextTokenLoss:
     real: Tensor | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
-        """Give the mean over the positions of each prompt."""
+        """Give the mean over the positions of each prompt.
+
+        Raises:
+            ArgumentError: The logits are of other prompts or positions than the tokens.
+        """
+        if logits.shape[:2] != self.tokens.shape:
+            raise ArgumentError(
+                f"The loss is of tokens of shape {list(self.tokens.shape)}, and the logits have "
+                f"shape {list(logits.shape)}."
+            )
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(),
             self.tokens[:, 1:].flatten().to(logits.device),
@@ -82,7 +113,16 @@ class KLToSoft:
     positions: Sequence[int] | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
-        """Give the mean over the positions of each prompt."""
+        """Give the mean over the positions of each prompt.
+
+        Raises:
+            ArgumentError: The logits have another shape than the soft ones.
+        """
+        if logits.shape != self.soft_logits.shape:
+            raise ArgumentError(
+                f"The soft logits have shape {list(self.soft_logits.shape)}, and logits of shape "
+                f"{list(logits.shape)} were to be compared with them."
+            )
         at = slice(None) if self.positions is None else list(self.positions)
         soft = self.soft_logits[:, at].to(logits.device).float().log_softmax(-1)
         changed = logits[:, at].float().log_softmax(-1)
@@ -104,7 +144,7 @@ def logit_difference(
         position: The query position that is read.
 
     Raises:
-        ArgumentError: The two have different lengths.
+        ArgumentError: The two have different lengths, or none.
 
     Example:
         >>> metric = logit_difference(answer=1, wrong=0)
@@ -112,9 +152,10 @@ def logit_difference(
         1.5
     """
     first, second = (torch.as_tensor(t).reshape(-1) for t in (answer, wrong))
-    if len(first) != len(second):
+    if len(first) != len(second) or not len(first):
         raise ArgumentError(
-            f"Needed as many wrong answers as right ones; found {len(second)} and {len(first)}."
+            "Needed at least one right answer, and as many wrong ones; found "
+            f"{len(first)} right and {len(second)} wrong."
         )
     return LogitDifference(first, second, position)
 
@@ -124,11 +165,37 @@ def next_token_loss(
 ) -> NextTokenLoss:
     """Make the metric "mean next-token loss on these tokens".
 
+    Args:
+        tokens: The tokens that the logits are of.
+        attention_mask: True or 1 at real positions, False or 0 at padding; None is all real.
+
+    Raises:
+        ArgumentError: A prompt has fewer than two real tokens, so none to predict.
+
     Example:
         >>> round(float(next_token_loss(torch.tensor([[0, 1]]))(torch.zeros(1, 2, 4))), 4)
         1.3863
     """
-    return NextTokenLoss(tokens, None if attention_mask is None else attention_mask.bool())
+    real = None if attention_mask is None else attention_mask.bool()
+    if not bool(has_next_token(tokens, real).all()):
+        raise ArgumentError(
+            "A prompt has fewer than two tokens in a row that are no padding, so there is no next "
+            "token to predict. Leave it out, or use another metric."
+        )
+    return NextTokenLoss(tokens, real)
+
+
+def has_next_token(
+    tokens: Int[Tensor, "batch position"], real: Tensor | None = None
+) -> Bool[Tensor, " batch"]:
+    """Say of each prompt whether it has a next token to predict.
+
+    Example:
+        >>> has_next_token(torch.tensor([[5, 6], [5, 0]]), torch.tensor([[1, 1], [1, 0]])).tolist()
+        [True, False]
+    """
+    kept = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
+    return (kept[:, 1:] & kept[:, :-1]).any(1)
 
 
 def kl_to_soft(
@@ -150,6 +217,10 @@ def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
     Raises:
         ArgumentError: It gives something else than one number.
         NonFiniteError: The number is NaN or infinite.
+
+    Example:
+        >>> metric_value(lambda logits: logits.mean(), torch.ones(1, 2, 3))
+        1.0
     """
     value = metric(logits)
     if isinstance(value, Tensor):

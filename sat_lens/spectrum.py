@@ -24,7 +24,7 @@ from sat_lens.caching import mean_cosine, normalised_similarity
 from sat_lens.data import Batch, Data, batches
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.intervention import replace_attention, saturate
-from sat_lens.metrics import kl_to_soft, metric_value, next_token_loss
+from sat_lens.metrics import has_next_token, kl_to_soft, metric_value, next_token_loss
 from sat_lens.models import model_name
 from sat_lens.results import Provenance, read_result, write_result
 from sat_lens.sites import Heads
@@ -40,16 +40,22 @@ DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf
 
 @dataclasses.dataclass(frozen=True)
 class ScalingCurve:
-    """Measures of the output at each inverse temperature; made by :func:`scaling_curve`."""
+    """Measures of the output at each inverse temperature; made by :func:`scaling_curve`.
+
+    ``complete`` is False if the run was interrupted: the numbers then describe the batches that
+    were read.
+    """
 
     provenance: Provenance
     scales: tuple[float, ...]
     columns: dict[str, Tensor]
+    complete: bool = True
 
     def frame(self) -> pd.DataFrame:
         """Return one row a scale.
 
-        Columns: ``loss`` (next-token cross-entropy, nats; where the data are tokens), ``kl``
+        Columns: ``loss`` (next-token cross-entropy, nats; where the data are tokens, and over
+        sequences of two tokens or more), ``kl``
         (divergence from the soft model, nats), ``top1`` (share of positions whose likeliest token
         is that of the soft model), ``metric`` if one was given, and for each layer ``S_L0``, ...:
         the similarity S of the residual stream to the soft run, normalised by random keys.
@@ -70,6 +76,8 @@ class ScalingCurve:
         meta = {
             "provenance": dataclasses.asdict(self.provenance),
             "scales": ["inf" if math.isinf(c) else c for c in self.scales],
+            "columns": list(self.columns),
+            "complete": self.complete,
         }
         write_result(path, KIND, self.columns, meta)
 
@@ -83,8 +91,10 @@ class ScalingCurve:
         columns, meta = read_result(path, KIND)
         try:
             scales = tuple(float(c) for c in meta["scales"])
-            return cls(Provenance(**meta["provenance"]), scales, columns)
-        except (KeyError, TypeError, ValueError) as error:
+            # A safetensors file keeps no order.
+            ordered = {name: columns[name].reshape(len(scales)) for name in meta["columns"]}
+            return cls(Provenance(**meta["provenance"]), scales, ordered, meta["complete"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
 
 
@@ -100,6 +110,8 @@ def scaling_curve(
     data_name: str = "",
 ) -> ScalingCurve:
     """Measure the output as the inverse temperature of the chosen heads changes.
+
+    Ctrl-C returns what was measured so far, marked incomplete.
 
     Args:
         model: A TransformerLens model.
@@ -120,38 +132,67 @@ def scaling_curve(
         >>> import sat_lens as sl
         >>> model = sl.load_model("demo")
         >>> curve = sl.scaling_curve(model, ["import os"], scales=[1.0, math.inf], progress=False)
-        >>> abs(curve.frame().loc[1.0, "kl"]) < 1e-5
+        >>> abs(float(curve.frame().loc[1.0, "kl"])) < 1e-5
         True
     """
     if not len(scales):
         raise ArgumentError("Needed at least one scale, and none was given.")
     for c in scales:
         check_scale(c)
-    sums: dict[str, Tensor] = {}
-    random: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}
+    weights: dict[str, int] = {}
     streams = _residual_streams(model)
-    total = 0
+    complete = True
     with torch.no_grad(), tqdm(desc="scaling curve", unit="run", disable=not progress) as bar:
-        for batch in batches(model, data, batch_size):
-            soft, soft_stream = _run(model, batch, streams)
-            with replace_attention(model, RandomKey(), heads):
-                random_stream = _run(model, batch, streams)[1]
-            for label, cosine in _cosines(batch, soft_stream, random_stream, streams).items():
-                random[label] = random.get(label, 0.0) + cosine * batch.size
-            for i, c in enumerate(scales):
-                with saturate(model, heads, c):
-                    logits, stream = _run(model, batch, streams)
-                found = _measures(batch, soft, logits, metric)
-                found |= _cosines(batch, soft_stream, stream, streams)
-                for name, value in found.items():
-                    sums.setdefault(name, torch.zeros(len(scales)))[i] += value * batch.size
-                bar.update()
-            total += batch.size
-    columns = {name: values / total for name, values in sums.items()}
-    for label, control in random.items():
-        columns[label] = normalised_similarity(columns[label], torch.tensor(control / total))
+        try:
+            for batch in batches(model, data, batch_size):
+                part = _one_batch(model, batch, streams, scales, heads, metric, bar)
+                for name, (values, weight) in part.items():
+                    totals[name] = totals.get(name, torch.zeros(())) + values * weight
+                    weights[name] = weights.get(name, 0) + weight
+        except KeyboardInterrupt:
+            if not totals:
+                raise
+            complete = False
+    columns = {name: values / weights[name] for name, values in totals.items()}
+    for label in streams.values():
+        columns[label] = normalised_similarity(columns[label], columns.pop(_control(label)))
     provenance = Provenance(model_name(model), data_name)
-    return ScalingCurve(provenance, tuple(float(c) for c in scales), columns)
+    return ScalingCurve(provenance, tuple(float(c) for c in scales), columns, complete)
+
+
+def _one_batch(
+    model: Any,
+    batch: Batch,
+    streams: dict[str, str],
+    scales: Sequence[float],
+    heads: Heads,
+    metric: Callable[[Any], Tensor] | None,
+    bar: Any,
+) -> dict[str, tuple[Tensor, int]]:
+    """Measure one batch: for each column a value per scale, and how many sequences it weighs."""
+    soft, soft_stream = _run(model, batch, streams)
+    with replace_attention(model, RandomKey(), heads):
+        random_stream = _run(model, batch, streams)[1]
+    predicted = _predicted(batch, soft)
+    found: dict[str, list[float]] = {}
+    for c in scales:
+        with saturate(model, heads, c):
+            logits, stream = _run(model, batch, streams)
+        at_c = _measures(batch, soft, logits, predicted, metric)
+        for name, value in (at_c | _cosines(batch, soft_stream, stream, streams)).items():
+            found.setdefault(name, []).append(value)
+        bar.update()
+    for label, cosine in _cosines(batch, soft_stream, random_stream, streams).items():
+        found[_control(label)] = [cosine] * len(scales)
+    return {
+        name: (torch.tensor(values), int(predicted.sum()) if name == "loss" else batch.size)
+        for name, values in found.items()
+    }
+
+
+def _control(label: str) -> str:
+    return f"{label} random"
 
 
 def _residual_streams(model: Any) -> dict[str, str]:
@@ -177,12 +218,25 @@ def _cosines(
     }
 
 
+def _predicted(batch: Batch, logits: Tensor) -> Tensor:
+    """Say of which sequences the next-token loss can be taken."""
+    if batch.tokens is None or logits.dim() != 3 or logits.shape[:2] != batch.tokens.shape:
+        return torch.zeros(batch.size, dtype=torch.bool)
+    return has_next_token(batch.tokens, batch.real)
+
+
 def _measures(
-    batch: Batch, soft: Tensor, logits: Tensor, metric: Callable[[Any], Tensor] | None
+    batch: Batch,
+    soft: Tensor,
+    logits: Tensor,
+    predicted: Tensor,
+    metric: Callable[[Any], Tensor] | None,
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    if batch.tokens is not None and logits.dim() == 3 and logits.shape[:2] == batch.tokens.shape:
-        found["loss"] = float(next_token_loss(batch.tokens, batch.real)(logits))
+    if batch.tokens is not None and bool(predicted.any()):
+        real = None if batch.real is None else batch.real[predicted]
+        loss = next_token_loss(batch.tokens[predicted], real)
+        found["loss"] = float(loss(logits[predicted]))
     same = (soft.argmax(-1) == logits.argmax(-1)).float()
     real = batch.real if batch.real is not None and batch.real.shape == same.shape else None
     found["top1"] = float(same.mean() if real is None else same[real].mean())

@@ -32,6 +32,7 @@ from sat_lens.demo.corpus import training_texts
 from sat_lens.demo.measure import measure_checkpoints
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+STEPS_BETWEEN_STATES = 250
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ def train(recipe: Recipe, work: Path) -> None:
         )
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss:.3f}")
-        if (step + 1) % 250 == 0:
+        if (step + 1) % STEPS_BETWEEN_STATES == 0:
             save_state(work, model, optimizer, step + 1)
     model.save_pretrained(work / f"checkpoint-{recipe.steps}")
 

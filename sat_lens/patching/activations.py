@@ -1,0 +1,165 @@
+"""Activations of heads at their hook points: reading them, and putting others in their place.
+
+Only points that lie on the path from input to output are used: the outputs of the projections to
+q, k and v, and the input of the output projection (z). An edit there changes the output on every
+architecture that has them, also where TransformerLens discards edits of patterns.
+
+When not to use it: for patterns. A pattern is reached through its scores (:mod:`sat_lens.sites`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sat_lens.errors import NotReachedError, UnsupportedModelError
+from sat_lens.sites import AttentionSite
+
+Component = Literal["z", "pattern", "q", "k", "v"]
+COMPONENTS: tuple[Component, ...] = ("z", "pattern", "q", "k", "v")
+Activations = dict[str, Tensor]
+
+_POINTS = {
+    "z": ("o.hook_in", "hook_z"),
+    "q": ("q.hook_out", "hook_q"),
+    "k": ("k.hook_out", "hook_k"),
+    "v": ("v.hook_out", "hook_v"),
+}
+
+
+def hook_point(model: Any, site: AttentionSite, component: str) -> nn.Module:
+    """Give the module through which a component of an attention module passes.
+
+    Raises:
+        UnsupportedModelError: This attention has no such point.
+    """
+    module = model.get_submodule(site.path)
+    for name in _POINTS[component]:
+        with contextlib.suppress(AttributeError):
+            return module.get_submodule(name)
+    raise UnsupportedModelError(
+        f"The {component} of single heads cannot be reached in {site.path}: TransformerLens has no "
+        'hook point there. Use component="pattern", or source="local".'
+    )
+
+
+@contextlib.contextmanager
+def captured(model: Any, sites: list[AttentionSite], component: str) -> Iterator[Activations]:
+    """Keep a component of every site during the block, by path.
+
+    Raises:
+        UnsupportedModelError: A site has no such point, or ran more than once.
+        NotReachedError: A site's point was not passed.
+    """
+    runs: dict[str, list[Tensor]] = {site.path: [] for site in sites}
+    found: Activations = {}
+    with contextlib.ExitStack() as stack:
+        for site in sites:
+            point = hook_point(model, site, component)
+            handle = point.register_forward_hook(_keeping(runs[site.path]))
+            stack.callback(handle.remove)
+        yield found
+    for path, tensors in runs.items():
+        _check_once(path, component, len(tensors))
+        found[path] = tensors[0]
+
+
+@contextlib.contextmanager
+def replacing(
+    model: Any, site: AttentionSite, component: str, edit: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Put a site's component through ``edit`` during the block, which must run the site once."""
+    passed = 0
+
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        nonlocal passed
+        passed += 1
+        return edit(output)
+
+    handle = hook_point(model, site, component).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    _check_once(site.path, component, passed)
+
+
+def of_heads(
+    activation: Tensor, n_heads: int, width: int = 0
+) -> Float[Tensor, "batch position head width"]:
+    """View an activation with an axis for heads.
+
+    Args:
+        activation: ``[batch, position, head * width]``, or with heads apart already.
+        n_heads: The number of heads in it.
+        width: The number of positions, to check the order of axes by; 0 is any.
+
+    Raises:
+        UnsupportedModelError: The activation has another form.
+
+    Example:
+        >>> of_heads(torch.zeros(2, 5, 12), n_heads=4).shape
+        torch.Size([2, 5, 4, 3])
+    """
+    fits = activation.dim() in (3, 4) and (not width or activation.shape[1] == width)
+    if fits and activation.dim() == 4 and activation.shape[2] == n_heads:
+        return activation
+    if not fits or activation.dim() == 4 or activation.shape[-1] % n_heads:
+        raise UnsupportedModelError(
+            f"Needed an activation [batch, position, head * width] of {n_heads} heads"
+            f"{f' and {width} positions' if width else ''}, found shape {list(activation.shape)}. "
+            'Use component="pattern", or source="local".'
+        )
+    return activation.unflatten(-1, (n_heads, -1))
+
+
+def with_heads(
+    base: Tensor, source: Tensor, n_heads: int, heads: list[int], position: int | None
+) -> Tensor:
+    """Give ``base`` with some heads, at one position or at all, taken from ``source``.
+
+    Example:
+        >>> new = with_heads(torch.zeros(1, 2, 4), torch.ones(1, 2, 4), 2, heads=[1], position=0)
+        >>> new.tolist()
+        [[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]]
+    """
+    new = of_heads(base, n_heads).clone()
+    index = torch.tensor(heads, device=base.device)
+    at = slice(None) if position is None else slice(position, position + 1)
+    new[:, at, index] = of_heads(source, n_heads)[:, at, index].to(new)
+    return new.view(base.shape)
+
+
+def n_heads_of(model: Any, site: AttentionSite, component: str) -> int:
+    """Count the heads in a component: keys and values may be shared by groups of heads."""
+    if component not in ("k", "v"):
+        return site.n_heads
+    shared = getattr(getattr(model, "cfg", None), "n_key_value_heads", None)
+    if isinstance(shared, int) and 0 < shared <= site.n_heads and site.n_heads % shared == 0:
+        return shared
+    return site.n_heads
+
+
+def _keeping(kept: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        kept.append(output.detach())
+
+    return hook
+
+
+def _check_once(path: str, component: str, times: int) -> None:
+    if times == 0:
+        raise NotReachedError(
+            f"The {component} of {path} did not pass its hook point in a forward pass, so nothing "
+            'was patched there. Use component="pattern", or source="local".'
+        )
+    if times > 1:
+        raise UnsupportedModelError(
+            f"{path} ran {times} times in one forward pass, so that a run has no single "
+            f'{component} to patch in. Use source="local".'
+        )

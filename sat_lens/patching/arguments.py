@@ -1,0 +1,115 @@
+"""Reading and refusing the arguments of a sweep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sat_lens.data import Batch, Data, batches
+from sat_lens.errors import ArgumentError, DataError
+from sat_lens.patching.items import Item
+from sat_lens.sites import AttentionSite
+
+
+def check_no_dropout(model: Any) -> None:
+    """Raise an ArgumentError if the model draws at random in its forward pass."""
+    active = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0
+    ]
+    if active:
+        raise ArgumentError(
+            f"Dropout is active ({active[0]}, {len(active)} in all), so that two runs of the same "
+            "prompt differ by chance. Call model.eval() first."
+        )
+
+
+def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str) -> Batch:
+    """Read what is to be run as one batch.
+
+    Raises:
+        DataError: It is empty, or more than one batch.
+    """
+    data: Any = [inputs] if isinstance(inputs, Mapping) else inputs
+    if isinstance(data, Tensor) and data.numel() == 0:
+        raise DataError(f"{name} holds nothing: its shape is {list(data.shape)}.")
+    size = len(data) if isinstance(data, (list, tuple, Tensor)) else 1
+    found = list(batches(model, data, batch_size=max(size, 1)))
+    if len(found) != 1:
+        raise DataError(
+            f"A sweep runs on one batch of prompts, and {name} holds {len(found)}. Put them into "
+            "one tensor or dict, or sweep one after the other."
+        )
+    return found[0]
+
+
+def check_choice(name: str, found: object, known: tuple[object, ...]) -> None:
+    """Raise an ArgumentError unless an argument is one of the known values."""
+    if found not in known:
+        raise ArgumentError(
+            f"{name} must be one of {', '.join(map(repr, known))}; {found!r} was given."
+        )
+
+
+def check_combination(
+    source: str, component: str, method: str, transform: object, confirm: float
+) -> None:
+    """Raise an ArgumentError for arguments that do not go together."""
+    if source == "local" and component not in ("z", "pattern"):
+        raise ArgumentError(
+            f'With source="local" the pattern of a head is changed in place, and its {component} '
+            f'is as it was. Use source="run" to patch {component}.'
+        )
+    if method != "exact" and source == "run" and component != "z":
+        raise ArgumentError(
+            f'method={method!r} estimates the effect of z; use component="z", or method="exact".'
+        )
+    if transform is not None and not callable(transform):
+        raise ArgumentError(
+            f"A transform is a function from scores to scores, and {transform!r} was given."
+        )
+    if not 0 < confirm <= 1:
+        raise ArgumentError(f"confirm is a share of the heads in (0, 1]; {confirm} was given.")
+
+
+def check_same_shape(batch: Batch, other: Batch | None) -> None:
+    """Raise an ArgumentError unless two batches can exchange activations."""
+    if other is not None and other.inputs.shape != batch.inputs.shape:
+        raise ArgumentError(
+            "Clean and corrupted prompts must have the same shape, because activations are "
+            f"exchanged position by position; found {list(batch.inputs.shape)} and "
+            f"{list(other.inputs.shape)}. Choose prompts with as many tokens, or pad both."
+        )
+
+
+def heads_argument(items: list[Item]) -> list[Any] | dict[str, list[str]]:
+    """Give the ``heads`` that these items were read from, in a form that can be kept."""
+    if not items[0].is_group:
+        return [item.label for item in items]
+    return {item.label: list(item.heads) for item in items}
+
+
+def shapes_of(sites: list[AttentionSite]) -> dict[str, tuple[int, int]]:
+    """Give the size of the grid ``[layer, head]`` of each stack."""
+    stacks = dict.fromkeys(site.stack for site in sites)
+    return {
+        stack: (
+            max(s.layer for s in sites if s.stack == stack) + 1,
+            max(s.n_heads for s in sites if s.stack == stack),
+        )
+        for stack in stacks
+    }
+
+
+def check_tolerance(tolerance: float, candidates: int | None) -> None:
+    """Raise an ArgumentError unless a search can be made with these."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise ArgumentError(f"tolerance is a number in the metric's units; found {tolerance!r}.")
+    if not 0 <= tolerance < math.inf:
+        raise ArgumentError(f"tolerance must be finite and at least 0; {tolerance} was given.")
+    if candidates is not None and candidates < 1:
+        raise ArgumentError(f"candidates must be at least 1, or None for all; found {candidates}.")

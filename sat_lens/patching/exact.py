@@ -1,0 +1,212 @@
+"""Exact values of many patches: one forward pass each, or faster where that gives the same.
+
+The fast route (:mod:`sat_lens.patching.replay`) is used only after it has reproduced the generic
+one on a head of every kind of layer, and a random twentieth of its values is computed the generic
+way as well. Where the two part, all values come from the generic route.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sat_lens.patching.items import Item, Positions, resolve_positions
+from sat_lens.patching.recording import BaseRun
+from sat_lens.patching.replay import Replay
+from sat_lens.patching.runs import Patch, Setting, patched_logits
+from sat_lens.patching.side_by_side import side_by_side_logits
+
+SHARE_CHECKED = 1 / 20
+# Two float32 routes to the same logits differ by rounding, in proportion to the largest of them.
+TOLERANCE = 1e-5
+
+Route = Literal["replay", "generic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One value to be measured: an item at one query position, or at all for None.
+
+    ``index`` is the place of the value: (item,) or (item, position).
+    """
+
+    item: Item
+    position: int | None
+    index: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Measured:
+    """Values of all tasks, and how they came about; what is not done (yet) is NaN."""
+
+    values: Tensor
+    route: Route = "generic"
+    n_checked: int = 0
+    max_error: float = 0.0
+    complete: bool = True
+
+
+class _RoutesPartError(Exception):
+    """The fast route did not give what the generic route gives."""
+
+
+def tasks_of(
+    items: list[Item], positions: Positions, queries: Mapping[str, int]
+) -> tuple[list[Task], int | None]:
+    """List what is to be measured, and the length of the axis of positions (None: no such axis)."""
+    tasks: list[Task] = []
+    n_positions = 0
+    for i, item in enumerate(items):
+        n = min((queries[path] for path in item.selection), default=0) if queries else 0
+        resolved = resolve_positions(positions, n)
+        n_positions = max(n_positions, len(resolved))
+        tasks += [
+            Task(item, position, (i,) if position is None else (i, j))
+            for j, position in enumerate(resolved)
+        ]
+    return tasks, None if positions is None else n_positions
+
+
+def empty_values(setting: Setting, n_items: int, n_positions: int | None) -> Tensor:
+    """Give a tensor of NaN: one value per item, position (if any) and prompt (if kept)."""
+    shape = [n_items]
+    if n_positions is not None:
+        shape.append(n_positions)
+    if setting.readout.per_prompt:
+        shape.append(setting.readout.n_prompts)
+    return torch.full(shape, math.nan)
+
+
+def measure(
+    setting: Setting,
+    patch: Patch,
+    tasks: list[Task],
+    values: Tensor,
+    *,
+    run: BaseRun | None,
+    progress: bool,
+    name: str,
+    seed: int = 0,
+) -> Measured:
+    """Measure the tasks one after the other, into ``values``.
+
+    ``run`` is a record of the run that is patched, if the fast route may be used. An interrupt ends
+    the work; what is done by then is kept, and the result says that the rest is missing.
+    """
+    measured = Measured(values)
+    with (
+        torch.no_grad(),
+        tqdm(total=len(tasks), desc=name, unit="patch", disable=not progress) as bar,
+    ):
+        try:
+            if run is not None:
+                try:
+                    _by_replay(setting, patch, run, tasks, measured, bar, seed)
+                except _RoutesPartError:
+                    values.fill_(math.nan)
+                    measured = Measured(values)
+                    bar.reset()
+                else:
+                    return measured
+            for task in tasks:
+                values[task.index] = _generic(setting, patch, task)
+                bar.update()
+        except KeyboardInterrupt:
+            if bool(values.isnan().all()):
+                raise
+            measured.complete = False
+    return measured
+
+
+def _generic(setting: Setting, patch: Patch, task: Task) -> Tensor:
+    return setting.readout.value_at(patched_logits(setting, patch, task.item, task.position))
+
+
+def _by_replay(
+    setting: Setting,
+    patch: Patch,
+    run: BaseRun,
+    tasks: list[Task],
+    measured: Measured,
+    bar: Any,
+    seed: int,
+) -> None:
+    with _falling_back():
+        replay = Replay.of(setting, patch, [task.item for task in tasks], run)
+    if replay is None:
+        raise _RoutesPartError
+    measured.route = "replay"
+    proof = _one_of_each_kind(replay, tasks)
+    n_checked = max(round(SHARE_CHECKED * len(tasks)), 1)
+    others = [i for i in range(len(tasks)) if i not in proof]
+    drawn = random.Random(seed).sample(others, min(max(n_checked - len(proof), 0), len(others)))
+    for i in proof:
+        _store(setting, replay, [tasks[i]], measured.values)
+    _check(setting, patch, [tasks[i] for i in proof], measured, replay)
+    for chunk in _chunks(replay, tasks):
+        _store(setting, replay, chunk, measured.values)
+        bar.update(len(chunk))
+    _check(setting, patch, [tasks[i] for i in drawn], measured, replay)
+
+
+def _store(setting: Setting, replay: Replay, tasks: list[Task], values: Tensor) -> None:
+    with _falling_back():
+        found = replay.logits([(task.item, task.position) for task in tasks])
+    for task, logits in zip(tasks, found, strict=True):
+        values[task.index] = setting.readout.value_at(logits)
+
+
+@contextlib.contextmanager
+def _falling_back() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever it is, whole forward passes will do or say better
+        raise _RoutesPartError from error
+
+
+def _check(
+    setting: Setting, patch: Patch, tasks: list[Task], measured: Measured, replay: Replay
+) -> None:
+    """Compute tasks by whole forward passes, and put the results in the place of the replay's."""
+    for start in range(0, len(tasks), replay.at_once):
+        some = tasks[start : start + replay.at_once]
+        for task, exact in zip(some, _whole(setting, patch, some), strict=True):
+            error = float((exact - measured.values[task.index]).abs().max())
+            if error > TOLERANCE * max(replay.scale, 1.0):
+                raise _RoutesPartError
+            measured.values[task.index] = exact
+            measured.n_checked += 1
+            measured.max_error = max(measured.max_error, error)
+
+
+def _whole(setting: Setting, patch: Patch, tasks: list[Task]) -> list[Tensor]:
+    if len(tasks) == 1:
+        return [_generic(setting, patch, tasks[0])]
+    with _falling_back():
+        found = side_by_side_logits(setting, patch, [(t.item, t.position) for t in tasks])
+    return [setting.readout.value_at(logits) for logits in found]
+
+
+def _one_of_each_kind(replay: Replay, tasks: list[Task]) -> list[int]:
+    """The first task of every kind of layer: its replay runs through all the layers above."""
+    first: dict[object, int] = {}
+    for i, task in enumerate(tasks):
+        first.setdefault(replay.kind(task.item), i)
+    return list(first.values())
+
+
+def _chunks(replay: Replay, tasks: list[Task]) -> Iterator[list[Task]]:
+    """Cut the tasks into runs of one layer that are worth replaying together."""
+    for _, of_layer in itertools.groupby(tasks, key=lambda task: task.item.layer):
+        chunk = list(of_layer)
+        for start in range(0, len(chunk), replay.at_once):
+            yield chunk[start : start + replay.at_once]

@@ -1,0 +1,177 @@
+"""Reading a metric off logits, and computing no other logits than it reads.
+
+A metric that says in ``.positions`` which query positions it reads gets logits that are right
+there; it has been tried before on logits whose other positions were hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_lens.data import Batch
+from sat_lens.errors import ArgumentError, NonFiniteError
+from sat_lens.metrics import metric_value
+
+Metric = Callable[[Any], Any]
+
+
+class Readout:
+    """How a metric is read in one sweep: of which positions, and prompt by prompt or not.
+
+    ``named`` are the positions that the metric says it reads; ``positions`` those at which logits
+    are computed, None for all.
+    """
+
+    def __init__(self, metric: Metric, per_prompt: bool, n_prompts: int) -> None:
+        self.metric = metric
+        self.per_prompt = per_prompt
+        self.n_prompts = n_prompts
+        self.tried = False
+        self.named: list[int] | None = None
+        self.positions: list[int] | None = None
+        self._n_positions = 0
+        self._whole: Tensor | None = None
+
+    def raw(self, logits: Any) -> Any:
+        """Call the metric, with its gradient if there is one."""
+        if self.per_prompt and hasattr(self.metric, "per_prompt"):
+            return self.metric.per_prompt(logits)
+        return self.metric(logits)
+
+    def value(self, logits: Any) -> Tensor:
+        """Read the metric off logits of all positions: a scalar, or one value per prompt.
+
+        Raises:
+            ArgumentError: It gives something else.
+            NonFiniteError: A value is NaN or infinite.
+        """
+        if not self.per_prompt:
+            return torch.tensor(metric_value(self.metric, logits))
+        value = self.raw(logits)
+        if not isinstance(value, Tensor) or value.shape != (self.n_prompts,):
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ArgumentError(
+                "reduce=None needs a metric with .per_prompt(logits), or one that gives a tensor "
+                f"with one value for each of {self.n_prompts} prompts; found {found}."
+            )
+        if not bool(value.isfinite().all()):
+            raise NonFiniteError(f"The metric {self.metric!r} gave {value.tolist()}.")
+        return value.detach().float().cpu()
+
+    def raw_at(self, logits: Tensor) -> Any:
+        """Call the metric on logits of ``positions`` alone, ``[batch, len(positions), vocab]``."""
+        return self.raw(self._as_whole(logits))
+
+    def value_at(self, logits: Any) -> Tensor:
+        """Read the metric off logits of ``positions`` alone."""
+        return self.value(self._as_whole(logits))
+
+    def narrow(self, logits: Any, before_unembed: Tensor | None, unembed: nn.Module | None) -> None:
+        """Find out from one whole run whether logits may be left out from now on.
+
+        Args:
+            logits: Of all positions.
+            before_unembed: What went into the unembedding in that run.
+            unembed: The unembedding; None where the model has none of its own.
+
+        Raises:
+            ArgumentError: The metric reads other positions than it says.
+        """
+        self.tried = True
+        positions = _positions_of(self.metric, logits)
+        if positions is None:
+            return
+        self.named = positions
+        self._n_positions = logits.shape[1]
+        hidden = torch.full_like(logits, math.nan)
+        hidden[:, positions] = logits[:, positions]
+        if not _agree(self.raw(hidden), self.raw(logits)):
+            raise ArgumentError(
+                f"The metric {self.metric!r} says in .positions that it reads the positions "
+                f"{positions} of {self._n_positions}, and gives another value when all others are "
+                "hidden. Name all that it reads, or set .positions to None."
+            )
+        if before_unembed is None or unembed is None:
+            return
+        if before_unembed.shape[:2] != logits.shape[:2]:
+            return
+        alone = unembed(before_unembed[:, positions])
+        if isinstance(alone, Tensor) and torch.allclose(
+            alone, logits[:, positions], rtol=1e-4, atol=1e-4
+        ):
+            self.positions = positions
+
+    @contextlib.contextmanager
+    def narrowed(self, unembed: nn.Module | None) -> Iterator[None]:
+        """Let the model's own forward compute logits at ``positions`` alone."""
+        point = getattr(unembed, "hook_in", None)
+        if self.positions is None or not isinstance(point, nn.Module):
+            yield
+            return
+        at = self.positions
+
+        def keep_read(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return output[:, at]
+
+        handle = point.register_forward_hook(keep_read)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _as_whole(self, logits: Any) -> Any:
+        """Let logits of the read positions look like logits of all."""
+        if self.positions is None:
+            return logits
+        batch, n_read, vocab = logits.shape
+        if n_read == 1:
+            return logits.expand(batch, self._n_positions, vocab)
+        if logits.requires_grad:
+            whole = torch.full((batch, self._n_positions, vocab), math.nan).to(logits)
+            return whole.index_copy(1, torch.tensor(self.positions, device=logits.device), logits)
+        if self._whole is None or self._whole.shape[0] != batch:
+            self._whole = torch.full((batch, self._n_positions, vocab), math.nan).to(logits)
+        self._whole[:, self.positions] = logits
+        return self._whole
+
+
+def check_not_padding(positions: list[int] | None, batch: Batch) -> None:
+    """Raise an ArgumentError if the metric reads a position at which a prompt is padded."""
+    real = batch.real
+    if positions is None or real is None or max(positions) >= real.shape[1]:
+        return
+    padded = [p for p in positions if not bool(real[:, p].all())]
+    if padded:
+        raise ArgumentError(
+            f"The metric reads the positions {padded}, at which some prompts are padded. Give "
+            "prompts of equal length, pad on the left (a dict of input and attention_mask), or "
+            "read each prompt at its own last token."
+        )
+
+
+def _positions_of(metric: Metric, logits: Any) -> list[int] | None:
+    """Read the positions that a metric names, counted from the start."""
+    named = getattr(metric, "positions", None)
+    if named is None or not isinstance(logits, Tensor) or logits.dim() != 3:
+        return None
+    n_positions = logits.shape[1]
+    positions = [int(p) for p in named]
+    outside = [p for p in positions if not -n_positions <= p < n_positions]
+    if outside or not positions:
+        raise ArgumentError(
+            f"The metric {metric!r} names the positions {positions}, and the logits have "
+            f"{n_positions}."
+        )
+    return sorted({p % n_positions for p in positions})
+
+
+def _agree(first: Any, second: Any) -> bool:
+    return bool(
+        torch.allclose(torch.as_tensor(first), torch.as_tensor(second), rtol=1e-5, atol=1e-6)
+    )

@@ -1,0 +1,184 @@
+"""The fast route: replay only what comes after a patched head.
+
+One pass over the base run keeps, for each layer, the residual stream and the arguments with which
+its attention was called. A patched head then costs its layer's output projection and what lies
+above: the layers are run module by module, several heads side by side where that pays, and where
+the metric reads few positions the last MLP and the unembedding see only those.
+
+This supposes layers of the form ``x + attn(ln1(x))``, then ``x + mlp(ln2(x))``. Nothing is taken
+on trust: a layer that lacks one of these modules is refused here, and
+:mod:`sat_lens.patching.exact` compares the results with whole forward passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sat_lens.intervention import attached
+from sat_lens.patching.activations import with_heads
+from sat_lens.patching.items import Item
+from sat_lens.patching.recording import HIDDEN, BaseRun
+from sat_lens.patching.runs import Local, Patch, Setting, local_activations
+
+# Replaying heads side by side pays while the matrices are small (measured, one CPU thread).
+TOKENS_AT_ONCE_CPU = 512
+TOKENS_AT_ONCE_GPU = 16_384
+
+
+class Replay:
+    """Replays one patch; made by :meth:`of`.
+
+    Attributes:
+        at_once: How many heads of a layer are replayed side by side.
+        scale: The largest logit of the base run, in absolute value.
+    """
+
+    def __init__(
+        self, setting: Setting, patch: Patch, run: BaseRun, new_z: Mapping[str, Tensor]
+    ) -> None:
+        self.setting = setting
+        self.patch = patch
+        self.layers = run.layers
+        self.scale = run.scale
+        self.at_once = _heads_at_once(run, patch)
+        self._base_z = run.z
+        self._new_z = new_z
+        self._composed_gelus = [
+            module
+            for layer in run.layers
+            for module in layer.parts["mlp"].modules()
+            if type(module).__name__ == "NewGELUActivation" and "forward" not in module.__dict__
+        ]
+
+    @classmethod
+    def of(
+        cls, setting: Setting, patch: Patch, items: list[Item], run: BaseRun | None
+    ) -> Replay | None:
+        """Prepare the replay, or give None for a model or a patch that it cannot serve."""
+        source = patch.source
+        if run is None or not run.is_whole:
+            return None
+        if isinstance(source, Local):
+            return cls(setting, patch, run, local_activations(setting, patch, items, run.z))
+        return cls(setting, patch, run, source.activations) if source.component == "z" else None
+
+    def kind(self, item: Item) -> object:
+        """Tell layers of different make apart: by their modules, and by how far they attend."""
+        parts = self.layers[item.layer].parts
+        makes = tuple(
+            (name, type(module).__name__)
+            for part in parts.values()
+            for name, module in part.named_modules()
+        )
+        attention = getattr(parts["attn"], "original_component", parts["attn"])
+        reach = tuple(
+            str(getattr(attention, name, None)) for name in ("sliding_window", "is_sliding")
+        )
+        site = self.setting.site(f"blocks.{item.layer}.attn")
+        return makes, reach, site.level, site.n_heads
+
+    def logits(self, patches: list[tuple[Item, int | None]]) -> list[Tensor]:
+        """Give the logits of patches in one layer, each ``[batch, read position, vocab]``."""
+        layer = patches[0][0].layer
+        path = f"blocks.{layer}.attn"
+        site = self.setting.site(path)
+        z = torch.cat(
+            [
+                with_heads(
+                    self._base_z[path], self._new_z[path], site.n_heads, item.selection[path], at
+                )
+                for item, at in patches
+            ]
+        )
+        here = self.layers[layer]
+        output = here.parts["attn"].get_submodule("o")(z)
+        assert here.resid_pre is not None
+        before = torch.cat([here.resid_pre] * len(patches)) if len(patches) > 1 else here.resid_pre
+        with self._base_above(layer), self._quick_gelu():
+            logits = self._rest(before + output, layer, len(patches))
+        return list(logits.split(self.patch.batch.size))
+
+    def _rest(self, x: Tensor, layer: int, copies: int) -> Tensor:
+        """Run everything after the attention of ``layer``."""
+        read = self.setting.readout.positions
+        for i in range(layer, len(self.layers)):
+            if i > layer:
+                x = x + self._attend(i, x, copies)
+            if i == len(self.layers) - 1 and read is not None:
+                x = x[:, read]
+            parts = self.layers[i].parts
+            x = x + _first(parts["mlp"](parts["ln2"](x)))
+        model = self.setting.model
+        return model.unembed(model.ln_final(x))
+
+    def _attend(self, i: int, x: Tensor, copies: int) -> Tensor:
+        here = self.layers[i]
+        normed = here.parts["ln1"](x)
+        size = self.patch.batch.size
+
+        def fit(value: Any) -> Any:
+            if value is HIDDEN:
+                return normed
+            return _repeated(value, size, copies)
+
+        args = [fit(value) for value in here.args]
+        kwargs = {name: fit(value) for name, value in here.kwargs.items()}
+        return _first(here.parts["attn"](*args, **kwargs))
+
+    @contextlib.contextmanager
+    def _quick_gelu(self) -> Iterator[None]:
+        """Let PyTorch compute in one step the GELU that Hugging Face's GPT-2 computes in eight.
+
+        They took a seventh of a replay; the two differ by rounding, so not in a saturated run.
+        """
+        found = [] if self.patch.base is not None else self._composed_gelus
+        for module in found:
+            module.__dict__["forward"] = functools.partial(F.gelu, approximate="tanh")
+        try:
+            yield
+        finally:
+            for module in found:
+                del module.__dict__["forward"]
+
+    @contextlib.contextmanager
+    def _base_above(self, layer: int) -> Iterator[None]:
+        base = self.patch.base
+        if base is None:
+            yield
+            return
+        groups = {
+            site.path: [(list(range(site.n_heads)), base)]
+            for site in self.setting.sites
+            if site.layer > layer
+        }
+        with attached(self.setting.model, self.setting.sites, groups):
+            yield
+
+
+def _heads_at_once(run: BaseRun, patch: Patch) -> int:
+    # In a saturated run the smallest difference can decide which key wins, and matrices of another
+    # size are rounded differently: there a head is replayed just as it is run.
+    resid = run.layers[0].resid_pre
+    if patch.base is not None or resid is None:
+        return 1
+    room = TOKENS_AT_ONCE_CPU if resid.device.type == "cpu" else TOKENS_AT_ONCE_GPU
+    return max(room // (resid.shape[0] * resid.shape[1]), 1)
+
+
+def _repeated(value: Any, size: int, copies: int) -> Any:
+    """Repeat what has an entry per prompt; what all prompts share broadcasts by itself."""
+    if isinstance(value, tuple):
+        return tuple(_repeated(part, size, copies) for part in value)
+    per_prompt = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == size > 1
+    return torch.cat([value] * copies) if per_prompt and copies > 1 else value
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

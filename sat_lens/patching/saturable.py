@@ -1,0 +1,117 @@
+"""The result of a search for the heads that can be saturated together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from sat_lens.errors import FileFormatError
+from sat_lens.results import Provenance, read_result, write_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KIND = "saturable heads"
+
+
+@dataclasses.dataclass(frozen=True)
+class SaturableHeads:
+    """The order in which heads were saturated (or restored), and the metric after each.
+
+    Made by :func:`sat_lens.patching.saturable_heads`.
+
+    Attributes:
+        provenance: The model and the versions.
+        direction: ``"noising"`` (heads were saturated) or ``"denoising"`` (restored).
+        tolerance: How far the metric could move from its soft value.
+        soft: The metric with no head saturated.
+        saturated: The metric with every head of the model saturated.
+        order: The heads in the order in which they were added.
+        values: The metric after each, ``[step]``.
+        n_heads: Among how many heads was chosen.
+        complete: False if the search was interrupted.
+    """
+
+    provenance: Provenance
+    direction: str
+    tolerance: float
+    soft: float
+    saturated: float
+    order: tuple[str, ...]
+    values: Float[Tensor, " step"]
+    n_heads: int
+    complete: bool = True
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Noising: the largest set found that can be saturated. Denoising: the smallest found that
+        must stay soft; all that were restored, if the tolerance was not met."""
+        start = self.soft if self.direction == "noising" else self.saturated
+        values = [start, *self.values.tolist()]
+        within = [i for i, v in enumerate(values) if abs(v - self.soft) <= self.tolerance]
+        if self.direction == "noising":
+            return self.order[: within[-1]]
+        return self.order[: within[0]] if within else self.order
+
+    @property
+    def found(self) -> bool:
+        """Whether the tolerance was met."""
+        start = self.soft if self.direction == "noising" else self.saturated
+        return any(abs(v - self.soft) <= self.tolerance for v in (start, *self.values.tolist()))
+
+    def frame(self) -> pd.DataFrame:
+        """Return the curve: one row a step, indexed by the number of heads added.
+
+        Columns: ``label`` of the head added, ``metric`` from then on, ``change`` from the soft
+        value, ``within`` the tolerance.
+        """
+        start = self.soft if self.direction == "noising" else self.saturated
+        frame = pd.DataFrame({"label": ["", *self.order], "metric": [start, *self.values.tolist()]})
+        frame["change"] = frame["metric"] - self.soft
+        frame["within"] = frame["change"].abs() <= self.tolerance
+        frame.index.name = "n_heads"
+        return frame
+
+    def plot(self) -> Figure:
+        """Draw the metric against the number of heads, with the tolerance as a band."""
+        from matplotlib.figure import Figure
+
+        frame = self.frame()
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhspan(
+            self.soft - self.tolerance, self.soft + self.tolerance, color="0.9", label="tolerance"
+        )
+        axes.axhline(self.soft, color="0.5", linewidth=1, label="soft model")
+        axes.plot(frame.index, frame["metric"], marker="o", markersize=3, color="#1f4e79")
+        axes.axvline(len(self.heads), color="#b3541e", linewidth=1, linestyle="--")
+        done = "saturated" if self.direction == "noising" else "restored"
+        axes.set(xlabel=f"heads {done}", ylabel="metric", title=str(self.provenance))
+        axes.legend(frameon=False, fontsize="small")
+        return figure
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as one safetensors file with a JSON header."""
+        meta = dataclasses.asdict(self)
+        meta.pop("values")
+        write_result(path, KIND, {"values": self.values}, meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SaturableHeads:
+        """Read a result that :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: The file is missing, broken, foreign, or holds something else.
+        """
+        tensors, meta = read_result(path, KIND)
+        try:
+            known = {**meta, "order": tuple(meta["order"])}
+            known["provenance"] = Provenance(**meta["provenance"])
+            return cls(**known, values=tensors["values"])
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error

@@ -1,0 +1,232 @@
+"""Greedy search: how many heads can be saturated at once before the output changes.
+
+Every number is a forward pass of the whole set; no estimate decides anything. The search is greedy,
+so the set it finds can be saturated, and a larger one may exist.
+
+When not to use it: for the effect of single heads, which :func:`sat_lens.sweep_heads` measures at a
+fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sat_lens.attention import Limit, Transform
+from sat_lens.data import Data
+from sat_lens.errors import ArgumentError
+from sat_lens.models import model_name
+from sat_lens.patching.arguments import (
+    check_choice,
+    check_no_dropout,
+    check_tolerance,
+    read_batch,
+)
+from sat_lens.patching.baselines import check_depends, make_baseline
+from sat_lens.patching.exact import empty_values, measure, tasks_of
+from sat_lens.patching.items import Item, read_items
+from sat_lens.patching.readout import Metric, Readout, check_not_padding
+from sat_lens.patching.recording import BaseRun
+from sat_lens.patching.runs import Local, Patch, Setting, patched_logits
+from sat_lens.patching.saturable import SaturableHeads
+from sat_lens.patching.state import SearchState
+from sat_lens.results import Provenance
+from sat_lens.sites import Heads, attention_sites
+
+
+def saturable_heads(
+    model: Any,
+    inputs: Data | Mapping[str, Any],
+    metric: Metric,
+    tolerance: float,
+    heads: Heads = None,
+    direction: Literal["noising", "denoising"] = "noising",
+    transform: Transform | None = None,
+    *,
+    candidates: int | None = 8,
+    full_curve: bool = False,
+    state: str | Path | None = None,
+    progress: bool = True,
+) -> SaturableHeads:
+    """Search greedily for the heads that can be saturated, or that must stay soft.
+
+    Noising starts from the soft model and saturates one head after the other, each time the one
+    that moves the metric least from its soft value: the longest run of steps whose end is within
+    the tolerance is the largest set found. Denoising is its mirror: it starts with every head of
+    the model saturated and restores one after the other until the metric is within the tolerance;
+    those restored are the smallest set found that must stay soft.
+
+    Args:
+        model: A TransformerLens model in evaluation mode.
+        inputs: One batch of prompts, as for :func:`sat_lens.sweep_heads`.
+        metric: A function of the logits that gives a scalar.
+        tolerance: How far the metric may move from its soft value, either way, in its own units.
+        heads: Which heads may be chosen; None is all.
+        direction: ``"noising"`` or ``"denoising"``.
+        transform: What stands for saturation; None is the limit of an infinite inverse temperature.
+        candidates: How many heads are tried in each step: those that moved the metric least when
+            last tried. None tries all that are left, which is the plain greedy search and costs
+            about half the square of the number of heads in forward passes.
+        full_curve: Whether to go on to the last head after the tolerance has decided.
+        state: A file (JSON) in which the search is kept, and from which it goes on.
+        progress: Whether to show a progress bar. An interrupt keeps what is done.
+
+    Raises:
+        ArgumentError: The tolerance is negative, or ``state`` belongs to another search; and as for
+            :func:`sat_lens.sweep_heads`.
+        FileFormatError: ``state`` cannot be read or written.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> metric = sl.metrics.logit_difference(answer=5, wrong=6)
+        >>> found = saturable_heads(model, "x = 1", metric, tolerance=1e3, heads=["L0H0", "L0H1"],
+        ...                         progress=False)
+        >>> sorted(found.heads)
+        ['L0H0', 'L0H1']
+    """
+    check_choice("direction", direction, ("noising", "denoising"))
+    check_tolerance(tolerance, candidates)
+    check_no_dropout(model)
+    items = read_items(attention_sites(model), heads)
+    if items[0].is_group:
+        raise ArgumentError("saturable_heads chooses among single heads; groups were given.")
+    batch = read_batch(model, inputs, "inputs")
+    setting = Setting(model, attention_sites(model), Readout(metric, False, batch.size))
+    new = Limit() if transform is None else transform
+    noising = direction == "noising"
+    with torch.no_grad():
+        soft = make_baseline(setting, batch, None, items, record=noising)
+        saturated = make_baseline(setting, batch, new, items, record=not noising)
+        check_not_padding(setting.readout.named, batch)
+        check_depends(setting.readout, soft.value, saturated.value, lambda: batch.run(model))
+    asked = {
+        "model": model_name(model),
+        "direction": direction,
+        "transform": repr(new),
+        "heads": [item.label for item in items],
+        "candidates": candidates,
+        "soft": float(soft.value),
+        "saturated": float(saturated.value),
+    }
+    kept = SearchState.open(state, asked)
+    patch = Patch(batch, None, Local(new)) if noising else Patch(batch, new, Local(None))
+    search = _Search(setting, patch, items, float(soft.value), tolerance, candidates, kept)
+    try:
+        if not kept.known:
+            base = soft if noising else saturated
+            search.try_single(base.record, progress)
+        search.go_on(noising, full_curve, progress)
+        complete = True
+    except KeyboardInterrupt:
+        complete = False
+    finally:
+        kept.write()
+    return SaturableHeads(
+        provenance=Provenance(model_name(model), scale=repr(new)),
+        direction=direction,
+        tolerance=tolerance,
+        soft=float(soft.value),
+        saturated=float(saturated.value),
+        order=tuple(label for label, _ in kept.steps),
+        values=torch.tensor([value for _, value in kept.steps]),
+        n_heads=len(items),
+        complete=complete,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """A search under way; what it has found is in its state."""
+
+    setting: Setting
+    patch: Patch
+    items: Sequence[Item]
+    soft: float
+    tolerance: float
+    candidates: int | None
+    state: SearchState
+
+    def try_single(self, record: BaseRun | None, progress: bool) -> None:
+        """Measure every head by itself."""
+        tasks, _ = tasks_of([*self.items], None, {})
+        values = empty_values(self.setting, len(self.items), None)
+        done = measure(
+            self.setting,
+            self.patch,
+            tasks,
+            values,
+            run=record,
+            progress=progress,
+            name="single heads",
+        )
+        if not done.complete:
+            raise KeyboardInterrupt
+        for item, value in zip(self.items, values.tolist(), strict=True):
+            self.state.known[item.label] = value
+
+    def go_on(self, noising: bool, full_curve: bool, progress: bool) -> None:
+        """Add heads one after the other, until the tolerance has decided or none is left."""
+        by_label = {item.label: item for item in self.items}
+        bar = tqdm(
+            total=len(by_label),
+            initial=len(self.state.steps),
+            desc="saturable heads" if noising else "heads that stay soft",
+            unit="head",
+            disable=not progress,
+        )
+        with bar, torch.no_grad():
+            while len(self.state.steps) < len(by_label):
+                if not full_curve and self._decided(noising):
+                    return
+                label, value = self._best(by_label)
+                if noising and not full_curve and self._distance(value) > self.tolerance:
+                    return
+                self.state.add(label, value)
+                bar.update()
+
+    def _decided(self, noising: bool) -> bool:
+        steps = self.state.steps
+        return bool(steps) and not noising and self._distance(steps[-1][1]) <= self.tolerance
+
+    def _best(self, by_label: Mapping[str, Item]) -> tuple[str, float]:
+        """Find the head to add next, among those that moved the metric least when last tried."""
+        chosen = {label for label, _ in self.state.steps}
+        left = [label for label in by_label if label not in chosen]
+        left.sort(key=lambda label: self._distance(self.state.known[label]))
+        if not chosen:
+            return left[0], self.state.known[left[0]]
+        n_first = len(left) if self.candidates is None else min(self.candidates, len(left))
+        # Before a set of saturated heads is called the largest, every head has been tried with it.
+        last = self.state.steps[-1][1]
+        search_on = self.patch.base is None and self._distance(last) <= self.tolerance
+        tried: dict[str, float] = {}
+        for i, label in enumerate(left):
+            if i >= n_first and not (search_on and self._all_outside(tried)):
+                break
+            tried[label] = self._measure([by_label[name] for name in (*sorted(chosen), label)])
+            self.state.known[label] = tried[label]
+        best = min(tried, key=lambda label: self._distance(tried[label]))
+        return best, tried[best]
+
+    def _all_outside(self, tried: Mapping[str, float]) -> bool:
+        return all(self._distance(value) > self.tolerance for value in tried.values())
+
+    def _measure(self, items: list[Item]) -> float:
+        selection: dict[str, list[int]] = {}
+        for item in items:
+            for path, heads in item.selection.items():
+                selection[path] = sorted([*selection.get(path, []), *heads])
+        together = Item("set", tuple(item.label for item in items), selection)
+        logits = patched_logits(self.setting, self.patch, together, None)
+        value: Tensor = self.setting.readout.value_at(logits)
+        return float(value)
+
+    def _distance(self, value: float) -> float:
+        return abs(value - self.soft)
