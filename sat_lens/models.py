@@ -1,7 +1,7 @@
 """Load a model by name: the bundled demo, a local directory, or a hub name with a revision.
 
 All three go through TransformerLens's ``TransformerBridge``, so what is said of one holds for the
-others. Nothing that a model ships is run as code.
+others. Nothing that a model ships is run as code, unless ``trust_remote_code=True`` is passed on.
 
 When not to use it: if you have a model already. Everything in this library takes it as it is.
 """
@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sat_lens.errors import ModelError
+from sat_lens.errors import ModelError, SatLensError, UnsupportedModelError
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
@@ -31,9 +34,12 @@ def load_model(name: str = DEMO, *, device: str = "cpu", **options: Any) -> Any:
         **options: Further arguments of ``TransformerBridge.boot_transformers``.
 
     Raises:
-        ModelError: There is no such directory or hub model, the hub cannot be reached, or the
-            files are broken.
+        ModelError: There is no such directory or hub model, the hub cannot be reached, the files
+            are broken, lack weights of a layer, or bring code that would have to be run.
         UnsupportedModelError: TransformerLens knows no adapter for the architecture.
+
+    Warns:
+        UserWarning: The files lack weights outside of the layers, and these are random.
 
     Example:
         >>> import sat_lens as sl
@@ -54,11 +60,12 @@ def load_model(name: str = DEMO, *, device: str = "cpu", **options: Any) -> Any:
     import torch
 
     options.setdefault("dtype", torch.float32)
-    try:
-        with _quiet():
+    with _quiet() as said:
+        try:
             model = TransformerBridge.boot_transformers(path, device=device, **options)
-    except Exception as error:
-        raise _load_error(name, error) from error
+        except Exception as error:
+            raise _load_error(name, error, said) from error
+    _check_complete(name, said)
     model.eval()
     return model
 
@@ -80,6 +87,12 @@ def model_name(model: Any) -> str:
 def _resolve(name: str) -> tuple[str, str | None]:
     if name == DEMO:
         return str(DEMO_FOLDER), None
+    hub_name, _, revision = name.partition("@")
+    if not hub_name:
+        raise ModelError(
+            f'{name!r} names no model. Give "demo", a local directory, or a hub name such as '
+            '"gpt2" or "gpt2@main".'
+        )
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise ModelError(
@@ -89,22 +102,61 @@ def _resolve(name: str) -> tuple[str, str | None]:
         return str(Path(name).resolve()), None
     if name.startswith((".", "/", "~")) or Path(name).exists():
         raise ModelError(f"There is no model directory {name}.")
-    hub_name, _, revision = name.partition("@")
     return hub_name, revision or None
 
 
-def _load_error(name: str, error: Exception) -> ModelError:
-    text = " ".join(str(error).split())
+def _load_error(name: str, error: Exception, said: list[str]) -> SatLensError:
+    text = _ANSI.sub("", " ".join(str(error).split()))
     lowered = text.lower()
-    if any(sign in lowered for sign in _OFFLINE):
+    if "trust_remote_code" in lowered:
+        return ModelError(
+            f"{name!r} brings Python code of its own, which is not run. If you have read it and "
+            f"trust it: sat_lens.load_model({name!r}, trust_remote_code=True)."
+        )
+    if "supported architecture" in lowered:
+        return UnsupportedModelError(
+            f"TransformerLens has no adapter for the architecture of {name!r}, so its attention "
+            f"cannot be reached ({text.partition('Available')[0].strip()})."
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return ModelError(
+            f"The weights of {name!r} are a pickle that would run code or is broken, so they were "
+            "not read. Save them anew as safetensors, from a source that you trust."
+        )
+    if not Path(name).is_dir() and any(sign in lowered for sign in _OFFLINE):
         return ModelError(
             f"{name!r} is neither the demo nor a directory, and the hub could not be reached or "
             "has no model of that name. Check the spelling and the network, or give a local "
             "directory with config.json, model.safetensors and a tokenizer."
         )
-    return ModelError(f"{name!r} could not be loaded ({type(error).__name__}): {text[:400]}")
+    report = _ROW.findall("\n".join(said))
+    rows = [" ".join(row) for row in report if row[1] != "MISSING"]
+    found = "; ".join(rows) or text
+    return ModelError(f"{name!r} could not be loaded ({type(error).__name__}): {found[:_LONGEST]}")
 
 
+def _check_complete(name: str, said: list[str]) -> None:
+    """Refuse a model of which some layer's weights were drawn at random for want of others."""
+    text = "\n".join(said)
+    missing = [key for key, status, _ in _ROW.findall(text) if status == "MISSING"]
+    for listed in _OLDER.findall(text):
+        missing += [key.strip(" '\"") for key in listed.split(",")]
+    if not missing:
+        return
+    shown = ", ".join(sorted(missing))[:_LONGEST]
+    if any(_OF_A_LAYER.search(key) for key in missing):
+        raise ModelError(
+            f"{name!r} lacks weights that its config.json asks for, which would be random: {shown}."
+        )
+    warnings.warn(f"{name!r} lacks weights, which are now random: {shown}", stacklevel=3)
+
+
+_LONGEST = 400
+_ANSI = re.compile(r"\x1b?\[[0-9;]*m")
+# A row of the report that transformers 5 gives, and the sentence that 4 does.
+_ROW = re.compile(r"^(\S.*?) *\| *(MISSING|MISMATCH|CONVERSION) *\|? *(.*?) *$", re.MULTILINE)
+_OLDER = re.compile(r"newly initialized[^\[]*\[([^\]]*)\]")
+_OF_A_LAYER = re.compile(r"\.[{\d]")
 _OFFLINE = (
     "couldn't connect",
     "can't load",
@@ -119,19 +171,32 @@ _OFFLINE = (
 )
 
 
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(_ANSI.sub("", record.getMessage()))
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the loading libraries out of the caller's output."""
+def _quiet() -> Iterator[list[str]]:
+    """Keep progress bars and advice of the loading libraries to ourselves; give what was said."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     root_level = logging.getLogger().level
-    hf_logging.set_verbosity_error()
+    library = logging.getLogger("transformers")
+    handlers, listener = list(library.handlers), _Listener()
+    hf_logging.set_verbosity_warning()
     hf_logging.disable_progress_bar()
     logging.getLogger().setLevel(logging.ERROR)
+    library.handlers = [listener]
     try:
-        yield
+        yield listener.said
     finally:
+        library.handlers = handlers
         hf_logging.set_verbosity(level)
         logging.getLogger().setLevel(root_level)
         if bars:

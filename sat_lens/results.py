@@ -6,11 +6,13 @@ the rest as JSON. Reading one runs no code. A file appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
 import io
 import json
+import numbers
 import os
 import platform
 from collections.abc import Mapping
@@ -60,10 +62,18 @@ def library_versions() -> dict[str, str]:
 def write_result(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write a result of some kind; ``meta`` must be plain JSON data."""
+    """Write a result of some kind; ``meta`` must be plain JSON data.
+
+    Raises:
+        FileFormatError: The file cannot be written.
+    """
     header = json.dumps({"kind": kind, "format": _FORMAT, "meta": meta})
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(contiguous, metadata={_HEADER: header}))
+    # Copies: safetensors refuses tensors that share their memory.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    write_whole(path, save(copies, metadata={_HEADER: header}))
 
 
 def read_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,15 +89,15 @@ def read_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except FileNotFoundError as error:
         raise FileFormatError(f"There is no file {path}.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise FileFormatError(
             f"{path} is broken or no safetensors file ({error}). Measure again, or take a copy."
         ) from error
-    if not isinstance(header, dict) or "kind" not in header:
+    if not isinstance(header, dict) or not isinstance(header.get("meta"), dict):
         raise FileFormatError(f"{path} was not written by sat_lens.")
-    if header["kind"] != kind:
-        raise FileFormatError(f"{path} holds {header['kind']!r}, and {kind!r} was needed.")
-    if header.get("format", 0) > _FORMAT:
+    if header.get("kind") != kind:
+        raise FileFormatError(f"{path} holds {header.get('kind')!r}, and {kind!r} was needed.")
+    if header.get("format") != _FORMAT:
         raise FileFormatError(
             f"{path} was written by a newer sat_lens. Update sat_lens to read it."
         )
@@ -95,7 +105,11 @@ def read_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
-    """Write a table as CSV in which no cell can be taken for a formula by a spreadsheet."""
+    """Write a table as CSV in which no cell can be taken for a formula by a spreadsheet.
+
+    Raises:
+        FileFormatError: The file cannot be written.
+    """
     write_whole(path, csv_text(frame).encode())
 
 
@@ -106,7 +120,7 @@ def csv_text(frame: pd.DataFrame) -> str:
         >>> csv_text(pd.DataFrame({"a": ["=1+1", -2.0]}))
         "a\\r\\n'=1+1\\r\\n-2.0\\r\\n"
     """
-    table = frame if frame.index.name is None else frame.reset_index()
+    table = frame.reset_index() if any(frame.index.names) else frame
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow([_safe_cell(name) for name in table.columns])
@@ -115,7 +129,11 @@ def csv_text(frame: pd.DataFrame) -> str:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
+    """Write a file so that it appears whole or not at all.
+
+    Raises:
+        FileFormatError: The file cannot be written.
+    """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -124,7 +142,8 @@ def write_whole(path: str | Path, content: bytes) -> None:
     except OSError as error:
         raise FileFormatError(f"{target} cannot be written: {error.strerror}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def as_grid(values: Tensor, layers: int, heads: int, places: list[tuple[int, int]]) -> Tensor:
@@ -136,9 +155,10 @@ def as_grid(values: Tensor, layers: int, heads: int, places: list[tuple[int, int
 
 
 def _safe_cell(cell: object) -> object:
-    if isinstance(cell, str) and cell.startswith(_RISKY) and not _is_number(cell):
-        return f"'{cell}"
-    return cell
+    if cell is None or isinstance(cell, numbers.Number):
+        return cell
+    text = str(cell)
+    return f"'{text}" if text.startswith(_RISKY) and not _is_number(text) else text
 
 
 def _is_number(text: str) -> bool:

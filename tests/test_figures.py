@@ -18,7 +18,7 @@ from sat_lens import figures
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import curves, marks
 from sat_lens.figures.marks import visible
-from sat_lens.roles.rule import DESCRIPTIONS, ROLES
+from sat_lens.vocabulary import DESCRIPTIONS, ROLES
 
 TARGETS = ["", "previous", "offset -3", "first", "induction", "self"]
 

@@ -1,4 +1,4 @@
-"""A real pretrained model: the sentence encoder all-MiniLM-L6-v2, from a package that carries it."""
+"""A real pretrained model: the sentence encoder all-MiniLM-L6-v2, which a package carries."""
 
 import ast
 import importlib.util

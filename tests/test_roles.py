@@ -13,8 +13,9 @@ from sat_lens.attention import distances_to_saturated
 from sat_lens.attention.critical import N_BINS, critical_bins, scale_of_bin
 from sat_lens.errors import ArgumentError, DataError, FileFormatError
 from sat_lens.roles import HeadRoles, merge
-from sat_lens.roles.rule import ROLES, Targets, Thresholds, lean, offset_name, role_of, target_of
+from sat_lens.roles.rule import Targets, Thresholds, lean, offset_name, role_of, target_of
 from sat_lens.roles.sums import resampling_weights
+from sat_lens.vocabulary import ROLES
 
 NUMBERS = ["tv_argmax", "tv_mean", "tv_nearest", "lean", "lean_se", "c_lo", "c_hi", "sink_mass"]
 
@@ -220,7 +221,7 @@ def test_comparison_needs_the_same_heads(roles, tokens):
     from sat_lens.tasks import majority, train_on
 
     other = sl.head_roles(train_on(majority(4, 24), steps=1), tokens % 3, progress=False)
-    with pytest.raises(ArgumentError, match="32 heads .* and 2"):
+    with pytest.raises(ArgumentError, match=r"32 heads .* and 2"):
         roles.compare(other)
 
 

@@ -7,8 +7,8 @@ import torch
 
 import sat_lens as sl
 from sat_lens import tasks
-from sat_lens.tasks import distinct_states, train_on
 from sat_lens.attention import Limit, Uniform
+from sat_lens.tasks import distinct_states, train_on
 from tests.constructed import (
     N_CTX,
     UNIFORM,

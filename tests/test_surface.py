@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "sat_lens"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # In the order of the design: a room imports only rooms above it.
 ROOMS = [
-    ["version"],
+    ["version", "vocabulary"],
     ["errors"],
     ["attention"],
     ["sites"],
@@ -197,7 +197,7 @@ def test_files_keep_the_style(path):
         if isinstance(node, ast.ImportFrom):
             assert all(alias.name != "*" for alias in node.names)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id != "print" or path.name == "cli.py"
+            assert node.func.id != "print" or path.parent.name == "cli"
             assert node.func.id not in ("eval", "exec")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
 from sat_lens.figures.sheet import INK, LEFT, LINE, MARGIN, QUIET, Sheet
-from sat_lens.roles.rule import DESCRIPTIONS, ROLES
+from sat_lens.vocabulary import DESCRIPTIONS, ROLES
 
 _LEAST_SHADE = 0.3
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "weight": "bold"}

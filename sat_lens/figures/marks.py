@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from sat_lens.roles.rule import ROLES
+from sat_lens.vocabulary import ROLES
 
 # Okabe and Ito's colours, warm on the argmax side and blue on the mean side; grey lies between.
 ROLE_COLORS = dict(

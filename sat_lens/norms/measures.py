@@ -31,6 +31,12 @@ def saturation_measures(
 
     Raises:
         DataError, UnsupportedModelError: As for :func:`sat_lens.head_roles`.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> measures = saturation_measures(sl.load_model("demo"), ["import os, sys, re, json"])
+        >>> measures["loss"] < measures["loss_saturated"]
+        True
     """
     with undisturbed(model):
         return _outputs(model, data, batch_size, seed) | _heads(model, data, batch_size, min_keys)

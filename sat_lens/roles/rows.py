@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sat_lens.attention.critical import N_BINS, scale_of_bin
-from sat_lens.roles.rule import IDEAL, ROLES, Targets, Thresholds, lean, role_of, target_of
+from sat_lens.roles.rule import IDEAL, Targets, Thresholds, lean, role_of, target_of
 from sat_lens.roles.sums import DAMAGES, FARTHEST_OFFSET, M_BINS_PER_OCTAVE, Sums
 from sat_lens.sites.naming import AttentionSite
+from sat_lens.vocabulary import ROLES
 
 
 def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from sat_lens.attention.critical import critical_bins
 from sat_lens.attention.distances import distance_to_uniform, distances_to_saturated
 from sat_lens.attention.masks import mask_threshold
-from sat_lens.roles.rule import ROLES, Thresholds
+from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.sums import FARTHEST_OFFSET, M_BINS, M_BINS_PER_OCTAVE, Sums
+from sat_lens.vocabulary import ROLES
 
 NEAR_OFFSETS = {"previous": -1, "self": 0, "next": 1}
 BLOCK_ELEMENTS = 2**18

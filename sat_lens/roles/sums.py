@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.attention.critical import N_BINS
-from sat_lens.roles.rule import ROLES
+from sat_lens.vocabulary import ROLES
 
 FARTHEST_OFFSET = 64
 M_BINS_PER_OCTAVE = 16

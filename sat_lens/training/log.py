@@ -61,6 +61,12 @@ def read_training_log(path: str | Path) -> pd.DataFrame:
     Raises:
         FileFormatError: There is no such file, it was not written by sat_lens, or a line in its
             middle is broken.
+
+    Example:
+        >>> read_training_log("nowhere.jsonl")
+        Traceback (most recent call last):
+        ...
+        sat_lens.errors.FileFormatError: nowhere.jsonl cannot be read: No such file or directory.
     """
     header, *rows = _lines(Path(path))
     if header.get("format", 0) > _FORMAT:

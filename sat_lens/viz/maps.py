@@ -12,7 +12,7 @@ import pandas as pd
 from sat_lens.figures import marks
 from sat_lens.figures.curves import measure_groups, scale_places, scale_text, tick_scales
 from sat_lens.figures.maps import head_stacks, records_of
-from sat_lens.roles.rule import DESCRIPTIONS
+from sat_lens.vocabulary import DESCRIPTIONS
 
 CELL = 34
 LEVELS = 5

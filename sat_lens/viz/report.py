@@ -15,11 +15,11 @@ from sat_lens.figures import marks
 from sat_lens.figures.maps import records_of
 from sat_lens.results import csv_text, write_whole
 from sat_lens.roles.result import HeadRoles
-from sat_lens.roles.rule import DESCRIPTIONS, ROLES
 from sat_lens.viz import maps
 from sat_lens.viz.page import render
 from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
 from sat_lens.viz.text import Tokens
+from sat_lens.vocabulary import DESCRIPTIONS, ROLES
 
 MOST_POSITIONS = 256
 _MASSES = ("previous", "self", "next", "first", "special", "induction", "duplicate")
