@@ -60,7 +60,7 @@ def head_roles(
             that acts at one position looks like something else over all of them.
         min_keys: Least number of visible keys of a counted row.
         rows: For what needs a sort or a search (tv_nearest, m, c_lo, c_hi), how many seeded rows of
-            each sequence; ``"all"`` for all.
+            each sequence (16 for c_lo and c_hi, whose search costs most); ``"all"`` for all.
         thresholds: Where one role ends and the next begins.
         damage: Also measure what replacing each head's pattern (by its argmax, uniform, its nearest
             saturated row, zero) does to the metric, or to the loss if none is given; costs four

@@ -16,6 +16,8 @@ from sat_lens.roles.sums import resampling_weights
 from sat_lens.sites import AttentionSite
 
 Rows = int | Literal["all"]
+# A search costs several times as much as a sort, so fewer rows have to do for it.
+SEARCHED_ROWS = 16
 
 
 class BatchReader:
@@ -68,6 +70,7 @@ class BatchReader:
             special=special,
             relations=relations,
             sample=_sampled_rows(counted, self.rows),
+            n_searched=n_queries if self.rows == "all" else SEARCHED_ROWS,
             resampling=self._resampling(batch),
         )
 

@@ -70,7 +70,8 @@ class HeadRoles:
         modal_share    share of rows with their maximum there
         previous ...   mean mass on the previous, same and next position, the first and the special
                        tokens; ``induction`` and ``duplicate`` over rows that have such a key
-        c_lo           median greatest scale within .1 of uniform; inf if every scale is
+        c_lo           median greatest scale within .1 of uniform (16 of the sampled
+                       rows of each sequence); inf if every scale is
         c_hi           median least scale within .1 of the limit; 0 if every scale is
         damage_...     only if asked for: mean rise of the metric if the pattern is replaced by its
                        argmax, uniform, its nearest saturated row, or the head's output by zero

@@ -30,7 +30,8 @@ class Positions:
     """What is known of the positions that one attention module serves, for one batch.
 
     ``weight`` is 0 for query rows that do not count and 1 for those that do, or their importance
-    per head. ``relations`` holds, for ``induction`` and ``duplicate``, which keys are such targets
+    per head. Of the rows in ``sample``, which are in random order, critical scales are searched in
+    the first ``n_searched``. ``relations`` holds, for ``induction`` and ``duplicate``, which keys are such targets
     of each query.
     """
 
@@ -39,6 +40,7 @@ class Positions:
     special: Bool[Tensor, "batch key"]
     relations: dict[str, Bool[Tensor, "batch query key"]]
     sample: Int[Tensor, "batch row"]
+    n_searched: int
     resampling: Float[Tensor, "batch resample"]
 
 
@@ -98,6 +100,7 @@ class _Sequence:
     keys_near: dict[str, tuple[Int[Tensor, " query"], Bool[Tensor, " query"]]]
     query_positions: Int[Tensor, " query"]
     sample: Int[Tensor, " row"]
+    n_searched: int
     resampling: Float[Tensor, " resample"]
 
     @classmethod
@@ -124,6 +127,7 @@ class _Sequence:
             near,
             queries,
             sample[sample >= 0],
+            positions.n_searched,
             positions.resampling[b],
         )
 
@@ -188,10 +192,13 @@ def _measure_sample(
     }
     _add(sums, slice(0, len(scores)), rows, weight, sequence.resampling)
     m_bins = (soft.m.double().log2() * M_BINS_PER_OCTAVE).round().long().clamp(max=M_BINS - 1)
-    c_lo, c_hi = critical_bins(scores)
     roles = _roles_of_rows(soft.tv_argmax, soft.tv_mean, soft.tv_nearest, soft.m, thresholds)
-    for name, bins in {"m_keys": m_bins, "c_lo": c_lo, "c_hi": c_hi, "row_roles": roles}.items():
-        _count(sums.histograms[name], bins, weight)
+    _count(sums.histograms["m_keys"], m_bins, weight)
+    _count(sums.histograms["row_roles"], roles, weight)
+    searched = slice(sequence.n_searched)
+    c_lo, c_hi = critical_bins(scores[:, searched])
+    _count(sums.histograms["c_lo"], c_lo, weight[:, searched])
+    _count(sums.histograms["c_hi"], c_hi, weight[:, searched])
 
 
 def _roles_of_rows(
