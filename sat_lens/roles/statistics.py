@@ -30,9 +30,9 @@ class Positions:
     """What is known of the positions that one attention module serves, for one batch.
 
     ``weight`` is 0 for query rows that do not count and 1 for those that do, or their importance
-    per head. Of the rows in ``sample``, which are in random order, critical scales are searched in
-    the first ``n_searched``. ``relations`` holds, for ``induction`` and ``duplicate``, which keys are
-    such targets of each query.
+    per head. Of the rows in ``sample``, which are in random order, critical scales are searched
+    in the first ``n_searched``. ``relations`` holds, for ``induction`` and ``duplicate``, which
+    keys are such targets of each query.
     """
 
     weight: Float[Tensor, "batch #head query"]
