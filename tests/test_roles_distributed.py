@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -40,6 +42,17 @@ def test_two_gloo_processes_both_return_the_result_of_one(demo, tmp_path):
         found = HeadRoles.load(tmp_path / f"{rank}.st")
         assert found.n_sequences == 6
         pd.testing.assert_frame_equal(found.frame(), alone.frame(), rtol=1e-9)
+
+
+def test_torchrun_takes_the_shards_by_rank(tmp_path, capsys):
+    options = ["roles", "--sequences", "16", "--context", "24", "--quiet", "--out"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "sat_lens", *options]
+    subprocess.run([*command, str(tmp_path / "two.st")], check=True, capture_output=True)
+    assert main([*options, str(tmp_path / "one.st")]) == 0
+    two, one = (HeadRoles.load(tmp_path / f"{name}.st") for name in ("two", "one"))
+    assert two.n_sequences == 16
+    pd.testing.assert_frame_equal(two.frame(), one.frame(), rtol=1e-9)
 
 
 def test_shards_of_the_command_line_merge_and_a_broken_one_is_left_out(tmp_path, capsys):

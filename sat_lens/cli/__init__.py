@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   sat-lens roles ./my-model --csv out.csv  the head-role table of a local model
   sat-lens roles --shard 2/8 --out 2.st    measure the second of eight parts of the text
   sat-lens merge 1.st 2.st --out all.st    put such parts together
+  torchrun --nproc-per-node 4 -m sat_lens roles --out all.st    the same in four processes
   sat-lens sweep gpt2 --prompt "The Eiffel Tower is in" --answer " Paris" --wrong " Rome"
   sat-lens check bert-base-uncased         which attention modules can be saturated
 """
@@ -129,7 +130,3 @@ def _add_model_and_data(command: argparse.ArgumentParser) -> None:
     add("--sequences", type=int, default=64, help="how many to measure (default: %(default)s)")
     add("--context", type=int, default=256, help="tokens in a sequence (default: %(default)s)")
     add("--quiet", action="store_true", help="show no progress bars")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
