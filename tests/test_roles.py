@@ -296,3 +296,7 @@ def test_targets(leaning, targets, wanted):
 
 def test_offsets_are_named_by_key_minus_query():
     assert [offset_name(k) for k in (-1, 0, 1, 3)] == ["previous", "self", "next", "offset +3"]
+
+
+def test_one_sequence_gives_no_certainty(demo, tokens):
+    assert sl.head_roles(demo, tokens[:1], progress=False).frame()["lean_se"].isna().all()

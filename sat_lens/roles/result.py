@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ class HeadRoles:
         tv_mean        mean total variation to the uniform row
         tv_nearest     mean total variation to the nearest saturated row (sampled rows)
         lean           tv_mean / (tv_argmax + tv_mean): 1 is argmax, 0 is uniform
-        lean_se        its standard error, from resampling sequences
+        lean_se        its standard error, from resampling sequences; NaN for one sequence
         median_m       median number of keys of the nearest saturated row (sampled rows)
         m_share        mean of that number over the number of visible keys (sampled rows)
         n_eff_share    effective keys over visible keys
@@ -85,7 +86,11 @@ class HeadRoles:
             for site in self.sites
             for head in range(site.n_heads)
         ]
-        return pd.DataFrame(rows).set_index("label")
+        table = pd.DataFrame(rows).set_index("label")
+        if self.n_sequences < 2:
+            # Resamples of one sequence are all alike; that is no certainty.
+            table["lean_se"] = math.nan
+        return table
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the head-role map: layers down, heads across, one colour a role."""
