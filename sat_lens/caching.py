@@ -34,15 +34,15 @@ from sat_lens.sites import Heads
 LEAST_DENOMINATOR = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CachedRun:
     """One forward pass: its logits and its ``ActivationCache``."""
 
-    logits: Any
-    cache: Any
+    logits: Any = dataclasses.field(repr=False)
+    cache: Any = dataclasses.field(repr=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Similarity:
     """How much of an activation the saturated run keeps, layer by layer.
 
@@ -71,14 +71,14 @@ class Similarity:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SaturationPair:
     """A soft and a saturated run of the same input; see :func:`run_with_saturation_cache`."""
 
     soft: CachedRun
     saturated: CachedRun
     provenance: Provenance
-    real: Tensor | None
+    real: Tensor | None = dataclasses.field(repr=False)
     _run_random: Callable[[int], CachedRun] = dataclasses.field(repr=False)
     _random: dict[int, CachedRun] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -249,6 +249,9 @@ def _real_positions(
     model: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Bool[Tensor, "batch position"] | None:
     """Find the positions that are no padding; None if all are or nothing says so."""
+    if "decoder_input" in kwargs:
+        # The mask of an encoder says nothing of a decoder's positions, and the reverse.
+        return None
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor):
         return mask.bool() if mask.dim() == 2 else None

@@ -41,6 +41,16 @@ class Batch:
         return model(self.inputs, **{**self.kwargs, **kwargs})
 
     @property
+    def output_tokens(self) -> Tensor | None:
+        """The tokens behind the logits: the decoder's where it has an input of its own."""
+        return self.tokens if self.decoder_tokens is None else self.decoder_tokens
+
+    @property
+    def output_real(self) -> Tensor | None:
+        """Which of these positions are no padding."""
+        return self.real if self.decoder_tokens is None else self.decoder_real
+
+    @property
     def size(self) -> int:
         """The number of sequences."""
         return int(self.inputs.shape[0])
@@ -125,7 +135,9 @@ def _read(model: Any, data: Data, batch_size: int) -> Iterator[Batch]:
             yield _from_tensor(model, part)
     elif isinstance(data, str):
         yield _padded(model, [_text_row(model, data)])
-    elif isinstance(data, Mapping) or not isinstance(data, Iterable):
+    elif isinstance(data, Mapping):
+        yield _from_mapping(model, data)
+    elif not isinstance(data, Iterable):
         raise _unreadable(data)
     else:
         yield from _from_items(model, data, batch_size)
@@ -257,6 +269,11 @@ def _tokenizer(model: Any) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise DataError("This model has no tokenizer, so it reads token tensors and not texts.")
+    if len(tokenizer) == 0:
+        raise DataError(
+            "This model's tokenizer knows no tokens, as when its folder holds none. Save one there "
+            "with tokenizer.save_pretrained(folder), or give token tensors."
+        )
     return tokenizer
 
 

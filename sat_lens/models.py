@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sat_lens.errors import ModelError, SatLensError, UnsupportedModelError
+from sat_lens.errors import ArgumentError, ModelError, SatLensError, UnsupportedModelError
+from sat_lens.version import newer_lens
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 
 
-def load_model(name: str = DEMO, *, device: str = "cpu", **options: Any) -> Any:
+def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) -> Any:
     """Load a model as a ``TransformerBridge``, in float32 and evaluation mode.
 
     Args:
@@ -46,6 +47,13 @@ def load_model(name: str = DEMO, *, device: str = "cpu", **options: Any) -> Any:
         >>> sl.load_model("demo").cfg.n_heads
         8
     """
+    if not isinstance(name, (str, Path)):
+        raise ArgumentError(
+            f"Needed the name of a model, and a {type(name).__name__} was given. A Hugging Face "
+            "model becomes a bridge with TransformerBridge.boot_transformers(name, hf_model=model, "
+            "tokenizer=tokenizer)."
+        )
+    name = str(name)
     path, revision = _resolve(name)
     try:
         from transformer_lens.model_bridge import TransformerBridge
@@ -116,7 +124,7 @@ def _load_error(name: str, error: Exception, said: list[str]) -> SatLensError:
     if "supported architecture" in lowered:
         return UnsupportedModelError(
             f"TransformerLens has no adapter for the architecture of {name!r}, so its attention "
-            f"cannot be reached ({text.partition('Available')[0].strip()})."
+            f"cannot be reached ({text.partition('Available')[0].strip()})." + newer_lens()
         )
     if isinstance(error, pickle.UnpicklingError):
         return ModelError(

@@ -38,7 +38,7 @@ _BLOCK_OUTPUT = re.compile(r"blocks\.\d+\.hook_out$")
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ScalingCurve:
     """Measures of the output at each inverse temperature; made by :func:`scaling_curve`.
 
@@ -48,7 +48,7 @@ class ScalingCurve:
 
     provenance: Provenance
     scales: tuple[float, ...]
-    columns: dict[str, Tensor]
+    columns: dict[str, Tensor] = dataclasses.field(repr=False)
     complete: bool = True
 
     def frame(self) -> pd.DataFrame:
@@ -212,17 +212,23 @@ def _run(model: Any, batch: Batch, streams: dict[str, str]) -> tuple[Tensor, dic
 def _cosines(
     batch: Batch, soft: dict[str, Tensor], changed: dict[str, Tensor], streams: dict[str, str]
 ) -> dict[str, float]:
+    # The mask of an encoder says nothing of a decoder's positions, and the reverse.
+    real = batch.real if batch.decoder_tokens is None else None
     return {
-        label: float(mean_cosine(soft[name], changed[name], batch.real))
+        label: float(mean_cosine(soft[name], changed[name], real))
         for name, label in streams.items()
     }
 
 
 def _predicted(batch: Batch, logits: Tensor) -> Tensor:
     """Say of which sequences the next-token loss can be taken."""
-    if batch.tokens is None or logits.dim() != 3 or logits.shape[:2] != batch.tokens.shape:
+    if (
+        batch.output_tokens is None
+        or logits.dim() != 3
+        or logits.shape[:2] != batch.output_tokens.shape
+    ):
         return torch.zeros(batch.size, dtype=torch.bool)
-    return has_next_token(batch.tokens, batch.real)
+    return has_next_token(batch.output_tokens, batch.output_real)
 
 
 def _measures(
@@ -233,12 +239,16 @@ def _measures(
     metric: Callable[[Any], Tensor] | None,
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    if batch.tokens is not None and bool(predicted.any()):
-        real = None if batch.real is None else batch.real[predicted]
-        loss = next_token_loss(batch.tokens[predicted], real)
+    if batch.output_tokens is not None and bool(predicted.any()):
+        real = None if batch.output_real is None else batch.output_real[predicted]
+        loss = next_token_loss(batch.output_tokens[predicted], real)
         found["loss"] = float(loss(logits[predicted]))
     same = (soft.argmax(-1) == logits.argmax(-1)).float()
-    real = batch.real if batch.real is not None and batch.real.shape == same.shape else None
+    real = (
+        batch.output_real
+        if batch.output_real is not None and batch.output_real.shape == same.shape
+        else None
+    )
     found["top1"] = float(same.mean() if real is None else same[real].mean())
     if real is None:
         found["kl"] = float(kl_to_soft(soft)(logits)) if logits.dim() == 3 else _kl(soft, logits)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sat_lens.errors import ArgumentError
+from sat_lens.errors import ArgumentError, ModelError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,15 +190,24 @@ def train_on(
 
     Raises:
         ArgumentError: ``n_heads`` does not divide ``d_model``.
+        ModelError: The installed TransformerLens has no models of its own for the bridge.
 
     Example:
         >>> model = train_on(previous_token(8, 8), steps=1)
         >>> model.training
         False
     """
-    from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge import TransformerBridge
+    try:
+        from transformer_lens.config import TransformerBridgeConfig
+        from transformer_lens.model_bridge import TransformerBridge
 
+        boot = TransformerBridge.boot_native
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            "Training a model on a task needs TransformerLens 3.9 or newer "
+            "(TransformerBridge.boot_native), and an older one is installed. Train a model of your "
+            "own on task.tokens and task.answers."
+        ) from error
     if d_model % n_heads:
         raise ArgumentError(f"n_heads must divide d_model = {d_model}; found {n_heads}.")
     config = TransformerBridgeConfig(
@@ -213,7 +222,7 @@ def train_on(
         normalization_type="LN",
         seed=seed,
     )
-    model = TransformerBridge.boot_native(config)
+    model = boot(config)
     with_positions = not task.counts if positions is None else positions
     if not with_positions:
         embedding = next(p for name, p in model.named_parameters() if "pos" in name)

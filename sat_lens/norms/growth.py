@@ -37,7 +37,7 @@ KIND = "norm growth"
 DRAWN = ("norm", "norm_grown", "qk_product", "ov_product", "loss", "loss_saturated", "S", "lean")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NormGrowth:
     """Norms and paths of a model's parameters by step; made by :func:`norm_growth`.
 

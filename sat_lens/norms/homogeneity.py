@@ -31,7 +31,7 @@ KIND = "homogeneity curve"
 DEFAULT_SCALES = (1.0, 1.2, 1.5, 2.0, 5.0, 10.0, 100.0, 1000.0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class HomogeneityCurve:
     """Similarity of a network with scaled parameters; made by :func:`homogeneity_curve`."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError, UnsupportedModelError
+from sat_lens.version import newer_lens
 
 
 def lens_model(source: Path | nn.Module, tokenizer: Any = None) -> Any:
@@ -110,7 +111,9 @@ def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
         from transformer_lens.model_bridge.sources import build_bridge_from_module
     except ImportError as error:
         raise ModelError(
-            "Measuring a Hugging Face model needs TransformerLens 4 (TransformerBridge)."
+            "Measuring a Hugging Face model on data needs TransformerLens 3.9 or newer "
+            "(TransformerBridge). Give models of TransformerLens's own classes, or leave data out "
+            "to measure norms alone."
         ) from error
     from sat_lens.models import _quiet
 
@@ -119,7 +122,7 @@ def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
             bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"TransformerLens has no adapter for {architecture}: {str(error)[:200]}"
+            f"TransformerLens has no adapter for {architecture}: {str(error)[:200]}{newer_lens()}"
         ) from error
     if tokenizer is not None:
         bridge.tokenizer = _tokenizer(tokenizer)

@@ -37,7 +37,7 @@ OUTSIDE = "outside"
 Table = Literal["component", "layer", "head", "parameter"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ParameterNorms:
     """Norms of one model's parameters; made by :func:`parameter_norms`.
 

@@ -66,7 +66,8 @@ def make_baseline(
             stack.enter_context(readout.narrowed(setting.unembed))
         logits = batch.run(setting.model)
     if run is not None and isinstance(logits, Tensor):
-        run.scale = float(logits.abs().max())
+        # A suppressed token's logit is enormous and no measure of the others.
+        run.scale = float(logits.detach().abs().median())
     value = readout.value(logits) if first else readout.value_at(logits)
     if first:
         readout.narrow(logits, seen[0] if len(seen) == 1 else None, setting.unembed)

@@ -139,7 +139,8 @@ def _page(sweep: HeadSweep, prompt: str, answer: str, wrong: str) -> str:
         f"<p>Each head was patched by itself into the {into} model ({sweep.direction}); everything "
         "after it was computed anew. The effect is the metric with the head patched minus the "
         f"metric of the {into} model; normalised is its share of the difference between the two "
-        "models. random_effect is that of random keys in the same place: an effect no larger than "
-        f"it is mere disturbance. The {len(shown)} largest effects:</p>"
+        "models. random_effect is that of random keys in the same place: one draw, whose size "
+        "says what mere disturbance can do. "
+        f"The {len(shown)} largest effects:</p>"
         f"{shown.to_html(float_format='{:.4f}'.format, border=0)}</html>"
     )

@@ -181,7 +181,7 @@ def _check(
         some = tasks[start : start + replay.at_once]
         for task, exact in zip(some, _whole(setting, patch, some), strict=True):
             error = float((exact - measured.values[task.index]).abs().max())
-            if error > TOLERANCE * max(replay.scale, 1.0):
+            if not error <= TOLERANCE * max(replay.scale, 1.0):
                 raise _RoutesPartError
             measured.values[task.index] = exact
             measured.n_checked += 1

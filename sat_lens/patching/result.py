@@ -43,7 +43,7 @@ class Checks:
     recall_sample: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class HeadSweep:
     """One value of the metric per head, position and prompt; made by :func:`sat_lens.sweep_heads`.
 

@@ -191,9 +191,10 @@ def _patch_local(
     edits: dict[str, Edit] = {}
     for site in setting.sites:
         base = None if patch.base is None else bound(patch.base, site)
-        new = None if source.transform is None else bound(source.transform, site)
         if site.path in item.selection:
-            edits[site.path] = local_edit(base, new, item.selection[site.path], position)
+            heads = item.selection[site.path]
+            new = source.transform and bound(source.transform, site, tuple(heads))
+            edits[site.path] = local_edit(base, new, heads, position)
         elif base is not None:
             edits[site.path] = _base_edit(base)
     stack.enter_context(open_door(setting.model, edits, setting.sites))
@@ -292,7 +293,7 @@ def _keep_and_restore(found: Activations, path: str, base_z: Tensor) -> Any:
     return edit
 
 
-def bound(transform: Transform, site: AttentionSite) -> Transform:
-    """Let a transform that draws at random know which module it serves."""
+def bound(transform: Transform, site: AttentionSite, heads: tuple[int, ...] = ()) -> Transform:
+    """Let a transform that draws at random know which module, and which of its heads, it serves."""
     bind = getattr(transform, "at", None)
-    return bind(site.path) if callable(bind) else transform
+    return bind(site.path, heads) if callable(bind) else transform

@@ -53,8 +53,14 @@ def side_by_side_logits(setting: Setting, patch: Patch, patches: Patches) -> lis
 def _local(
     source: Local, site: AttentionSite, here: list[tuple[list[int], int | None]], size: int
 ) -> Edit:
-    new = None if source.transform is None else bound(source.transform, site)
-    edits = [local_edit(None, new, heads, at) if heads else None for heads, at in here]
+    edits = [
+        local_edit(
+            None, source.transform and bound(source.transform, site, tuple(heads)), heads, at
+        )
+        if heads
+        else None
+        for heads, at in here
+    ]
 
     def edit(scores: Tensor) -> NewScores:
         whole = scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)

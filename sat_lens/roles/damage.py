@@ -90,11 +90,11 @@ def _without_output(model: Any, site: AttentionSite, head: int) -> Iterator[None
 
 def _per_prompt(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
     if metric == "loss":
-        if batch.tokens is None:
+        if batch.output_tokens is None:
             raise ArgumentError(
                 'metric="loss" needs tokens as data; pass a function of the logits.'
             )
-        metric = next_token_loss(batch.tokens, batch.real)
+        metric = next_token_loss(batch.output_tokens, batch.output_real)
     if not callable(metric):
         raise ArgumentError(
             f'metric must be "loss" or a function of the logits; {metric!r} was given.'

@@ -103,11 +103,11 @@ def _keeping_z(model: Any, site: AttentionSite, outputs: dict[str, Tensor]) -> I
 
 def _value(metric: Metric, batch: Batch, logits: Any) -> Tensor:
     if metric == "loss":
-        if batch.tokens is None:
+        if batch.output_tokens is None:
             raise ArgumentError(
                 'metric="loss" needs tokens as data; pass a function of the logits.'
             )
-        metric = next_token_loss(batch.tokens, batch.real)
+        metric = next_token_loss(batch.output_tokens, batch.output_real)
     if not callable(metric):
         raise ArgumentError(
             f'metric must be "loss" or a function of the logits; {metric!r} was given.'
@@ -131,5 +131,5 @@ def _weigh(
 ) -> Float[Tensor, "batch head query"]:
     z, gradient = as_z(z, n_heads).float(), as_z(gradient, n_heads).float()
     rows = counted[:, :, None, None].float()
-    mean = (z * rows).sum(1, keepdim=True) / rows.sum(1, keepdim=True)
+    mean = (z * rows).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
     return rearrange((gradient * (z - mean)).sum(-1).abs(), "b q h -> b h q")

@@ -166,9 +166,11 @@ def _share(batched: Iterable[Batch], shard: tuple[int, int]) -> Iterable[Batch]:
 
 
 def _check(min_keys: int, rows: Rows, shard: tuple[int, int] | None) -> None:
+    if not isinstance(rows, int) and rows != "all":
+        raise ArgumentError(f'rows must be a number or "all"; {rows!r} was given.')
     if min_keys < 1 or (rows != "all" and rows < 1):
         raise ArgumentError(f"min_keys and rows must be at least 1; found {min_keys} and {rows}.")
-    if shard is not None and not 1 <= shard[0] <= shard[1]:
+    if shard is not None and not (isinstance(shard, tuple) and 1 <= shard[0] <= shard[1]):
         raise ArgumentError(
-            f"A shard is (i, n) with i from 1 to n, such as (2, 8); found {tuple(shard)}."
+            f"A shard is (i, n) with i from 1 to n, such as (2, 8); found {shard!r}."
         )

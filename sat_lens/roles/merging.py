@@ -29,6 +29,7 @@ def merge(parts: Sequence[HeadRoles]) -> HeadRoles:
     if not parts:
         raise ArgumentError("Needed at least one result to merge, and none was given.")
     first = parts[0]
+    _check_distinct(parts)
     for other in parts[1:]:
         for name in ("sites", "thresholds", "min_keys", "weighted_by"):
             mine, theirs = getattr(first, name), getattr(other, name)
@@ -52,6 +53,22 @@ def merge(parts: Sequence[HeadRoles]) -> HeadRoles:
         n_sequences=sum(part.n_sequences for part in parts),
         complete=all(part.complete for part in parts),
     )
+
+
+def _check_distinct(parts: Sequence[HeadRoles]) -> None:
+    """Refuse the same part twice; different data do not give the same sums to the last bit."""
+    for i, part in enumerate(parts):
+        for j, other in enumerate(parts[:i]):
+            if part.sums.keys() == other.sums.keys() and all(
+                torch.equal(a, b)
+                for path, sums in part.sums.items()
+                for a, b in zip(
+                    sums.tensors().values(), other.sums[path].tensors().values(), strict=True
+                )
+            ):
+                raise ArgumentError(
+                    f"Parts {j + 1} and {i + 1} are the same, and each may be merged once only."
+                )
 
 
 def shard_of_rank() -> tuple[int, int]:

@@ -54,24 +54,36 @@ class BatchReader:
         key_tokens, key_real = self._side(decoder=site.stack == "decoder")
         counted = fitting_mask(query_real, (batch, n_queries), device)
         if self.query_positions is not None:
+            if not bool(counted.all()) and min(self.query_positions, default=0) < 0:
+                raise ArgumentError(
+                    "query_positions counted from the end need sequences of one length, and this "
+                    "batch is padded. Give positions from the start, or one sequence at a time."
+                )
             counted = counted & _only(self.query_positions, n_queries, device)
         special = torch.zeros(batch, n_keys, dtype=torch.bool, device=device)
         relations = {}
-        if key_tokens is not None and key_tokens.shape == special.shape:
-            special = torch.isin(key_tokens, self.special.to(device))
-            if site.kind == "self" and n_queries == n_keys:
-                relations = token_relations(key_tokens)
+        # A learned sink is one more key behind those of the text.
+        n_sinks = int(key_tokens is not None and n_keys == key_tokens.shape[1] + 1)
+        if key_tokens is not None and special[:, n_sinks:].shape == key_tokens.shape:
+            special[:, : n_keys - n_sinks] = torch.isin(key_tokens, self.special.to(device))
+            if site.kind == "self" and n_queries == key_tokens.shape[1]:
+                relations = {
+                    name: torch.nn.functional.pad(relation, (0, n_sinks))
+                    for name, relation in token_relations(key_tokens).items()
+                }
         weight = counted[:, None].float()
         if self.importance is not None:
             weight = weight * self.importance[site.path].to(device)
         return Positions(
             weight=weight,
-            first=fitting_mask(key_real, (batch, n_keys), device).int().argmax(-1),
+            first=fitting_mask(key_real, (batch, n_keys - n_sinks), device).int().argmax(-1),
             special=special,
             relations=relations,
             sample=_sampled_rows(counted, self.rows),
             n_searched=n_queries if self.rows == "all" else SEARCHED_ROWS,
             resampling=self._resampling(batch),
+            # A model may be asked for its newest rows only; they are the last of the positions.
+            first_query=n_keys - n_sinks - n_queries,
         )
 
     def _side(self, *, decoder: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -113,6 +125,8 @@ def _sampled_rows(counted: Bool[Tensor, "batch query"], rows: Rows) -> Int[Tenso
 def _only(
     query_positions: Sequence[int], n_queries: int, device: torch.device
 ) -> Bool[Tensor, "1 query"]:
+    if isinstance(query_positions, int):
+        raise ArgumentError(f"query_positions is a list, such as [{query_positions}].")
     outside = [p for p in query_positions if not -n_queries <= p < n_queries]
     if outside or not query_positions:
         raise ArgumentError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KIND = "head roles"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class HeadRoles:
     """What every head does with its attention; made by :func:`sat_lens.head_roles`.
 
@@ -35,8 +35,8 @@ class HeadRoles:
     """
 
     provenance: Provenance
-    sites: tuple[AttentionSite, ...]
-    sums: Mapping[str, Sums]
+    sites: tuple[AttentionSite, ...] = dataclasses.field(repr=False)
+    sums: Mapping[str, Sums] = dataclasses.field(repr=False)
     thresholds: Thresholds
     min_keys: int
     n_sequences: int

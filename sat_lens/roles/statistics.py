@@ -17,6 +17,7 @@ from torch import Tensor
 from sat_lens.attention.critical import critical_bins
 from sat_lens.attention.distances import distance_to_uniform, distances_to_saturated
 from sat_lens.attention.masks import mask_threshold
+from sat_lens.errors import NonFiniteError
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.sums import FARTHEST_OFFSET, M_BINS, M_BINS_PER_OCTAVE, Sums
 from sat_lens.vocabulary import ROLES
@@ -32,7 +33,7 @@ class Positions:
     ``weight`` is 0 for query rows that do not count and 1 for those that do, or their importance
     per head. Of the rows in ``sample``, which are in random order, critical scales are searched
     in the first ``n_searched``. ``relations`` holds, for ``induction`` and ``duplicate``, which
-    keys are such targets of each query.
+    keys are such targets of each query. The first row belongs to position ``first_query``.
     """
 
     weight: Float[Tensor, "batch #head query"]
@@ -42,6 +43,7 @@ class Positions:
     sample: Int[Tensor, "batch row"]
     n_searched: int
     resampling: Float[Tensor, "batch resample"]
+    first_query: int
 
 
 def measure(
@@ -53,6 +55,11 @@ def measure(
 ) -> None:
     """Add the statistics of one forward pass through one attention module to its sums."""
     raw = scores.detach().float()
+    if bool(raw.amax().isnan()):
+        raise NonFiniteError(
+            "The model's attention scores hold NaN, so there is nothing to measure. Check the "
+            "weights and inputs, or run the model in float32."
+        )
     threshold = mask_threshold(raw)
     batch, n_heads, n_queries, n_keys = raw.shape
     chunk = max(1, BLOCK_ELEMENTS // (n_queries * n_keys))
@@ -108,8 +115,8 @@ class _Sequence:
         first = positions.first[b]
         at_first = torch.arange(n_keys, device=first.device) == first
         special = positions.special[b]
-        # A model may be asked for its newest rows only; they are the last of the keys' positions.
-        queries = torch.arange(n_keys - n_queries, n_keys, device=first.device)
+        start = positions.first_query
+        queries = torch.arange(start, start + n_queries, device=first.device)
         near = {}
         for name, distance in NEAR_OFFSETS.items():
             at = queries + distance

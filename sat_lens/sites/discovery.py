@@ -43,10 +43,10 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
     if not inputs and not kwargs:
         known = _remembered.get(model)
         if known is not None and known[0] == state:
-            return known[1]
+            return list(known[1])
     found = _probe(model, paths, inputs, kwargs)
     _remembered[model] = (state, found)
-    return found
+    return list(found)
 
 
 def has_several_stacks(sites: list[AttentionSite]) -> bool:

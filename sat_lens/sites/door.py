@@ -185,7 +185,13 @@ def _guarding(point: nn.Module, site: AttentionSite, name: str, door: _Door) -> 
     handles = [point.register_forward_pre_hook(remember), point.register_forward_hook(check)]
     hooks = cast("OrderedDict[int, Callable[..., Any]]", point._forward_hooks)
     # Hooks added inside the block come later in the order: go behind them before each call.
-    door.before_call.append(lambda: hooks.move_to_end(handles[1].id))
+
+    def go_last() -> None:
+        # A door that ended before an older one has no hook left, and is run through once more.
+        if handles[1].id in hooks:
+            hooks.move_to_end(handles[1].id)
+
+    door.before_call.append(go_last)
     try:
         yield
     finally:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_lens.errors import UnsupportedModelError
+from sat_lens.errors import SatLensError, UnsupportedModelError
 from sat_lens.sites.naming import AttentionSite, Level, Place
 from sat_lens.sites.softmax import AttentionSoftmax, heads_in, layout_of
+from sat_lens.version import newer_lens
 
 PROBE_TOKENS = 5
 
@@ -54,21 +55,46 @@ def run_through(
     The instance's ``forward`` is shadowed rather than hooked, because PyTorch's forward hooks do
     not run when a KeyboardInterrupt passes and a context manager does.
     """
-    forward = module.forward
-    shadowed = module.__dict__.get("forward")
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with around():
-            return forward(*args, **kwargs)
-
-    module.__dict__["forward"] = run
+    shadow = _Shadow(module.forward, module.__dict__.get("forward"), around)
+    module.__dict__["forward"] = shadow
     try:
         yield
     finally:
-        if shadowed is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = shadowed
+        shadow.ended = True
+        _remove_ended(module)
+
+
+@dataclasses.dataclass(eq=False)
+class _Shadow:
+    """A ``forward`` in front of a module's own, or in front of another shadow."""
+
+    forward: Callable[..., Any]
+    below: Any
+    around: Callable[[], contextlib.AbstractContextManager[Any]]
+    ended: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.ended:
+            return self.forward(*args, **kwargs)
+        with self.around():
+            return self.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise SatLensError(
+            "A model cannot be copied while its attention is intercepted: the copy would stay so. "
+            "Copy it outside of the block."
+        )
+
+
+def _remove_ended(module: nn.Module) -> None:
+    """Take shadows that have ended off the top; blocks need not end in the order they began."""
+    top = module.__dict__.get("forward")
+    while isinstance(top, _Shadow) and top.ended:
+        top = top.below
+    if top is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = top
 
 
 def probe(
@@ -163,12 +189,14 @@ def _recording(model: Any, path: str, calls: list[Call]) -> Iterator[None]:
 
         return hook
 
+    # HookedTransformer and its like show no output of the module; what goes into it comes last.
+    out = "hook_out" if hasattr(module, "hook_out") else "hook_z"
     handles = [
         getattr(module, point).register_forward_hook(note(event))
         for event, point in (
             ("scores", "hook_attn_scores"),
             ("pattern", "hook_pattern"),
-            ("out", "hook_out"),
+            ("out", out),
         )
         if isinstance(getattr(module, point, None), nn.Module)
     ]
@@ -276,5 +304,5 @@ def probe_failure(tried: list[Exception]) -> UnsupportedModelError:
         "Needed one forward pass to find where attention can be touched, and no made-up input fits "
         f"this model ({type(tried[-1]).__name__ if tried else 'no input'}: "
         f"{last[0] if last else ''}). Call sat_lens.attention_sites(model, *your_inputs) once "
-        "first; what it finds is remembered for this model."
+        "first; what it finds is remembered for this model." + newer_lens()
     )
