@@ -43,6 +43,7 @@ ROOMS = [
     ["demo"],
     ["verify"],
     ["cli"],
+    ["__main__"],
 ]
 KNOW_NO_TRANSFORMER_LENS = {
     "errors",

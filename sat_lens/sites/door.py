@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sat_lens.errors import NotReachedError
 from sat_lens.sites.naming import AttentionSite
-from sat_lens.sites.probe import run_through
+from sat_lens.sites.shadow import run_through
 from sat_lens.sites.softmax import AttentionSoftmax, as_heads, from_heads
 
 

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_lens.errors import SatLensError, UnsupportedModelError
+from sat_lens.errors import UnsupportedModelError
 from sat_lens.sites.naming import AttentionSite, Level, Place
+from sat_lens.sites.shadow import run_through
 from sat_lens.sites.softmax import AttentionSoftmax, heads_in, layout_of
 from sat_lens.version import newer_lens
 
@@ -44,57 +45,6 @@ class Call:
     def tensors(self, name: str) -> list[Tensor]:
         """All tensors recorded under that name."""
         return [tensor for event, tensor in self.events if event == name and tensor is not None]
-
-
-@contextlib.contextmanager
-def run_through(
-    module: nn.Module, around: Callable[[], contextlib.AbstractContextManager[Any]]
-) -> Iterator[None]:
-    """While the block lasts, run ``module.forward`` inside ``around()``, a fresh one each call.
-
-    The instance's ``forward`` is shadowed rather than hooked, because PyTorch's forward hooks do
-    not run when a KeyboardInterrupt passes and a context manager does.
-    """
-    shadow = _Shadow(module.forward, module.__dict__.get("forward"), around)
-    module.__dict__["forward"] = shadow
-    try:
-        yield
-    finally:
-        shadow.ended = True
-        _remove_ended(module)
-
-
-@dataclasses.dataclass(eq=False)
-class _Shadow:
-    """A ``forward`` in front of a module's own, or in front of another shadow."""
-
-    forward: Callable[..., Any]
-    below: Any
-    around: Callable[[], contextlib.AbstractContextManager[Any]]
-    ended: bool = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.ended:
-            return self.forward(*args, **kwargs)
-        with self.around():
-            return self.forward(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise SatLensError(
-            "A model cannot be copied while its attention is intercepted: the copy would stay so. "
-            "Copy it outside of the block."
-        )
-
-
-def _remove_ended(module: nn.Module) -> None:
-    """Take shadows that have ended off the top; blocks need not end in the order they began."""
-    top = module.__dict__.get("forward")
-    while isinstance(top, _Shadow) and top.ended:
-        top = top.below
-    if top is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = top
 
 
 def probe(

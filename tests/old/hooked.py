@@ -48,6 +48,7 @@ SIZE = {
 }
 ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
 BERT = {"attention_dir": "bidirectional"}
+# As TransformerLens converts a T5. With it the decoder of version 2 sees later tokens as well.
 T5 = {
     "attention_dir": "bidirectional",
     "positional_embedding_type": "relative_positional_bias",

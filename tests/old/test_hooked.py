@@ -444,9 +444,11 @@ def test_norms_of_heads_are_those_of_their_weights(name):
     place = 0
     for site in sites_of(name):
         module = model.get_submodule(site.path)
+        q, k, v, o = (
+            getattr(module, weight).detach().double() for weight in ("W_Q", "W_K", "W_V", "W_O")
+        )
         for head in range(N_HEADS):
-            qk = module.W_Q[head].double() @ module.W_K[head].double().T
-            ov = module.W_V[head].double() @ module.W_O[head].double()
+            qk, ov = q[head] @ k[head].T, v[head] @ o[head]
             expected = [float(product.norm()) for product in (qk, ov)]
             assert norms.heads[place, -2:].tolist() == pytest.approx(expected, rel=1e-5)
             place += 1
