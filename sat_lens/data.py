@@ -135,9 +135,7 @@ def _read(model: Any, data: Data, batch_size: int) -> Iterator[Batch]:
             yield _from_tensor(model, part)
     elif isinstance(data, str):
         yield _padded(model, [_text_row(model, data)])
-    elif isinstance(data, Mapping):
-        yield _from_mapping(model, data)
-    elif not isinstance(data, Iterable):
+    elif isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise _unreadable(data)
     else:
         yield from _from_items(model, data, batch_size)

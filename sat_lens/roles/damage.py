@@ -21,8 +21,7 @@ from sat_lens.attention import Limit, Transform, Uniform
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.intervention import attached
-from sat_lens.metrics import next_token_loss
-from sat_lens.roles.importance import Metric, as_z, z_point
+from sat_lens.roles.importance import Metric, as_z, metric_on, z_point
 from sat_lens.sites import AttentionSite
 
 REPLACEMENTS: dict[str, Transform] = {
@@ -89,17 +88,8 @@ def _without_output(model: Any, site: AttentionSite, head: int) -> Iterator[None
 
 
 def _per_prompt(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
-    if metric == "loss":
-        if batch.output_tokens is None:
-            raise ArgumentError(
-                'metric="loss" needs tokens as data; pass a function of the logits.'
-            )
-        metric = next_token_loss(batch.output_tokens, batch.output_real)
-    if not callable(metric):
-        raise ArgumentError(
-            f'metric must be "loss" or a function of the logits; {metric!r} was given.'
-        )
-    function = getattr(metric, "per_prompt", metric)
+    chosen = metric_on(metric, batch)
+    function = getattr(chosen, "per_prompt", chosen)
 
     def values(logits: Any) -> Tensor:
         value = torch.as_tensor(function(logits)).detach().double().cpu()

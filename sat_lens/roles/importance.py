@@ -101,7 +101,8 @@ def _keeping_z(model: Any, site: AttentionSite, outputs: dict[str, Tensor]) -> I
         handle.remove()
 
 
-def _value(metric: Metric, batch: Batch, logits: Any) -> Tensor:
+def metric_on(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
+    """Give the metric as a function of this batch's logits; ``"loss"`` is the next-token loss."""
     if metric == "loss":
         if batch.output_tokens is None:
             raise ArgumentError(
@@ -112,7 +113,11 @@ def _value(metric: Metric, batch: Batch, logits: Any) -> Tensor:
         raise ArgumentError(
             f'metric must be "loss" or a function of the logits; {metric!r} was given.'
         )
-    value = metric(logits)
+    return metric
+
+
+def _value(metric: Metric, batch: Batch, logits: Any) -> Tensor:
+    value = metric_on(metric, batch)(logits)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ArgumentError(
             f"The metric {metric!r} must give a scalar tensor that depends on the logits."
