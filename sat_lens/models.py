@@ -23,6 +23,7 @@ from sat_lens.version import newer_lens
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
+HUB_TIMEOUT = 5.0
 
 
 def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) -> Any:
@@ -49,7 +50,7 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
     """
     if not isinstance(name, (str, Path)):
         raise ArgumentError(
-            f"Needed the name of a model, and a {type(name).__name__} was given. A Hugging Face "
+            f"Needed the name of a model; found {type(name).__name__}. A Hugging Face "
             "model becomes a bridge with TransformerBridge.boot_transformers(name, hf_model=model, "
             "tokenizer=tokenizer)."
         )
@@ -68,7 +69,7 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
     import torch
 
     options.setdefault("dtype", torch.float32)
-    with _quiet() as said:
+    with hub_or_cache(path), quiet_loading() as said:
         try:
             model = TransformerBridge.boot_transformers(path, device=device, **options)
         except Exception as error:
@@ -78,11 +79,36 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
     return model
 
 
+def load_tokenizer(name: str | Path = DEMO) -> Any:
+    """Load the tokenizer of a model alone, to check texts before the model is loaded.
+
+    Args:
+        name: As for :func:`load_model`.
+
+    Raises:
+        ModelError: As for :func:`load_model`.
+
+    Example:
+        >>> from sat_lens.models import load_tokenizer
+        >>> len(load_tokenizer("demo"))
+        2048
+    """
+    import transformers
+
+    path, revision = _resolve(str(name))
+    with hub_or_cache(path), quiet_loading() as said:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        except Exception as error:
+            raise _load_error(str(name), error, said) from error
+
+
 def model_name(model: Any) -> str:
     """Name a model for tables and pages: the demo by that name, a directory by its last part.
 
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.models import model_name
         >>> model_name(sl.load_model("demo"))
         'demo'
     """
@@ -189,7 +215,33 @@ class _Listener(logging.Handler):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
+def hub_or_cache(path: str) -> Iterator[None]:
+    """Read what is not a directory from the hub, or from the local cache where no hub answers.
+
+    The hub's own client tries each file for half a minute, and says so at every attempt.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or (not os.path.isdir(path) and not _hub_answers())
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # noqa: BLE001 - its client's errors differ by version, and all mean no
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[list[str]]:
     """Keep progress bars and advice of the loading libraries to ourselves; give what was said."""
     from transformers.utils import logging as hf_logging
 

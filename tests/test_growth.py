@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sat_lens.errors import ArgumentError
 from sat_lens.norms import norm_growth
 from sat_lens.norms.fits import fit_exponent
 
@@ -98,6 +99,10 @@ def test_without_step_zero_only_the_raw_exponent_is_known():
     start, way = orthogonal_pair(3)
     growth = growth_of(lambda t: start + t * way, [1, 2, 4, 8])
     assert math.isnan(float(growth.exponent))
+    assert "not fitted" in str(growth.exponent)
+    assert "3 checkpoints" in str(growth.exponent)
+    drawn = growth.plot().axes[0].get_legend_handles_labels()[1]
+    assert "norm grown" not in drawn
     assert not math.isnan(float(growth.raw_exponent))
     assert "distance" not in growth.frame()
 
@@ -106,6 +111,27 @@ def test_a_shrinking_norm_is_no_error():
     growth = growth_of(lambda t: torch.ones(SIZE) * 0.5**t, [0, 1, 2, 4])
     assert growth.frame()["norm_grown"].loc[1:].isna().all()
     assert growth.exponent.n_points == 0
+
+
+def test_a_model_of_zeros_has_no_direction():
+    frame = growth_of(lambda t: torch.full((4,), float(t > 1)), [0, 1, 2, 4]).frame()
+    assert frame["norm"].tolist() == [0, 0, 2, 2]
+    assert frame["rotation"].isna().tolist() == [True, True, True, False]
+    assert frame.loc[4, "rotation"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(1,), (1, 2, 3), (2, 1), "ab", 5, ("1", "2"), (math.nan, 2), (1, None)]
+)
+def test_a_range_that_is_none(wrong, types_unchecked):
+    def unread(step):
+        return torch.ones(2) * (1 + step)
+
+    with pytest.raises(ArgumentError, match="fit_range"):
+        growth_of(unread, [0, 1, 2], fit_range=wrong)
+    if isinstance(wrong, tuple) and len(wrong) == 2:
+        with pytest.raises(ArgumentError, match="range"):
+            growth_of(unread, [0, 1, 2]).fit("norm", *wrong)
 
 
 def test_intervals_widen_where_residuals_are_of_one_kind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -11,11 +12,19 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sat_lens.errors import ArgumentError, FileFormatError, ModelError, NonFiniteError
-from sat_lens.norms import NormGrowth, norm_growth
+from sat_lens.errors import (
+    ArgumentError,
+    DataError,
+    FileFormatError,
+    ModelError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
+from sat_lens.norms import NormGrowth, ParameterNorms, norm_growth, parameter_norms
 from sat_lens.norms.checkpoints import hub_checkpoints, list_checkpoints
 from sat_lens.norms.sources import open_parameters
 
@@ -76,8 +85,46 @@ def test_data_add_loss_saturation_and_roles(run, tmp_path):
         norm_growth(files, tiny.tokens(), progress=False)
 
 
+def hand_edited(path, change):
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["sat_lens"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    change(header["meta"], tensors)
+    save_file(tensors, path, metadata={"sat_lens": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta, tensors: meta["steps"].append(5),
+        lambda meta, tensors: meta.update(steps=["a", "b"]),
+        lambda meta, tensors: meta.update(steps=3),
+        lambda meta, tensors: meta.update(columns="norm"),
+        lambda meta, tensors: meta.update(exponent=3),
+        lambda meta, tensors: meta["exponent"].pop("value"),
+        lambda meta, tensors: tensors.update(norm=torch.ones(2, 2)),
+        lambda meta, tensors: tensors.pop("norm"),
+    ],
+)
+def test_a_result_that_was_edited_by_hand_is_refused(tmp_path, change):
+    path = tmp_path / "g.safetensors"
+    norm_growth({0: nn.Linear(2, 2), 1: nn.Linear(2, 2)}, progress=False).save(path)
+    hand_edited(path, change)
+    with pytest.raises(FileFormatError, match=r"g\.safetensors"):
+        NormGrowth.load(path)
+
+
+@pytest.mark.parametrize("name", ["squares", "sizes", "heads"])
+def test_norms_that_were_edited_by_hand_are_refused(tmp_path, name):
+    path = tmp_path / "n.safetensors"
+    parameter_norms(nn.Linear(2, 2)).save(path)
+    hand_edited(path, lambda meta, tensors: tensors.update({name: torch.ones(5)}))
+    with pytest.raises(FileFormatError, match=r"n\.safetensors"):
+        ParameterNorms.load(path)
+
+
 def test_an_interrupt_leaves_what_was_measured(run, monkeypatch):
-    import sat_lens.norms.growth as module
+    import sat_lens.norms.reader as module
 
     real, calls = module.norms_of, []
 
@@ -94,7 +141,7 @@ def test_an_interrupt_leaves_what_was_measured(run, monkeypatch):
 
 
 def test_no_more_than_three_models_are_open_at_once(run, monkeypatch):
-    import sat_lens.norms.growth as module
+    import sat_lens.norms.reader as module
 
     opened, most = [0], [0]
     real = module.open_parameters
@@ -155,6 +202,11 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         ("model_1.safetensors", b"\0" * 40),
         ("model_1.pt", b"hello"),
         ("model_1.pt", b""),
+        # Each of these makes the unpickler fail in a way of its own.
+        ("model_1.pt", b"\x80\x02junk"),
+        ("model_1.pt", b"\x80\x02}q\x00."),
+        ("model_1.bin", b"random text"),
+        ("model_1.pt", b"PK\x03\x04junk"),
         ("model_1.txt", b"hello"),
     ],
 )
@@ -162,6 +214,36 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FileFormatError), open_parameters(tmp_path / name):
         pass
+
+
+@pytest.mark.parametrize(
+    "index", [b"[" * 100_000, b"\xff\xfe", b'{"weight_map": 3}', b'{"weight_map": {"a": "b"}}']
+)
+def test_an_index_that_is_none(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(FileFormatError), open_parameters(tmp_path):
+        pass
+
+
+def test_texts_need_a_tokenizer_and_the_message_says_how(run, types_unchecked):
+    with pytest.raises(DataError, match="tokenizer="):
+        norm_growth(run, ["import os, sys, re"], progress=False)
+    with pytest.raises(ArgumentError, match="tokenizer is a tokenizer or its directory"):
+        norm_growth(run, ["import os, sys, re"], tokenizer=3, progress=False)
+
+
+def test_what_cannot_be_measured_is_refused_at_once(run, monkeypatch, types_unchecked):
+    with pytest.raises(UnsupportedModelError, match="TransformerLens model"):
+        norm_growth(run, tiny.tokens(), as_model=lambda _: nn.Linear(2, 2), progress=False)
+    monkeypatch.setattr("sat_lens.norms.growth.Reader", None)
+    for options, kind, words in (
+        ({"data": 3}, DataError, "found int"),
+        ({"data": {"input": tiny.tokens()}}, DataError, "goes into a list"),
+        ({"as_model": "x"}, ArgumentError, "as_model is a function"),
+        ({"batch_size": 0}, ArgumentError, "batch_size must be"),
+    ):
+        with pytest.raises(kind, match=words):
+            norm_growth(run, progress=False, **options)
 
 
 def test_a_foreign_state_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sat_lens as sl
 from sat_lens.errors import ModelError, UnsupportedModelError
-from sat_lens.models import DEMO_FOLDER, load_model, model_name
+from sat_lens.models import DEMO_FOLDER, load_model, load_tokenizer, model_name
 
 CODE = "import pathlib\npathlib.Path('was_run').touch()\nclass Config: ...\nclass Model: ...\n"
 
@@ -78,6 +78,41 @@ def test_a_hub_name_without_a_network(name):
     with refusal(name, "neither the demo nor a directory", "network", "config.json") as caught:
         load_model(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capfd):
+    from huggingface_hub import constants
+
+    asked = []
+
+    class Session:
+        def head(self, url, **_options):
+            asked.append(url)
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    for load in (load_model, load_tokenizer):
+        with refusal("gpt2", "neither the demo nor a directory"):
+            load("gpt2")
+    assert asked == [constants.ENDPOINT] * 2
+    assert constants.HF_HUB_OFFLINE is False
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_local_directory_asks_no_hub(folder, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("the hub was asked"))
+    assert len(load_tokenizer(str(folder))) == load_model(str(folder)).cfg.d_vocab
+
+
+def test_a_tokenizer_alone_reads_as_the_model_does(demo):
+    text = "def area(width, height):"
+    expected = demo.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert load_tokenizer()(text, add_special_tokens=False)["input_ids"] == expected
 
 
 @pytest.mark.parametrize(

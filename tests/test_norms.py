@@ -217,6 +217,31 @@ def test_half_precision_is_summed_in_full():
     assert parameter_norms(half).total == pytest.approx(parameter_norms(layer).total, rel=1e-12)
 
 
+def integer_parameter(*shape):
+    return nn.Parameter(torch.ones(*shape, dtype=torch.int8), requires_grad=False)
+
+
+def test_quantised_weights_are_named_and_left_out():
+    model = nn.Linear(3, 3)
+    total = parameter_norms(model).total
+    model.packed, model.other = integer_parameter(3, 3), integer_parameter(2)
+    norms = parameter_norms(model)
+    assert norms.total == total
+    assert any("packed and 1 others" in note for note in norms.notes)
+    with pytest.raises(ModelError, match="quantised"):
+        parameter_norms(nn.ParameterList([integer_parameter(2, 2)]))
+
+
+def test_a_layer_that_was_taken_out_is_not_counted(demo):
+    model = copy.deepcopy(demo)
+    del model.blocks[1]
+    model.blocks[0].attn = nn.Identity()
+    norms = parameter_norms(model)
+    # TransformerLens reads no attention there, and the weights of neither are named any more.
+    assert norms.total < parameter_norms(demo).total
+    assert "blocks.0.attn" not in " ".join(norms.names)
+
+
 def test_names_are_stripped_of_wrappers_and_doubles():
     assert canonical_name("module.h.0._original_component.attn.q.weight") == "h.0.attn.q.weight"
     assert superseded(["m.gate_up_proj.weight", "m.gate.weight", "m.in.weight"]) == {
@@ -237,6 +262,11 @@ def test_refusals(tmp_path, types_unchecked):
         parameter_norms(nn.ReLU())
     with pytest.raises(ModelError, match="meta"):
         parameter_norms(nn.Linear(2, 2, device="meta"))
+    for wrong in ("demo", None, nn.Linear(2, 2).state_dict()):
+        with pytest.raises(ArgumentError, match=r"torch\.nn\.Module"):
+            parameter_norms(wrong)
+    with pytest.raises(ArgumentError, match=r"sat_lens\.load_model"):
+        parameter_norms("demo")
     norms = parameter_norms(nn.Linear(2, 2))
     with pytest.raises(ArgumentError, match="by is"):
         norms.frame("colour")

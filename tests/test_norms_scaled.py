@@ -82,6 +82,94 @@ def test_each_weight_grows_once_however_often_it_appears(kind, build):
     pd.testing.assert_series_equal(grown.drop("qk"), norms.drop("qk"))
 
 
+def pair_of_blocks(model):
+    """Two open blocks, the later one over a part of what the earlier one multiplied."""
+    blocks = scaled_parameters(model, 3.0), scaled_parameters(model, 0.7, "qk")
+    for block in blocks:
+        block.__enter__()
+    return blocks
+
+
+@pytest.mark.parametrize("build", [raw, bridge])
+@pytest.mark.parametrize("kind", [GPT2, NEOX, LLAMA], ids=["gpt2", "neox", "llama"])
+def test_blocks_that_end_in_another_order_leave_the_originals(kind, build):
+    model = build(*kind)
+    before = bits(model)
+    with scaled_parameters(model, 0.7, "qk"):
+        inner_alone = bits(model)
+    outer, inner = pair_of_blocks(model)
+    outer.__exit__(None, None, None)
+    assert same(model, inner_alone)
+    inner.__exit__(None, None, None)
+    assert same(model, before)
+
+
+def test_blocks_over_a_model_and_its_part_are_one_stack():
+    model = raw(*LLAMA)
+    before = bits(model)
+    outer = scaled_parameters(model, 3.0)
+    outer.__enter__()
+    inner = scaled_parameters(model.model.layers[0], 2.0)
+    inner.__enter__()
+    third = scaled_parameters(model, 5.0, "matrices")
+    third.__enter__()
+    inner.__exit__(None, None, None)
+    outer.__exit__(None, None, None)
+    third.__exit__(None, None, None)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.float64)])
+@pytest.mark.parametrize("build", [raw, bridge])
+@pytest.mark.parametrize("kind", [NEOX, LLAMA], ids=["neox", "llama"])
+def test_a_cast_in_the_block_is_undone_and_refused(kind, build, cast):
+    model = build(*kind)
+    before, tokens = bits(model), tiny.tokens()
+    with torch.no_grad():
+        output = model(tokens)
+    with pytest.raises(ArgumentError, match="cast or replaced"), scaled_parameters(model, 3.0):
+        cast(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert same(model, before)
+    with torch.no_grad():
+        again = model(tokens)
+    assert torch.equal(getattr(again, "logits", again), getattr(output, "logits", output))
+
+
+def test_what_ends_the_block_goes_before_the_complaint():
+    model = raw(*LLAMA)
+    before = bits(model)
+
+    def cast_and_stop():
+        with scaled_parameters(model, 3.0):
+            model.half()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cast_and_stop()
+    assert same(model, before)
+
+
+def test_a_cast_among_blocks_that_end_in_another_order_is_undone():
+    model = raw(*LLAMA)
+    before = bits(model)
+    outer = scaled_parameters(model, 3.0)
+    outer.__enter__()
+    model.half()
+    inner = scaled_parameters(model, 0.7, "qk")
+    inner.__enter__()
+    with pytest.raises(ArgumentError, match="cast or replaced"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    assert same(model, before)
+
+
+def test_a_parameter_that_was_replaced_is_named():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ArgumentError, match="weight was"), scaled_parameters(model, 3.0):
+        model.weight = nn.Parameter(torch.ones(2, 2))
+
+
 def test_a_factor_of_one_is_the_identity(demo):
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -131,6 +219,14 @@ def test_refusals(types_unchecked):
         pass
     with pytest.raises(ArgumentError, match="no parameters"), scaled_parameters(layer, 2, "qk"):
         pass
+    for c in ("2", None, torch.ones(2)):
+        with pytest.raises(ArgumentError, match="finite number"), scaled_parameters(layer, c):
+            pass
+    for model in ("demo", None, layer.state_dict()):
+        with pytest.raises(ArgumentError, match="a torch"), scaled_parameters(model, 2):
+            pass
+    with pytest.raises(ArgumentError, match="which"), scaled_parameters(layer, 2, ["qk"]):
+        pass
 
 
 def test_the_curve_ends_at_the_saturated_network(demo, tmp_path):
@@ -165,11 +261,39 @@ def test_a_homogeneous_network_keeps_its_direction():
     assert frame[["S", "cos_random"]].isna().all(axis=None)
 
 
-def test_the_curve_refuses(demo):
-    for scales in ([1.0], [0.0, 1.0], [1.0, math.inf]):
+def test_a_model_that_is_none_of_transformer_lens_reads_tokens_too():
+    model = raw(*LLAMA)
+    curve = homogeneity_curve(
+        model,
+        tiny.tokens(),
+        scales=[1, 100],
+        hidden=lambda network, batch: network.model(batch.inputs).last_hidden_state,
+        progress=False,
+    )
+    assert curve.frame().loc[100, "cos_saturated"] == pytest.approx(1)
+
+
+def test_the_curve_refuses(demo, types_unchecked):
+    for scales in ([1.0], [0.0, 1.0], [1.0, math.inf], 2.0, "ab", [1.0, "2"], None):
         with pytest.raises(ArgumentError, match="factors"):
             homogeneity_curve(demo, ["import os"], scales=scales, progress=False)
     with pytest.raises(ArgumentError, match="hidden="):
         homogeneity_curve(nn.Linear(2, 2), [torch.ones(1, 2)], progress=False)
+    for wrong, words in (
+        ({"hidden": 3}, "hidden is a function"),
+        ({"hidden": lambda *_: "x"}, "hidden must give a tensor"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"which": "biases"}, "which is one of"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            homogeneity_curve(demo, ["import os"], scales=[1, 2], progress=False, **wrong)
+    with pytest.raises(ArgumentError, match="a torch"):
+        homogeneity_curve("demo", ["import os"], progress=False)
     with pytest.raises(NonFiniteError, match="1e\\+39"):
         homogeneity_curve(demo, ["import os"], scales=[1.0, 1e39], progress=False)
+
+
+def test_the_bar_of_the_curve_knows_its_end(demo, capsys):
+    homogeneity_curve(demo, ["import os", "import re", "x = 1"], scales=[1, 2], batch_size=2)
+    # Two batches, each with two factors, the saturated network, the plain one and the control.
+    assert "10/10" in capsys.readouterr().err

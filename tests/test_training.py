@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.errors import ArgumentError, DataError, UnsupportedModelError
 from sat_lens.norms.lens import lens_model, shares_memory
 from sat_lens.training import SaturationTracker, read_training_log
 from sat_lens.training.tracker import is_due
@@ -205,10 +207,55 @@ def test_what_cannot_be_measured_fails_at_the_start_and_not_in_the_middle(monkey
     assert tracker.step(model, 1)["problem"] == "gone"
 
 
-def test_arguments_are_checked():
-    for options in ({"every": 0}, {"measure_every": -1}, {"budget": 0.0}, {"budget": 2.0}):
-        with pytest.raises(ArgumentError):
-            SaturationTracker(**options)
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("every", (0, 1.5, True, "x")),
+        ("measure_every", (-1, 0.5)),
+        ("budget", (0.0, 2.0, "x", float("nan"))),
+        ("batch_size", (0, "x")),
+        ("path", (3,)),
+        ("log", (3,)),
+        ("data", (3, {"input": FIXED})),
+    ],
+)
+def test_arguments_are_checked(name, wrong, types_unchecked):
+    for value in wrong:
+        with pytest.raises(ArgumentError, match=f"(?i)^{name} "):
+            SaturationTracker(**{name: value})
+
+
+def test_a_step_is_a_model_and_a_number(types_unchecked):
+    tracker, model = SaturationTracker(), nn.Linear(2, 2)
+    with pytest.raises(ArgumentError, match=r"step\(model, step\)"):
+        tracker.step(3, model)
+    for step in ("3", 3.0, -3, True):
+        with pytest.raises(ArgumentError, match="whole number"):
+            tracker.step(model, step)
+    for wrong in ("demo", None):
+        with pytest.raises(ArgumentError, match="Needed a model"):
+            tracker.step(wrong, 3)
+        with pytest.raises(ArgumentError, match="Needed a model"), tracker.watching(wrong):
+            pass
+    with pytest.raises(ArgumentError, match="first_step"), tracker.watching(model, "x"):
+        pass
+
+
+def test_the_first_step_does_not_wait_for_imports():
+    code = (
+        "import sys, torch\nfrom sat_lens.training import SaturationTracker\n"
+        "lens = lambda: 'transformer_lens' in sys.modules\nprint(lens())\n"
+        "SaturationTracker(every=1)\nprint(lens())\n"
+        "SaturationTracker(data=torch.ones(1, 9).long())\nbefore = sys.modules\n"
+        "print(lens(), 'sat_lens.roles' in before, 'sat_lens.caching' in before)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "False", "True", "True", "True"]
+
+
+def test_texts_need_a_tokenizer_and_the_message_says_how():
+    with pytest.raises(DataError, match="tokenizer="):
+        SaturationTracker(data=["import os, sys, re"]).step(hf_model(), 0)
 
 
 def test_steps_are_due_on_a_logarithmic_scale():

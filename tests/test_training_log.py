@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from sat_lens.errors import FileFormatError
+from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.training import SaturationTracker, read_training_log
 
 KILLED = """
@@ -72,10 +72,41 @@ def test_a_foreign_or_broken_log_is_refused(tmp_path):
     broken.write_text(broken.read_text() + "x\n" + json.dumps({"step": 1}) + "\n")
     with pytest.raises(FileFormatError, match="Line 3"):
         read_training_log(broken)
-    newer = tmp_path / "newer.jsonl"
-    newer.write_text('{"kind": "sat_lens training log", "format": 99}\n')
-    with pytest.raises(FileFormatError, match="newer"):
-        read_training_log(newer)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": 1e3}',
+        '{"step": 1' + "0" * 30 + "}",
+        '{"step": 1, "norm": "x"}',
+        '{"step": 1, "norm": [1]}',
+        '{"step": 1, "norm": {"a": 1}}',
+        '{"step": 1, "norm": true}',
+        '{"step": 1, "problem": 3}',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_with_something_else_is_refused(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    SaturationTracker(path).step(nn.Linear(2, 2), 0)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(FileFormatError, match="Line 3"):
+        read_training_log(path)
+
+
+def test_what_is_no_path_or_no_version(tmp_path, types_unchecked):
+    for wrong in (None, 3):
+        with pytest.raises(ArgumentError, match="given by its path"):
+            read_training_log(wrong)
+    path = tmp_path / "log.jsonl"
+    for version in ('"x"', "null", "99"):
+        path.write_text(f'{{"kind": "sat_lens training log", "format": {version}}}\n')
+        with pytest.raises(FileFormatError, match="newer"):
+            read_training_log(path)
 
 
 def test_a_diverged_model_is_logged_and_no_error(tmp_path):

@@ -39,15 +39,16 @@ class HubRevision:
         """
         from huggingface_hub import snapshot_download
 
-        patterns: tuple[list[str], ...] = (["*.safetensors"], ["*.bin"])
+        from sat_lens.models import hub_or_cache
+
         try:
-            for weights in patterns:
-                wanted = ["*.json", *weights]
-                folder = Path(
-                    snapshot_download(self.name, revision=self.revision, allow_patterns=wanted)
-                )
-                if any(folder.glob(weights[0])):
-                    return folder
+            with hub_or_cache(self.name):
+                for weights in ("*.safetensors", "*.bin"):
+                    folder = snapshot_download(
+                        self.name, revision=self.revision, allow_patterns=["*.json", weights]
+                    )
+                    if any(Path(folder).glob(weights)):
+                        return Path(folder)
         except Exception as error:
             raise ModelError(
                 f"{self} is not in the local cache, and the hub could not be reached or has no "

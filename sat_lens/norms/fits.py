@@ -38,6 +38,10 @@ class Exponent:
         return self.value
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return (
+                f"not fitted: needs {LEAST_POINTS} checkpoints in its range, {self.n_points} there"
+            )
         return (
             f"{self.value:.3f} (95% {self.low:.3f} to {self.high:.3f}; steps {self.first_step} to "
             f"{self.last_step}, {self.n_points} checkpoints)"

@@ -8,7 +8,6 @@ When not to use it: while a model trains; see :mod:`sat_lens.training`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -20,21 +19,27 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.errors import ArgumentError
+from sat_lens.norms.arguments import (
+    check_count,
+    check_lens_model,
+    check_range,
+    check_readable,
+    columns_of_length,
+    kept_data,
+)
 from sat_lens.norms.checkpoints import Checkpoint, list_checkpoints
 from sat_lens.norms.fits import RANGE, Exponent, fit_exponent
 from sat_lens.norms.lens import lens_model
 from sat_lens.norms.measures import saturation_measures
-from sat_lens.norms.parameters import norms_of
-from sat_lens.norms.sources import Parameters, open_parameters, tied_names
-from sat_lens.norms.trajectory import check_same_model, half_way, products
-from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.norms.reader import Reader
+from sat_lens.results import Provenance, read_entries, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "norm growth"
-DRAWN = ("norm", "norm_grown", "qk_product", "ov_product", "loss", "loss_saturated", "S", "lean")
+DRAWN = ("norm", "norm_grown", "qk_product", "loss", "loss_saturated", "S", "lean")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,19 +90,26 @@ class NormGrowth:
             last: Last step of the range.
 
         Raises:
-            ArgumentError: There is no such column.
+            ArgumentError: There is no such column, or the range is none.
         """
+        check_range("The range", first, last)
         if column not in self.columns:
             raise ArgumentError(f"There is no column {column!r}; found {', '.join(self.columns)}.")
         return _fit(self.steps, self.columns[column], first, last)
 
-    def plot(self, title: str | None = None, columns: Sequence[str] | None = None) -> Figure:
+    def plot(self, title: str | None = None, columns: str | Sequence[str] | None = None) -> Figure:
         """Draw columns against the step; None draws the norms, and saturation where measured."""
         from sat_lens.figures import growth_figure
 
-        chosen = columns or [name for name in DRAWN if name in self.columns]
+        if columns is not None and not isinstance(columns, (str, list, tuple)):
+            raise ArgumentError(f"columns are names of columns of frame(); found {columns!r}.")
+        chosen = [columns] if isinstance(columns, str) else columns
+        chosen = chosen or [name for name in DRAWN if name in self._measured()]
         named = title or f"Norm growth: {self.provenance}"
         return growth_figure(self.frame(), named, columns=chosen)
+
+    def _measured(self) -> set[str]:
+        return {name for name, values in self.columns.items() if not bool(values.isnan().all())}
 
     def save(self, path: str | Path) -> None:
         """Write the result as one safetensors file with a JSON header."""
@@ -119,17 +131,16 @@ class NormGrowth:
             FileFormatError: The file is missing, broken, foreign, or holds something else.
         """
         columns, meta = read_result(path, KIND)
-        try:
+        with read_entries(path):
+            steps = tuple(int(step) for step in meta["steps"])
             return cls(
                 provenance=Provenance(**meta["provenance"]),
-                steps=tuple(meta["steps"]),
-                columns={name: columns[name] for name in meta["columns"]},
+                steps=steps,
+                columns=columns_of_length(columns, meta["columns"], len(steps)),
                 exponent=_from_json(meta["exponent"]),
                 raw_exponent=_from_json(meta["raw_exponent"]),
-                complete=meta["complete"],
+                complete=bool(meta["complete"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
 
 
 def norm_growth(
@@ -146,6 +157,10 @@ def norm_growth(
     """Follow parameter norms through training (Merrill et al. 2021, section 3).
 
     Checkpoints are read tensor by tensor where their files allow; at most three are in memory.
+
+    Without a checkpoint of step 0, growth cannot be told from the initial norm, and ``exponent`` is
+    not fitted. The Trainer saves none: save the model before it trains as ``checkpoint-0``, or give
+    a mapping, ``{0: initial_model, 500: "run/checkpoint-500", ...}``.
 
     Args:
         checkpoints: A directory that holds ``checkpoint-N``; a list of such directories or of files
@@ -165,21 +180,27 @@ def norm_growth(
 
     Raises:
         ArgumentError: Fewer than two checkpoints, steps that are repeated, out of order or not to
-            be read off a name, or different architectures.
+            be read off a name, different architectures, or a ``fit_range`` that is none.
+        DataError: The data cannot be read, or are texts and there is no tokenizer.
         NonFiniteError: A parameter holds NaN or infinity; the message names it.
         FileFormatError: A file is missing, broken, or no checkpoint.
 
     Example:
         >>> import torch
+        >>> from sat_lens.norms import norm_growth
         >>> first, later = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
         >>> growth = norm_growth({0: first, 8: later}, progress=False)
         >>> list(growth.frame().index)
         [0, 8]
     """
+    first, last = _range(fit_range)
+    check_count("batch_size", batch_size)
+    if as_model is not None and not callable(as_model):
+        raise ArgumentError(f"as_model is a function that makes a model; found {as_model!r}.")
+    kept = kept_data(data)
     found = list_checkpoints(checkpoints)
-    kept = data if data is None or isinstance(data, (Tensor, str)) else list(data)
     rows: list[dict[str, float]] = []
-    reader = _Reader(found)
+    reader = Reader(found)
     with tqdm(found, desc="norm growth", unit="checkpoint", disable=not progress) as bar:
         try:
             for index, checkpoint in enumerate(bar):
@@ -188,68 +209,21 @@ def norm_growth(
                     model = (as_model or (lambda path: lens_model(path, tokenizer)))(
                         checkpoint.located()
                     )
+                    check_lens_model(model)
+                    check_readable(model, kept)
                     row |= saturation_measures(model, kept, batch_size=batch_size)
                 rows.append(row)
         except KeyboardInterrupt:
             if len(rows) < 2:
                 raise
-    return _result(found, rows, fit_range, data_name)
-
-
-class _Reader:
-    """Opens checkpoints as they are needed; keeps the first, and no more than two others."""
-
-    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
-        self.checkpoints = checkpoints
-        self.steps = [checkpoint.step for checkpoint in checkpoints]
-        self.tied: set[str] | None = None
-
-    def row(self, index: int) -> dict[str, float]:
-        with contextlib.ExitStack() as stack:
-            now = self._open(index, stack)
-            row = norms_of(now).summary()
-            if index == 0:
-                return row
-            before = self._open(index - 1, stack)
-            first = self._open(0, stack) if self.steps[0] == 0 else None
-            check_same_model(before, now)
-            sums = products(now, before, first)
-        row["rotation"] = sums.angle
-        row["alignment"] = sums.alignment
-        if first is not None:
-            row["distance"] = math.sqrt(sums.moved)
-            if index > 1:
-                row["straightness"] = sums.straightness
-                row["random_walk"] = math.sqrt(self.steps[index - 1] / self.steps[index])
-        return row | self._rotation(index, sums.angle)
-
-    def _rotation(self, index: int, angle_before: float) -> dict[str, float]:
-        partner = half_way(self.steps, index)
-        if partner is None:
-            return {}
-        if partner == index - 1:
-            angle = angle_before
-        else:
-            with contextlib.ExitStack() as stack:
-                angle = products(self._open(index, stack), self._open(partner, stack), None).angle
-        doublings = math.log2(self.steps[index] / self.steps[partner])
-        return {
-            "rotation_per_doubling": angle / doublings,
-            "rotation_from": float(self.steps[partner]),
-        }
-
-    def _open(self, index: int, stack: contextlib.ExitStack) -> Parameters:
-        checkpoint = self.checkpoints[index]
-        opened = stack.enter_context(open_parameters(checkpoint.located(), str(checkpoint)))
-        if self.tied is None:
-            self.tied = tied_names(opened)
-        return opened.without(self.tied)
+    return _result(found, rows, first, last, data_name)
 
 
 def _result(
     found: Sequence[Checkpoint],
     rows: Sequence[dict[str, float]],
-    fit_range: tuple[float, float] | None,
+    first: float | None,
+    last: float,
     data_name: str,
 ) -> NormGrowth:
     steps = tuple(checkpoint.step for checkpoint in found[: len(rows)])
@@ -261,7 +235,6 @@ def _result(
     squares = columns["norm"].square()
     grown = squares - squares[0] if steps[0] == 0 else torch.full_like(squares, math.nan)
     columns["norm_grown"] = grown.where(grown >= 0, math.nan).sqrt()
-    first, last = fit_range or (None, math.inf)
     source = found[0].source
     where = source.parent.name if isinstance(source, Path) else getattr(source, "name", "models")
     return NormGrowth(
@@ -272,6 +245,17 @@ def _result(
         raw_exponent=_fit(steps, columns["norm"], first, last),
         complete=len(rows) == len(found),
     )
+
+
+def _range(fit_range: Any) -> tuple[float | None, float]:
+    if fit_range is None:
+        return None, math.inf
+    if not isinstance(fit_range, (tuple, list)) or len(fit_range) != 2:
+        raise ArgumentError(
+            f"fit_range is a first and a last step, such as (100, 1000); found {fit_range!r}."
+        )
+    check_range("fit_range", *fit_range)
+    return fit_range[0], fit_range[1]
 
 
 def _fit(steps: Sequence[int], values: Tensor, first: float | None, last: float) -> Exponent:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sat_lens.errors import ArgumentError, FileFormatError, NonFiniteError
+from sat_lens.errors import ArgumentError, NonFiniteError
+from sat_lens.norms.arguments import check_count, check_module, columns_of_length
 from sat_lens.norms.lens import undisturbed
 from sat_lens.norms.measures import last_residual
 from sat_lens.norms.scaled import Which, scaled_parameters
-from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.results import Provenance, read_entries, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,11 +77,10 @@ class HomogeneityCurve:
             FileFormatError: The file is missing, broken, foreign, or holds something else.
         """
         columns, meta = read_result(path, KIND)
-        try:
-            ordered = {name: columns[name] for name in meta["columns"]}
-            return cls(Provenance(**meta["provenance"]), tuple(meta["scales"]), ordered)
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+        with read_entries(path):
+            scales = tuple(float(c) for c in meta["scales"])
+            ordered = columns_of_length(columns, meta["columns"], len(scales))
+            return cls(Provenance(**meta["provenance"]), scales, ordered)
 
 
 def homogeneity_curve(
@@ -120,27 +121,34 @@ def homogeneity_curve(
 
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.norms import homogeneity_curve
         >>> curve = homogeneity_curve(sl.load_model("demo"), ["import os, sys"], scales=[1, 100],
         ...                           progress=False)
         >>> bool(curve.frame().loc[100, "cos_saturated"] > 0.9999)
         True
     """
     from sat_lens.caching import normalised_similarity
-    from sat_lens.data import batches
+    from sat_lens.data import batch_sizes, batches
     from sat_lens.models import model_name
 
-    factors = tuple(float(c) for c in scales)
-    if len(set(factors)) < 2 or not all(c > 0 and math.isfinite(c) for c in factors):
-        raise ArgumentError(f"Needed at least two positive factors c; found {list(scales)}.")
+    check_module(model)
+    check_count("batch_size", batch_size)
+    factors = _factors(scales)
+    if hidden is not None and not callable(hidden):
+        raise ArgumentError(f"hidden is a function of the model and its input; found {hidden!r}.")
     if hidden is None and not hasattr(model, "hook_dict"):
         raise ArgumentError(
             f"A {type(model).__name__} shows no residual stream: pass hidden=, a function of the "
             "model and its input that gives hidden states, or a TransformerLens model."
         )
     read = hidden or _final_residual
+    sizes = batch_sizes(data, batch_size)
+    runs_a_batch = len(factors) + 2 + hasattr(model, "hook_dict")
+    n_runs = None if sizes is None else len(sizes) * runs_a_batch
     sums = torch.zeros(3, len(factors), dtype=torch.float64)
     total = 0
-    with undisturbed(model), tqdm(desc="homogeneity", unit="run", disable=not progress) as bar:
+    bar = tqdm(desc="homogeneity", total=n_runs, unit="run", disable=not progress)
+    with undisturbed(model), bar:
         for batch in batches(model, data, batch_size):
 
             def run(c: float, random_keys: bool = False, batch: Any = batch) -> Tensor:
@@ -148,6 +156,10 @@ def homogeneity_curve(
                 with scaled_parameters(model, c, which), control:
                     states = read(model, batch)
                 bar.update()
+                if not isinstance(states, Tensor):
+                    raise ArgumentError(
+                        f"hidden must give a tensor; it gave a {type(states).__name__}."
+                    )
                 if not bool(states.isfinite().all()):
                     raise NonFiniteError(
                         f"With parameters times {c} the network gives NaN or infinity. Leave that "
@@ -172,6 +184,15 @@ def homogeneity_curve(
         "cos_model": cos_model,
     }
     return HomogeneityCurve(Provenance(model_name(model), data_name, which), factors, columns)
+
+
+def _factors(scales: Any) -> tuple[float, ...]:
+    known = isinstance(scales, Iterable) and not isinstance(scales, str)
+    found = list(scales) if known else [scales]
+    good = all(isinstance(c, numbers.Real) and 0 < float(c) < math.inf for c in found)
+    if not good or len(set(found)) < 2:
+        raise ArgumentError(f"Needed at least two positive factors c; found {scales!r}.")
+    return tuple(float(c) for c in found)
 
 
 def _final_residual(model: Any, batch: Any) -> Tensor:

@@ -32,6 +32,13 @@ def lens_model(source: Path | nn.Module, tokenizer: Any = None) -> Any:
     Raises:
         ArgumentError: A file of weights alone, which says nothing of its architecture.
         ModelError, UnsupportedModelError: It cannot be loaded, or TransformerLens has no adapter.
+
+    Example:
+        >>> import transformers
+        >>> from sat_lens.norms import lens_model
+        >>> config = transformers.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)
+        >>> lens_model(transformers.GPT2LMHeadModel(config)).cfg.n_heads
+        2
     """
     if isinstance(source, nn.Module):
         model = unwrapped(source)
@@ -115,10 +122,10 @@ def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
             "(TransformerBridge). Give models of TransformerLens's own classes, or leave data out "
             "to measure norms alone."
         ) from error
-    from sat_lens.models import _quiet
+    from sat_lens.models import quiet_loading
 
     try:
-        with _quiet():
+        with quiet_loading():
             bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
     except ValueError as error:
         raise UnsupportedModelError(
@@ -132,14 +139,14 @@ def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
 def _from_directory(folder: Path, tokenizer: Any) -> Any:
     import transformers
 
-    from sat_lens.models import _quiet
+    from sat_lens.models import quiet_loading
 
     if not (folder / "config.json").exists():
         raise FileFormatError(f"{folder} holds no config.json, so its model cannot be built.")
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = folder
     try:
-        with _quiet():
+        with quiet_loading():
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             architecture = (config.architectures or [""])[0]
             model = getattr(transformers, architecture).from_pretrained(
@@ -155,8 +162,12 @@ def _from_directory(folder: Path, tokenizer: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    if not isinstance(tokenizer, (str, Path)):
+    if callable(tokenizer):
         return tokenizer
+    if not isinstance(tokenizer, (str, Path)):
+        raise ArgumentError(
+            f"tokenizer is a tokenizer or its directory; found {type(tokenizer).__name__}."
+        )
     import transformers
 
     try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sat_lens.errors import NotReachedError
+from sat_lens.norms.arguments import check_lens_model
 from sat_lens.norms.lens import undisturbed
 
 
@@ -30,16 +33,28 @@ def saturation_measures(
         have each role.
 
     Raises:
-        DataError, UnsupportedModelError: As for :func:`sat_lens.head_roles`.
+        UnsupportedModelError: It is no TransformerLens model.
+        DataError, ArgumentError: As for :func:`sat_lens.head_roles`.
 
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.norms import saturation_measures
         >>> measures = saturation_measures(sl.load_model("demo"), ["import os, sys, re, json"])
         >>> measures["loss"] < measures["loss_saturated"]
         True
     """
+    check_lens_model(model)
     with undisturbed(model):
         return _outputs(model, data, batch_size, seed) | _heads(model, data, batch_size, min_keys)
+
+
+def import_what_measures_need() -> None:
+    """Import TransformerLens and the rest now, so that no training step has to wait for it."""
+    for room in ("caching", "data", "metrics", "roles"):
+        importlib.import_module(f"sat_lens.{room}")
+    # Older versions have no bridges; whoever needs one is told so by lens_model.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformer_lens.model_bridge.sources")
 
 
 def _outputs(model: Any, data: Any, batch_size: int, seed: int) -> dict[str, float]:

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sat_lens.errors import ArgumentError, FileFormatError, NonFiniteError
+from sat_lens.errors import ArgumentError, NonFiniteError
+from sat_lens.norms.arguments import check_module, columns_of_length
 from sat_lens.norms.heads import (
     HEAD_NORMS,
     HeadWeights,
@@ -26,8 +27,9 @@ from sat_lens.norms.heads import (
     joint_rows,
 )
 from sat_lens.norms.naming import COMPONENTS, ParameterPlace, parameter_places
+from sat_lens.norms.notes import notes_on
 from sat_lens.norms.sources import Parameters, module_parameters
-from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.results import Provenance, read_entries, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +52,7 @@ class ParameterNorms:
         sizes: The number of elements of each.
         labels: The heads that could be told apart, such as ``"L3H0"``.
         heads: Norms of each head, in the order of ``HEAD_NORMS``.
-        notes: What the products of the heads leave out, in words.
+        notes: What the norms and the products of the heads leave out, in words.
     """
 
     provenance: Provenance
@@ -155,12 +157,11 @@ class ParameterNorms:
             FileFormatError: The file is missing, broken, foreign, or holds something else.
         """
         tensors, meta = read_result(path, KIND)
-        try:
-            parts: dict[str, Any] = {name: tuple(meta[name]) for name in _LISTS}
-            parts |= {name: tensors[name] for name in ("squares", "sizes", "heads")}
-            return cls(provenance=Provenance(**meta["provenance"]), **parts)
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+        with read_entries(path):
+            parts: dict[str, Any] = {name: tuple(map(str, meta[name])) for name in _LISTS}
+            parts |= columns_of_length(tensors, ("squares", "sizes"), len(parts["names"]))
+            heads = tensors["heads"].reshape(len(parts["labels"]), len(HEAD_NORMS))
+            return cls(provenance=Provenance(**meta["provenance"]), heads=heads, **parts)
 
 
 _LISTS = ("names", "components", "layers", "labels", "notes")
@@ -179,17 +180,19 @@ def parameter_norms(model: nn.Module) -> ParameterNorms:
         model: Any module with parameters.
 
     Raises:
+        ArgumentError: It is no module.
         NonFiniteError: A parameter holds NaN or infinity; the message names it.
-        ModelError: The model has no parameters.
+        ModelError: The model has no parameters, or only quantised ones.
 
     Example:
         >>> import sat_lens as sl
-        >>> norms = parameter_norms(sl.load_model("demo"))
+        >>> norms = sl.parameter_norms(sl.load_model("demo"))
         >>> norms.frame("head").shape
         (32, 6)
     """
     from sat_lens.models import model_name
 
+    check_module(model)
     return norms_of(module_parameters(model), model, model_name(model))
 
 
@@ -208,7 +211,7 @@ def norms_of(
                     "checkpoint from before the training diverged."
                 )
             rows.append((key, component, _layer(place), square, part.numel()))
-    heads = list(_heads(parameters, model))
+    heads = list(head_weights(parameters, model))
     names, components, layers, squares, sizes = zip(*rows, strict=True)
     return ParameterNorms(
         provenance=Provenance(name or parameters.name),
@@ -221,7 +224,7 @@ def norms_of(
         heads=torch.cat([module.norms() for module in heads])
         if heads
         else torch.zeros(0, len(HEAD_NORMS), dtype=torch.float64),
-        notes=_notes(places, bool(heads)),
+        notes=notes_on(places, bool(heads), parameters.integers),
     )
 
 
@@ -254,7 +257,8 @@ def _parts(
     yield "ov", by_row[rows["v"].to(tensor.device)]
 
 
-def _heads(parameters: Parameters, model: nn.Module | None) -> Iterator[HeadWeights]:
+def head_weights(parameters: Parameters, model: nn.Module | None) -> Iterator[HeadWeights]:
+    """Give the heads that a model shows, and those that the names of its parameters tell apart."""
     shown = list(heads_of_lens_model(model)) if hasattr(model, "hook_dict") else []
     yield from shown
     known = {(module.stack, module.layer) for module in shown}
@@ -267,28 +271,3 @@ def _layer(place: ParameterPlace) -> str:
     if place.layer is None:
         return OUTSIDE
     return f"{place.stack}.L{place.layer}" if place.stack else f"L{place.layer}"
-
-
-def _notes(places: dict[str, ParameterPlace], any_heads: bool) -> tuple[str, ...]:
-    found = []
-    attention = [name for name, place in places.items() if place.attention]
-    if any(places[name].bias and places[name].role for name in attention):
-        found.append("Projections have biases, which the products leave out.")
-    normed = [n for n, p in places.items() if p.component == "layer norm" and _inside_attention(n)]
-    if normed:
-        found.append(
-            f"Queries, keys or latents are normalised inside attention ({normed[0]} and others): "
-            "the scale of what comes before has no effect on the scores."
-        )
-    if any(places[name].role in ("kv_a", "kv_b") for name in attention):
-        found.append("Attention is latent: products are of the factors multiplied out.")
-    if attention and not any_heads:
-        found.append(
-            "Heads could not be told apart: no known layout, or their number is not known."
-        )
-    return tuple(found)
-
-
-def _inside_attention(name: str) -> bool:
-    *_, parent, leaf = ["", *name.split(".")[:-1]]
-    return "attn" in parent.lower() and leaf.lower().startswith(("q", "k"))

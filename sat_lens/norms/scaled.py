@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_lens.errors import ArgumentError
+from sat_lens.norms.arguments import check_module
 from sat_lens.norms.heads import joint_rows
 from sat_lens.norms.naming import ParameterPlace, canonical_name, parameter_places, superseded
 from sat_lens.norms.sources import config_of
@@ -34,8 +36,9 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
     """Multiply parameters by c while the block lasts (Merrill et al. 2021, section 4).
 
     Afterwards the parameters hold the very bits that they held before, also if an exception or an
-    interrupt ends the block; tied parameters are multiplied once. The copies that this takes are as
-    large as the parameters.
+    interrupt ends the block, or several blocks end in another order than they began; tied
+    parameters are multiplied once. The copies that this takes are as large as the parameters.
+    Move or cast the model before the block, not in it.
 
     This is not attention-only saturation: biases, gains and MLPs grow as well, and the output soon
     has little to do with the model's; see the module's own text. With ``which="qk"`` scores are
@@ -53,26 +56,108 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
 
     Raises:
         ArgumentError: ``c`` is not finite, ``which`` is unknown, or the model has no such
-            parameters.
+            parameters; at the end, the model was moved, cast or given other parameters in the
+            block. Those that it had are as they were nevertheless.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.norms import scaled_parameters
         >>> layer = torch.nn.Linear(2, 2)
         >>> with scaled_parameters(layer, 10.0):
         ...     large = layer.weight.norm()
         >>> round((large / layer.weight.norm()).item(), 4)
         10.0
     """
-    if not math.isfinite(c):
-        raise ArgumentError(f"c must be a finite number; found {c}.")
-    chosen = _chosen(model, which)
-    saved = [part.read().clone() for part in chosen]
+    check_module(model)
+    if not isinstance(c, numbers.Real) or not math.isfinite(c):
+        raise ArgumentError(f"c must be a finite number; found {c!r}.")
+    block = _Block(model, float(c), which)
     try:
-        for part, copy in zip(chosen, saved, strict=True):
-            part.write(copy * c)
+        block.begin()
         yield model
     finally:
-        for part, copy in zip(chosen, saved, strict=True):
+        moved = block.end()
+    if moved:
+        raise ArgumentError(
+            f"{moved[0]} was moved, cast or replaced while its model's parameters were scaled. The "
+            "parameters that the model had are back, where and as they were; do such things before "
+            "the block."
+        )
+
+
+class _Block:
+    """What one block multiplied, and what was there before.
+
+    Blocks over the same memory are a stack: to end one below the top, those above are undone, last
+    first, and done again without it.
+    """
+
+    def __init__(self, model: nn.Module, c: float, which: Which) -> None:
+        self.model, self.c, self.which = model, c, which
+        self.memory: list[tuple[str, nn.Parameter, Tensor]] = []
+        self.buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.parts: list[_Part] = []
+        self.saved: list[Tensor] = []
+
+    def begin(self) -> None:
+        _open_blocks.append(self)
+        self._multiply()
+
+    def end(self) -> list[str]:
+        """Undo this block, and name the parameters that were not where they had been."""
+        above = self._above()
+        for block in reversed(above):
+            block._restore()
+        moved = self._restore()
+        _open_blocks.remove(self)
+        for block in above:
+            block._multiply()
+        return moved
+
+    def _multiply(self) -> None:
+        named = self.model.named_parameters()
+        self.memory = [(name, parameter, parameter.detach()) for name, parameter in named]
+        self.buffers = [
+            (module, name, buffer)
+            for module in self.model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self.parts = _chosen(self.model, self.which)
+        self.saved = [part.read().clone() for part in self.parts]
+        for part, copy in zip(self.parts, self.saved, strict=True):
+            part.write(copy * self.c)
+
+    def _restore(self) -> list[str]:
+        # An interrupt may have come before the copies were there; then nothing was multiplied.
+        for part, copy in zip(self.parts, self.saved, strict=False):
             part.write(copy)
+        now = dict(self.model.named_parameters())
+        moved = [n for n, p, data in self.memory if now.get(n) is not p or not _same(p, data)]
+        for _, parameter, data in self.memory:
+            if not _same(parameter, data):
+                parameter.data = data
+        if moved:
+            for module, name, buffer in self.buffers:
+                module._buffers[name] = buffer
+        return moved
+
+    def _above(self) -> list[_Block]:
+        touched, above = self._keys(), []
+        for block in _open_blocks[_open_blocks.index(self) + 1 :]:
+            if touched & block._keys():
+                touched |= block._keys()
+                above.append(block)
+        return above
+
+    def _keys(self) -> set[int]:
+        return {key for _, p, data in self.memory for key in (id(p), data.data_ptr())}
+
+
+_open_blocks: list[_Block] = []
+
+
+def _same(parameter: Tensor, data: Tensor) -> bool:
+    return parameter.dtype == data.dtype and parameter.data_ptr() == data.data_ptr()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +179,7 @@ class _Part:
 
 
 def _chosen(model: nn.Module, which: Which) -> list[_Part]:
-    if which not in get_args(Which):
+    if not isinstance(which, str) or which not in get_args(Which):
         raise ArgumentError(f"which is one of {', '.join(get_args(Which))}; found {which!r}.")
     named = {
         canonical_name(name): parameter.detach()

@@ -32,12 +32,15 @@ class Parameters:
         shapes: Shape of each parameter, by its name without wrappers.
         read: Gives one parameter by that name.
         config: The model's settings as far as known: number of heads and the like.
+        integers: Names of parameters of whole numbers, as quantised weights are, which have no
+            norm and stand in none of the above.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     config: Mapping[str, Any]
+    integers: tuple[str, ...] = ()
 
     def without(self, names: set[str]) -> Parameters:
         """Leave some parameters out."""
@@ -76,18 +79,27 @@ def module_parameters(model: nn.Module) -> Parameters:
         {'weight': (3, 2), 'bias': (3,)}
     """
     found: dict[str, Tensor] = {}
+    integers: list[str] = []
     seen: set[tuple[Any, ...]] = set()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
         tensor = parameter.detach()
-        if _identity(tensor) not in seen and tensor.is_floating_point() and tensor.numel():
-            seen.add(_identity(tensor))
+        if _identity(tensor) in seen or not tensor.numel():
+            continue
+        seen.add(_identity(tensor))
+        if tensor.is_floating_point():
             found[canonical_name(name)] = tensor
+        else:
+            integers.append(canonical_name(name))
+    kind = type(model).__name__
     if not found:
-        raise ModelError(f"{type(model).__name__} has no parameters, so there is no norm to take.")
+        what = "only integer (quantised) parameters" if integers else "no parameters"
+        raise ModelError(f"{kind} has {what}, so there is no norm to take.")
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    parameters = Parameters(type(model).__name__, shapes, found.__getitem__, config_of(model))
+    parameters = Parameters(
+        kind, shapes, found.__getitem__, config_of(model), integers=tuple(integers)
+    )
     return parameters.without(superseded(shapes))
 
 
@@ -160,7 +172,7 @@ def _directory(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
 def _shards(index: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"{index} is no index of weights: {error}.") from error
     tensors: dict[str, _Lazy] = {}
     for file in files:
@@ -223,15 +235,18 @@ def _load(path: Path) -> Any:
             f"{path} is not only weights: reading it would run code, which is refused. Save "
             "model.state_dict() alone, or as safetensors."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise FileFormatError(f"{path} is broken or no state dict ({error}).") from error
+    except Exception as error:
+        # Any error at all can come of the bytes of a file that is none.
+        raise FileFormatError(
+            f"{path} is broken or no state dict ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -39,15 +39,11 @@ class Products:
     @property
     def straightness(self) -> float:
         """The cosine between the two ways from the first checkpoint."""
-        if self.moved * self.moved_before == 0:
-            return math.nan
         return _cosine(self.moved_with_before, self.moved, self.moved_before)
 
     @property
     def alignment(self) -> float:
         """The cosine between the last step and the parameters that it was taken from."""
-        if self.step * self.square_before == 0:
-            return math.nan
         return _cosine(self.step_with_before, self.step, self.square_before)
 
 
@@ -114,4 +110,7 @@ def _shown(shape: tuple[int, ...] | None) -> str:
 
 
 def _cosine(inner: float, square: float, other_square: float) -> float:
+    """Give the cosine of two vectors, NaN where one of them is zero."""
+    if square * other_square == 0:
+        return math.nan
     return max(-1.0, min(1.0, inner / math.sqrt(square * other_square)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from sat_lens.errors import FileFormatError
+from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import library_versions
 
 KIND = "sat_lens training log"
@@ -37,10 +37,7 @@ class TrainingLog:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line; what is not finite becomes null, which JSON has."""
-        plain = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in entry.items()
-        }
+        plain = {name: _plain(value) for name, value in entry.items()}
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
 
@@ -59,17 +56,21 @@ def read_training_log(path: str | Path) -> pd.DataFrame:
         One row a step, indexed by step.
 
     Raises:
+        ArgumentError: ``path`` is no path.
         FileFormatError: There is no such file, it was not written by sat_lens, or a line in its
             middle is broken.
 
     Example:
+        >>> from sat_lens.training import read_training_log
         >>> read_training_log("nowhere.jsonl")
         Traceback (most recent call last):
         ...
         sat_lens.errors.FileFormatError: nowhere.jsonl cannot be read: No such file or directory.
     """
+    if not isinstance(path, (str, Path)):
+        raise ArgumentError(f"A training log is a file, given by its path; found {path!r}.")
     header, *rows = _lines(Path(path))
-    if header.get("format", 0) > _FORMAT:
+    if header.get("format") != _FORMAT:
         raise FileFormatError(
             f"{path} was written by a newer sat_lens. Update sat_lens to read it."
         )
@@ -95,9 +96,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, start=1):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileFormatError(f"Line {number} of {path} is broken: {error}.") from error
-        if not isinstance(entry, dict) or (entries and not isinstance(entry.get("step"), int)):
+        if not isinstance(entry, dict) or (entries and not _is_row(entry)):
             raise FileFormatError(f"Line {number} of {path} is no line of a training log.")
         entries.append(entry)
     if not entries or entries[0].get("kind") != KIND:
@@ -106,7 +107,23 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _is_row(entry: Mapping[str, Any]) -> bool:
+    step = entry.get("step")
+    return (
+        _is_number(step)
+        and isinstance(step, int)
+        and 0 <= step < 2**63
+        and all(isinstance(entry[name], str) for name in _WORDS if name in entry)
+        and all(v is None or _is_number(v) for k, v in entry.items() if k not in _WORDS)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
 from sat_lens.norms import parameter_norms, saturation_measures
+from sat_lens.norms.arguments import check_count, check_module, check_readable, kept_data
 from sat_lens.norms.lens import kept_random_state, lens_model, shares_memory, unwrapped
+from sat_lens.norms.measures import import_what_measures_need
 from sat_lens.training.log import TrainingLog
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ class SaturationTracker:
         path: A file for one JSON object a line; each line is flushed, and a log that is there
             already is continued. None writes no file.
         data: A small fixed batch: tokens, texts or batches (see :func:`sat_lens.data.batches`).
-            Some four sequences are enough. None logs norms only.
+            Some four sequences are enough. None logs norms only. With data, TransformerLens is
+            imported here and now, and not in the first step.
         every: Norms are logged every so many steps; None at step 0, the powers of two and, from
             16 on, half-way between them.
         measure_every: Saturation likewise; None at step 0 and the powers of two.
@@ -48,20 +51,21 @@ class SaturationTracker:
             ``lambda row, step: wandb.log(row, step=step)``, or one that calls
             ``SummaryWriter.add_scalar`` for each number.
         budget: Share of the run's time that measuring may take. A saturation measure that would
-            take more is put off to the first step where it would not; the first is always made,
-            so a run of less than a minute can end above its budget. None never puts off: for toy
+            take more is put off to the first step where it would not; the first is always made, so
+            that a run of a minute or so can end above its budget. None never puts off: for toy
             models, whose steps take next to no time.
         tokenizer: A tokenizer or its directory, where data are texts and the model has none.
         batch_size: Sequences in a forward pass.
 
     Raises:
-        ArgumentError: An interval below 1, or a budget that is no share.
+        ArgumentError: An interval below 1, a budget that is no share, or an argument of the wrong
+            kind.
         FileFormatError: At the first step: the file is there and no training log, or cannot be
             written.
 
     Example:
         >>> import sat_lens as sl
-        >>> tracker = SaturationTracker(data=["import os, sys, re, json"], every=1)
+        >>> tracker = sl.SaturationTracker(data=["import os, sys, re, json"], every=1)
         >>> row = tracker.step(sl.load_model("demo"), 0)
         >>> sorted(row)[:4]
         ['S', 'cos_random', 'cos_saturated', 'lean']
@@ -80,14 +84,21 @@ class SaturationTracker:
         batch_size: int = 8,
     ) -> None:
         for name, interval in (("every", every), ("measure_every", measure_every)):
-            if interval is not None and interval < 1:
-                raise ArgumentError(f"{name} must be at least 1, or None; found {interval}.")
-        if budget is not None and not 0 < budget <= 1:
-            raise ArgumentError(f"budget is a share in (0, 1], or None; found {budget}.")
+            if interval is not None:
+                check_count(name, interval)
+        check_count("batch_size", batch_size)
+        if budget is not None and not (isinstance(budget, (int, float)) and 0 < budget <= 1):
+            raise ArgumentError(f"budget is a share in (0, 1], or None; found {budget!r}.")
+        if log is not None and not callable(log):
+            raise ArgumentError(f"log is a function of a row and its step; found {log!r}.")
+        if path is not None and not isinstance(path, (str, Path)):
+            raise ArgumentError(f"path is the name of a file; found {path!r}.")
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         self._path = None if path is None else Path(path)
-        self._data = data if data is None or isinstance(data, (Tensor, str)) else list(data)
+        self._data = kept_data(data)
+        if data is not None:
+            import_what_measures_need()
         self._every = every
         self._measure_every = measure_every
         self._log = log
@@ -107,10 +118,15 @@ class SaturationTracker:
             What was logged, or None if nothing was.
 
         Raises:
+            ArgumentError: The model is none, or the step is no whole number.
             SatLensError: The very first saturation measure cannot be made: the model or the data do
                 not allow it. Later ones only leave a line that says so.
         """
         began = time.perf_counter()
+        if isinstance(step, nn.Module):
+            raise ArgumentError("The model comes first: tracker.step(model, step).")
+        check_module(model)
+        check_count("step", step, least=0)
         if self._started is None:
             self._started = began
         with_norms = is_due(step, self._every, halves=True)
@@ -141,6 +157,8 @@ class SaturationTracker:
         """
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
+        check_module(model)
+        check_count("first_step", first_step, least=0)
         own = {id(parameter) for parameter in model.parameters()}
         count = first_step
 
@@ -226,6 +244,7 @@ class SaturationTracker:
         with kept_random_state():
             if self._view is None or not shares_memory(self._view, model):
                 self._view = lens_model(model, self._tokenizer)
+                check_readable(self._view, self._data)
             # The first measure also loads and builds what later ones find ready.
             began = time.perf_counter()
             found = saturation_measures(self._view, self._data, batch_size=self._batch_size)

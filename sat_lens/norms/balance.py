@@ -1,0 +1,236 @@
+"""How much of a norm is mere rescaling: weight pairs that share a dimension nobody else reads.
+
+Scores see ``W_Q`` and ``W_K`` only as ``W_Q W_K^T``, and what a head writes sees ``W_V`` and
+``W_O`` only as ``W_V W_O``: an invertible matrix A may go into the one and its inverse into the
+other. A neuron of a ReLU layer allows the same with a positive number, and so does, with any gate,
+a neuron of the linear branch of a gated layer. Such changes leave the network as it is and its norm
+not, so a part of every raw norm says nothing. The formulas are in :mod:`sat_lens.norms.pairs`.
+
+Biases are left out of these norms. They belong to the symmetry all the same: a bias of queries,
+keys, values or neurons is multiplied by what its matrix is.
+
+When not to use it: to say that a network could do with smaller weights. Other symmetries (between
+layers, through norms) are not looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sat_lens.errors import UnsupportedModelError
+from sat_lens.norms.heads import HeadWeights
+from sat_lens.norms.naming import ParameterPlace, parameter_places
+from sat_lens.norms.pairs import pair_squares
+from sat_lens.norms.parameters import head_weights, squared_norm
+from sat_lens.norms.sources import Parameters, module_parameters
+from sat_lens.results import Provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+QK, VO, MLP = "W_Q, W_K", "W_V, W_O", "mlp"
+_RELU = ("relu", "leaky_relu")
+_ACTIVATION = ("act_fn", "hidden_act", "activation_function", "feed_forward_proj", "activation")
+_ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "rotary")
+_ADJACENT = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4")
+_IN = ("in", "up_proj", "c_fc", "fc1", "lin1", "linear1", "w_in", "fc_in", "wi")
+_GATED_IN = ("in", "up_proj", "w_in", "w3", "wi_1")
+_GATE = ("gate", "gate_proj", "w_gate", "w1", "wi_0")
+_OUT = ("out", "down_proj", "c_proj", "fc2", "lin2", "linear2", "w_out", "fc_out", "wo", "w2")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RescalingShare:
+    """How much of each pair's squared norm is mere rescaling; made by :func:`rescaling_share`.
+
+    Attributes:
+        provenance: The model and the versions.
+        labels: The head of each pair, the heads that share keys and values (``"L0H0-3"``), or the
+            layer (``"L0"``).
+        pairs: Which pair: ``"W_Q, W_K"``, ``"W_V, W_O"`` or ``"mlp"``.
+        squares: Squared norms of each pair: raw, balanced, and least over all its symmetries.
+        total: The squared norm of all parameters of the model.
+        notes: What was left out, in words.
+    """
+
+    provenance: Provenance
+    labels: tuple[str, ...]
+    pairs: tuple[str, ...]
+    squares: Float[Tensor, "pair 3"]
+    total: float
+    notes: tuple[str, ...] = ()
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a pair, indexed by label and pair.
+
+        Columns: ``raw``, ``balanced`` and ``minimal``, norms of the two matrices together as they
+        are, after one number has balanced them, and after the best of all that leaves the network
+        as it is; ``share_balanced`` and ``share_minimal``, the shares of the raw squared norm that
+        this removes.
+        """
+        raw, balanced, minimal = self.squares.T
+        columns = {
+            "raw": raw.sqrt(),
+            "balanced": balanced.sqrt(),
+            "minimal": minimal.sqrt(),
+            "share_balanced": 1 - balanced / raw,
+            "share_minimal": 1 - minimal / raw,
+        }
+        index = pd.MultiIndex.from_arrays([self.labels, self.pairs], names=["label", "pair"])
+        return pd.DataFrame({k: v.tolist() for k, v in columns.items()}, index=index)
+
+    @property
+    def share(self) -> float:
+        """The share of the model's whole squared norm that is mere rescaling of these pairs."""
+        return float((self.squares[:, 0] - self.squares[:, 2]).sum()) / self.total
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw the share that the best rescaling removes, pair by pair in the model's order."""
+        from sat_lens.figures import growth_figure
+
+        by_pair = self.frame()["share_minimal"].unstack("pair", sort=False)
+        drawn = by_pair.reindex(list(dict.fromkeys(self.labels))).reset_index(drop=True)
+        return growth_figure(
+            drawn.rename_axis("pair, in the model's order"),
+            title or f"Share of the squared norm that is rescaling: {self.provenance}",
+            x="pair, in the model's order",
+            log_x=False,
+            log_y=False,
+        )
+
+
+def rescaling_share(model: Any) -> RescalingShare:
+    """Measure how much of a model's norm is mere rescaling of weight pairs.
+
+    Heads that share keys and values share one symmetry, and are measured as one pair. Rotary
+    positions leave of the symmetry of queries and keys one number for each plane that they turn;
+    where the planes are not known to be (i, i + d/2) one number for all is used. Norms between a
+    projection and the scores leave nothing to measure, and such pairs are left out, as are
+    feed-forward layers that are neither ReLU nor gated.
+
+    Args:
+        model: A TransformerLens model or any other module.
+
+    Raises:
+        UnsupportedModelError: No pair was found.
+        ModelError: The model has no parameters.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.norms import rescaling_share
+        >>> shares = rescaling_share(sl.load_model("demo"))
+        >>> 0 < shares.share < 1
+        True
+    """
+    parameters = module_parameters(model)
+    places = parameter_places(parameters.shapes)
+    kind = rotary_kind(parameters.config)
+    notes: list[str] = []
+    rows: list[Row] = []
+    normed = any(p.component == "layer norm" and _of_query(n) for n, p in places.items())
+    for module in head_weights(parameters, model):
+        rows += _attention_rows(module, kind, normed)
+    rows += _mlp_rows(parameters, places)
+    if not rows:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} shows no weight pair: no heads that could be told apart, and "
+            "no feed-forward layer that is ReLU or gated."
+        )
+    if normed:
+        notes.append("Queries and keys are normalised: their pairs are left out.")
+    if not any(pair == MLP for _, pair, _ in rows):
+        notes.append("No feed-forward layer was found to be ReLU or gated.")
+    if kind:
+        notes.append(f"Positions are rotary ({kind}): fewer rescalings of queries and keys.")
+    labels, pairs, squares = zip(*rows, strict=True)
+    total = sum(squared_norm(parameters.read(name)) for name in parameters.shapes)
+    provenance = Provenance(parameters.name)
+    return RescalingShare(provenance, labels, pairs, torch.stack(squares), total, tuple(notes))
+
+
+def rotary_kind(config: Mapping[str, Any]) -> str:
+    """Say whether positions are rotary: ``""`` if not, ``"halves"``, or ``"other"`` planes.
+
+    Example:
+        >>> rotary_kind({"rope_theta": 1e4}), rotary_kind({"model_type": "gptj", "rotary_dim": 4})
+        ('halves', 'other')
+    """
+    native = config.get("positional_embedding_type") == "rotary"
+    if not native and not any(config.get(key) for key in _ROTARY):
+        return ""
+    partial = float(config.get("partial_rotary_factor") or config.get("rotary_pct") or 1) < 1
+    partial |= bool(config.get("rotary_dim")) or native
+    return "other" if partial or config.get("model_type") in _ADJACENT else "halves"
+
+
+Row = tuple[str, str, Tensor]
+
+
+def _attention_rows(module: HeadWeights, kind: str, normed: bool) -> Iterator[Row]:
+    groups = len(module.k)
+    per_group = len(module.q) // groups
+    for group in range(groups):
+        heads = slice(group * per_group, (group + 1) * per_group)
+        label = module.labels[heads.start]
+        label += f"-{heads.stop - 1}" if per_group > 1 else ""
+        if not normed:
+            yield label, QK, _qk_squares(module.q[heads].flatten(0, 1), module.k[group], kind)
+        outputs = module.o[heads].permute(0, 2, 1).flatten(0, 1)
+        yield label, VO, pair_squares(module.v[group], outputs)
+
+
+def _qk_squares(q: Tensor, k: Tensor, kind: str) -> Tensor:
+    squares = pair_squares(q, k)
+    if not kind:
+        return squares
+    if kind == "other":
+        return squares[[0, 1, 1]]
+    planes = [t.double().unflatten(1, (2, -1)).square().sum((0, 1)).sqrt() for t in (q, k)]
+    squares[2] = 2 * (planes[0] * planes[1]).sum()
+    return squares
+
+
+def _mlp_rows(parameters: Parameters, places: Mapping[str, ParameterPlace]) -> Iterator[Row]:
+    modules: dict[str, dict[str, str]] = {}
+    for name, shape in parameters.shapes.items():
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if places[name].component == "mlp" and not places[name].bias and len(shape) == 2:
+            modules.setdefault(parent, {})[leaf.lower()] = name
+    for leaves in modules.values():
+        pair = _mlp_pair(leaves, parameters.config)
+        if pair is not None:
+            place = places[pair[0]]
+            prefix = f"{place.stack}." if place.stack else ""
+            reads, writes = (parameters.read(name) for name in pair)
+            if _columns_are_neurons(reads, "w_in" in leaves, parameters.config):
+                reads, writes = reads.T, writes.T
+            yield f"{prefix}L{place.layer}", MLP, pair_squares(reads.T, writes, blocks=len(reads))
+
+
+def _mlp_pair(leaves: Mapping[str, str], config: Mapping[str, Any]) -> tuple[str, str] | None:
+    gated = any(leaf in leaves for leaf in _GATE)
+    known = [str(config[key]).lower() for key in _ACTIVATION if isinstance(config.get(key), str)]
+    if not gated and (not known or known[0] not in _RELU):
+        return None
+    inner = next((leaves[leaf] for leaf in (_GATED_IN if gated else _IN) if leaf in leaves), None)
+    outer = next((leaves[leaf] for leaf in _OUT if leaf in leaves), None)
+    return None if inner is None or outer is None else (inner, outer)
+
+
+def _columns_are_neurons(reads: Tensor, named_so: bool, config: Mapping[str, Any]) -> bool:
+    """Tell the layout [in, out] of TransformerLens's own W_in and of GPT-2 from PyTorch's."""
+    widths = (config.get(key) for key in ("hidden_size", "d_model", "n_embd"))
+    width = next((size for size in widths if size), None)
+    return named_so or (len(reads) == width and reads.shape[1] != width)
+
+
+def _of_query(name: str) -> bool:
+    *_, parent, leaf = ["", *name.split(".")[:-1]]
+    return "attn" in parent.lower() and leaf.lower().startswith(("q", "k"))
