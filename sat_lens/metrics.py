@@ -111,9 +111,10 @@ class KLToSoft:
 
     soft_logits: Float[Tensor, "batch position vocab"]
     positions: Sequence[int] | None = None
+    real: Tensor | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
-        """Give the mean over the positions of each prompt.
+        """Give the mean over the positions of each prompt; padding counts nothing.
 
         Raises:
             ArgumentError: The logits have another shape than the soft ones.
@@ -126,7 +127,11 @@ class KLToSoft:
         at = slice(None) if self.positions is None else list(self.positions)
         soft = self.soft_logits[:, at].to(logits.device).float().log_softmax(-1)
         changed = logits[:, at].float().log_softmax(-1)
-        return (soft.exp() * (soft - changed)).sum(-1).mean(1)
+        divergence = (soft.exp() * (soft - changed)).sum(-1)
+        if self.real is None:
+            return divergence.mean(1)
+        real = self.real[:, at].to(divergence)
+        return (divergence * real).sum(1) / real.sum(1)
 
     def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
         """Give the mean over prompts."""
@@ -144,14 +149,18 @@ def logit_difference(
         position: The query position that is read.
 
     Raises:
-        ArgumentError: The two have different lengths, or none.
+        ArgumentError: The two have different lengths, or none, or are no token ids.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.metrics import logit_difference
         >>> metric = logit_difference(answer=1, wrong=0)
         >>> float(metric(torch.tensor([[[0.5, 2.0]]])))
         1.5
     """
-    first, second = (torch.as_tensor(t).reshape(-1) for t in (answer, wrong))
+    first, second = (_token_ids(t) for t in (answer, wrong))
+    if isinstance(position, bool) or not isinstance(position, int):
+        raise ArgumentError(f"A position is a whole number, such as -1; found {position!r}.")
     if len(first) != len(second) or not len(first):
         raise ArgumentError(
             "Needed at least one right answer, and as many wrong ones; found "
@@ -173,10 +182,12 @@ def next_token_loss(
         ArgumentError: A prompt has fewer than two real tokens, so none to predict.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.metrics import next_token_loss
         >>> round(float(next_token_loss(torch.tensor([[0, 1]]))(torch.zeros(1, 2, 4))), 4)
         1.3863
     """
-    real = None if attention_mask is None else attention_mask.bool()
+    real = None if attention_mask is None else _mask_of(attention_mask, tokens.shape)
     if not bool(has_next_token(tokens, real).all()):
         raise ArgumentError(
             "A prompt has fewer than two tokens in a row that are no padding, so there is no next "
@@ -191,6 +202,8 @@ def has_next_token(
     """Say of each prompt whether it has a next token to predict.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.metrics import has_next_token
         >>> has_next_token(torch.tensor([[5, 6], [5, 0]]), torch.tensor([[1, 1], [1, 0]])).tolist()
         [True, False]
     """
@@ -199,16 +212,57 @@ def has_next_token(
 
 
 def kl_to_soft(
-    soft_logits: Float[Tensor, "batch position vocab"], positions: Sequence[int] | None = None
+    soft_logits: Float[Tensor, "batch position vocab"],
+    positions: Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
 ) -> KLToSoft:
     """Make the metric "divergence from these soft logits", at all positions or the given ones.
 
+    Args:
+        soft_logits: The logits to compare with.
+        positions: The query positions that are read; None is all.
+        attention_mask: True or 1 at real positions, False or 0 at padding; None is all real.
+
+    Raises:
+        ArgumentError: The mask is of another shape, or leaves a prompt nothing to read.
+
     Example:
+        >>> import torch
+        >>> from sat_lens.metrics import kl_to_soft
         >>> logits = torch.tensor([[[1.0, 2.0]]])
         >>> float(kl_to_soft(logits)(logits))
         0.0
     """
-    return KLToSoft(soft_logits.detach(), positions)
+    if attention_mask is None:
+        return KLToSoft(soft_logits.detach(), positions)
+    real = _mask_of(attention_mask, soft_logits.shape[:2])
+    if not bool(real[:, slice(None) if positions is None else list(positions)].any(1).all()):
+        raise ArgumentError(
+            "A prompt is padded at every position that is read. Leave it out, or read others."
+        )
+    return KLToSoft(soft_logits.detach(), positions, real)
+
+
+def _token_ids(given: Any) -> Int[Tensor, " token"]:
+    try:
+        ids = torch.as_tensor(given).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.zeros(1)
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise ArgumentError(
+            "Answers are token ids, one number or a list of them; found "
+            f"{given!r}. model.to_single_token(text) gives the id of a text."
+        )
+    return ids.long()
+
+
+def _mask_of(mask: Tensor, shape: torch.Size) -> Bool[Tensor, "batch position"]:
+    if mask.shape != shape:
+        raise ArgumentError(
+            f"The attention mask has shape {list(mask.shape)}, and the tokens or logits that it "
+            f"is of have {list(shape)}."
+        )
+    return mask.bool()
 
 
 def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
@@ -219,9 +273,13 @@ def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
         NonFiniteError: The number is NaN or infinite.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.metrics import metric_value
         >>> metric_value(lambda logits: logits.mean(), torch.ones(1, 2, 3))
         1.0
     """
+    if not callable(metric):
+        raise ArgumentError(f"A metric is a function of the logits; {metric!r} was given.")
     value = metric(logits)
     if isinstance(value, Tensor):
         if value.numel() != 1:

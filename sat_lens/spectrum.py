@@ -7,6 +7,7 @@ depend on its own scale, so that needs no forward pass per scale.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,19 +21,21 @@ from tqdm.auto import tqdm
 
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import check_scale
-from sat_lens.caching import mean_cosine, normalised_similarity
-from sat_lens.data import Batch, Data, batches
-from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.caching import NO_ROOM, mean_cosine, normalised_similarity
+from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
+from sat_lens.errors import ArgumentError
 from sat_lens.intervention import replace_attention, saturate
-from sat_lens.metrics import has_next_token, kl_to_soft, metric_value, next_token_loss
+from sat_lens.metrics import metric_value
 from sat_lens.models import model_name
-from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.results import Provenance, read_entries, read_result, write_result
 from sat_lens.sites import Heads
+from sat_lens.sites.discovery import check_is_lens
 from sat_lens.sites.naming import places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_log = logging.getLogger(__name__)
 KIND = "scaling curve"
 _BLOCK_OUTPUT = re.compile(r"blocks\.\d+\.hook_out$")
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf)
@@ -54,16 +57,27 @@ class ScalingCurve:
     def frame(self) -> pd.DataFrame:
         """Return one row a scale.
 
-        Columns: ``loss`` (next-token cross-entropy, nats; where the data are tokens, and over
-        sequences of two tokens or more), ``kl``
-        (divergence from the soft model, nats), ``top1`` (share of positions whose likeliest token
-        is that of the soft model), ``metric`` if one was given, and for each layer ``S_L0``, ...:
-        the similarity S of the residual stream to the soft run, normalised by random keys.
+        Columns: ``loss`` (next-token cross-entropy, nats; only where the data are tokens and the
+        model predicts the next one), ``kl`` (divergence from the soft model, nats), ``top1`` (share
+        of positions whose likeliest token is that of the soft model), ``metric`` if one was given
+        (in its own unit), and for each layer ``S_L0``, ...: the similarity S of the residual stream
+        to the soft run, normalised by random keys, without a unit. :attr:`notes` says why an S is
+        NaN. All but ``metric`` are means over the positions that are no padding; ``metric`` is a
+        mean over batches, each weighing as many sequences as it has.
         """
         return pd.DataFrame(
             {name: values.tolist() for name, values in self.columns.items()},
             index=pd.Index(self.scales, name="scale"),
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be said beside the numbers: which similarities are undefined, and why."""
+        return [f"{n}: {NO_ROOM}" for n, v in self.columns.items() if bool(v.isnan().all())]
+
+    def __repr__(self) -> str:
+        """Show the table and the notes."""
+        return "\n".join([f"Scaling curve of {self.provenance}", str(self.frame()), *self.notes])
 
     def plot(self) -> Figure:
         """Draw every measure against the inverse temperature."""
@@ -89,13 +103,11 @@ class ScalingCurve:
             FileFormatError: The file is missing, broken, foreign, or holds something else.
         """
         columns, meta = read_result(path, KIND)
-        try:
+        with read_entries(path):
             scales = tuple(float(c) for c in meta["scales"])
             # A safetensors file keeps no order.
             ordered = {name: columns[name].reshape(len(scales)) for name in meta["columns"]}
             return cls(Provenance(**meta["provenance"]), scales, ordered, meta["complete"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
 
 
 def scaling_curve(
@@ -116,8 +128,10 @@ def scaling_curve(
     Args:
         model: A TransformerLens model.
         data: Tokens, texts or batches; see :func:`sat_lens.data.batches`. One forward pass per
-            batch and scale is made, and two more per batch.
-        scales: Inverse temperatures; 0 is uniform, ``math.inf`` the limit.
+            batch and scale is made, and two more per batch. For a model whose logits see the next
+            token (a masked language model, tested on the first batch) the loss is left out, with a
+            warning in the log.
+        scales: Inverse temperatures, in a list; 0 is uniform, ``math.inf`` the limit.
         heads: Which heads; None is all.
         metric: A function of the logits of one batch, measured besides.
         batch_size: Sequences in a forward pass, for tokens and texts.
@@ -129,24 +143,28 @@ def scaling_curve(
         NonFiniteError: The metric is not finite.
 
     Example:
+        >>> import math
         >>> import sat_lens as sl
         >>> model = sl.load_model("demo")
         >>> curve = sl.scaling_curve(model, ["import os"], scales=[1.0, math.inf], progress=False)
         >>> abs(float(curve.frame().loc[1.0, "kl"])) < 1e-5
         True
     """
-    if not len(scales):
-        raise ArgumentError("Needed at least one scale, and none was given.")
-    for c in scales:
-        check_scale(c)
+    _check(scales, metric)
+    check_is_lens(model, "scaling_curve")
     totals: dict[str, Tensor] = {}
     weights: dict[str, int] = {}
     streams = _residual_streams(model)
-    complete = True
-    with torch.no_grad(), tqdm(desc="scaling curve", unit="run", disable=not progress) as bar:
+    complete, predicts = True, None
+    total = len(batch_sizes(data, batch_size) or ()) * len(scales) or None
+    bar = tqdm(desc="scaling curve", total=total, unit="run", disable=not progress)
+    with torch.no_grad(), bar:
         try:
             for batch in batches(model, data, batch_size):
-                part = _one_batch(model, batch, streams, scales, heads, metric, bar)
+                if predicts is None and _has_next_token(batch):
+                    predicts = _predicts_next(model, batch)
+                read = _Reading(batch, streams, metric, bool(predicts))
+                part = _one_batch(model, read, scales, heads, bar)
                 for name, (values, weight) in part.items():
                     totals[name] = totals.get(name, torch.zeros(())) + values * weight
                     weights[name] = weights.get(name, 0) + weight
@@ -161,33 +179,104 @@ def scaling_curve(
     return ScalingCurve(provenance, tuple(float(c) for c in scales), columns, complete)
 
 
+def _check(scales: Sequence[float], metric: object) -> None:
+    if isinstance(scales, str) or not isinstance(scales, Sequence) or not len(scales):
+        raise ArgumentError(
+            f"Needed at least one scale, in a list such as [0.5, math.inf]; found {scales!r}."
+        )
+    for c in scales:
+        check_scale(c)
+    if metric is not None and not callable(metric):
+        raise ArgumentError(
+            f"metric is a function of the logits, and the loss is measured anyway; {metric!r} was "
+            "given."
+        )
+
+
+def _predicts_next(model: Any, batch: Batch) -> bool:
+    found = predicts_next(model, batch)
+    if not found:
+        _log.warning(
+            "The model's logits see the next token (a masked language model does), so a next-token "
+            "loss would mean nothing and is left out."
+        )
+    return found
+
+
+def _has_next_token(batch: Batch) -> bool:
+    return batch.output_tokens is not None and batch.output_tokens.shape[1] > 1
+
+
+# A mean, and how many positions or sequences it is over.
+_Mean = tuple[float, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What is read from runs on one batch."""
+
+    batch: Batch
+    streams: dict[str, str]
+    metric: Callable[[Any], Tensor] | None
+    predicts: bool
+
+    def outputs(self, soft: Tensor, logits: Tensor) -> dict[str, _Mean]:
+        """Compare logits with the soft ones."""
+        real = self.batch.output_real
+        positions = slice(None) if real is None or real.shape != soft.shape[:-1] else real
+        before, after = soft[positions].float(), logits[positions].float()
+        same = before.argmax(-1) == after.argmax(-1)
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        found = {"top1": _mean(same.float()), "kl": _mean(kl)}
+        if self.predicts and self.batch.output_tokens is not None:
+            found["loss"] = _mean(_losses(self.batch.output_tokens, real, logits))
+        if self.metric is not None:
+            found["metric"] = metric_value(self.metric, logits), self.batch.size
+        return {name: mean for name, mean in found.items() if mean[1]}
+
+    def cosines(self, soft: dict[str, Tensor], changed: dict[str, Tensor]) -> dict[str, _Mean]:
+        """Compare residual streams with the soft ones."""
+        found = {}
+        for name, label in self.streams.items():
+            in_decoder = name.startswith("decoder")
+            real = self.batch.output_real if in_decoder else self.batch.real
+            count = soft[name].shape[:2].numel() if real is None else int(real.sum())
+            found[label] = float(mean_cosine(soft[name], changed[name], real)), count
+        return found
+
+
+def _mean(values: Tensor) -> _Mean:
+    return (float(values.mean()), values.numel()) if values.numel() else (math.nan, 0)
+
+
+def _losses(tokens: Tensor, real: Tensor | None, logits: Tensor) -> Tensor:
+    kept = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+    both = (kept[:, 1:] & kept[:, :-1]).to(logits.device)
+    wanted = tokens[:, 1:].to(logits.device)[both]
+    return torch.nn.functional.cross_entropy(logits[:, :-1][both].float(), wanted, reduction="none")
+
+
 def _one_batch(
-    model: Any,
-    batch: Batch,
-    streams: dict[str, str],
-    scales: Sequence[float],
-    heads: Heads,
-    metric: Callable[[Any], Tensor] | None,
-    bar: Any,
+    model: Any, read: _Reading, scales: Sequence[float], heads: Heads, bar: Any
 ) -> dict[str, tuple[Tensor, int]]:
-    """Measure one batch: for each column a value per scale, and how many sequences it weighs."""
-    soft, soft_stream = _run(model, batch, streams)
+    """Measure one batch: for each column a value per scale, and what it is a mean over."""
+    soft, soft_stream = _run(model, read)
     with replace_attention(model, RandomKey(), heads):
-        random_stream = _run(model, batch, streams)[1]
-    predicted = _predicted(batch, soft)
-    found: dict[str, list[float]] = {}
+        random_stream = _run(model, read)[1]
+    found: dict[str, list[_Mean]] = {}
     for c in scales:
         with saturate(model, heads, c):
-            logits, stream = _run(model, batch, streams)
-        at_c = _measures(batch, soft, logits, predicted, metric)
-        for name, value in (at_c | _cosines(batch, soft_stream, stream, streams)).items():
-            found.setdefault(name, []).append(value)
+            logits, stream = _run(model, read)
+        at_c = read.outputs(soft, logits) | read.cosines(soft_stream, stream)
+        for name, mean in at_c.items():
+            found.setdefault(name, []).append(mean)
         bar.update()
-    for label, cosine in _cosines(batch, soft_stream, random_stream, streams).items():
+    for label, cosine in read.cosines(soft_stream, random_stream).items():
         found[_control(label)] = [cosine] * len(scales)
     return {
-        name: (torch.tensor(values), int(predicted.sum()) if name == "loss" else batch.size)
-        for name, values in found.items()
+        name: (torch.tensor([value for value, _ in means]), means[0][1])
+        for name, means in found.items()
     }
 
 
@@ -204,61 +293,7 @@ def _residual_streams(model: Any) -> dict[str, str]:
     return dict(zip(names, labels, strict=True))
 
 
-def _run(model: Any, batch: Batch, streams: dict[str, str]) -> tuple[Tensor, dict[str, Tensor]]:
-    logits, cache = model.run_with_cache(batch.inputs, names_filter=list(streams), **batch.kwargs)
-    return logits, {name: cache[name] for name in streams}
-
-
-def _cosines(
-    batch: Batch, soft: dict[str, Tensor], changed: dict[str, Tensor], streams: dict[str, str]
-) -> dict[str, float]:
-    # The mask of an encoder says nothing of a decoder's positions, and the reverse.
-    real = batch.real if batch.decoder_tokens is None else None
-    return {
-        label: float(mean_cosine(soft[name], changed[name], real))
-        for name, label in streams.items()
-    }
-
-
-def _predicted(batch: Batch, logits: Tensor) -> Tensor:
-    """Say of which sequences the next-token loss can be taken."""
-    if (
-        batch.output_tokens is None
-        or logits.dim() != 3
-        or logits.shape[:2] != batch.output_tokens.shape
-    ):
-        return torch.zeros(batch.size, dtype=torch.bool)
-    return has_next_token(batch.output_tokens, batch.output_real)
-
-
-def _measures(
-    batch: Batch,
-    soft: Tensor,
-    logits: Tensor,
-    predicted: Tensor,
-    metric: Callable[[Any], Tensor] | None,
-) -> dict[str, float]:
-    found: dict[str, float] = {}
-    if batch.output_tokens is not None and bool(predicted.any()):
-        real = None if batch.output_real is None else batch.output_real[predicted]
-        loss = next_token_loss(batch.output_tokens[predicted], real)
-        found["loss"] = float(loss(logits[predicted]))
-    same = (soft.argmax(-1) == logits.argmax(-1)).float()
-    real = (
-        batch.output_real
-        if batch.output_real is not None and batch.output_real.shape == same.shape
-        else None
-    )
-    found["top1"] = float(same.mean() if real is None else same[real].mean())
-    if real is None:
-        found["kl"] = float(kl_to_soft(soft)(logits)) if logits.dim() == 3 else _kl(soft, logits)
-    else:
-        found["kl"] = _kl(soft[real], logits[real])
-    if metric is not None:
-        found["metric"] = metric_value(metric, logits)
-    return found
-
-
-def _kl(soft: Tensor, changed: Tensor) -> float:
-    p, q = soft.float().log_softmax(-1), changed.float().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+def _run(model: Any, read: _Reading) -> tuple[Tensor, dict[str, Tensor]]:
+    batch, names = read.batch, list(read.streams)
+    logits, cache = model.run_with_cache(batch.inputs, names_filter=names, **batch.kwargs)
+    return logits, {name: cache[name] for name in names}

@@ -52,6 +52,7 @@ def majority(n_sequences: int = 256, length: int = 64, seed: int = 0) -> Task:
     """Which of two symbols was commoner so far: 0 the first, 1 a tie, 2 the second.
 
     Example:
+        >>> from sat_lens.tasks import majority
         >>> task = majority(4, 8)
         >>> task.tokens.shape, task.n_answers
         (torch.Size([4, 8]), 3)
@@ -65,6 +66,7 @@ def token_count(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task
     """How often the current token has occurred so far, itself included.
 
     Example:
+        >>> from sat_lens.tasks import token_count
         >>> task = token_count(1, 6)
         >>> bool((task.answers[task.counted] >= 1).all())
         True
@@ -79,6 +81,7 @@ def dyck_depth(n_sequences: int = 256, length: int = 32, seed: int = 0, deepest:
     """How many brackets are open, in well-formed prefixes of one kind of bracket.
 
     Example:
+        >>> from sat_lens.tasks import dyck_depth
         >>> int(dyck_depth(8, 16).answers.max()) <= 6
         True
     """
@@ -103,6 +106,7 @@ def an_bn(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
     n-th letter b and at those beside it, where nothing but counting tells yes from no.
 
     Example:
+        >>> from sat_lens.tasks import an_bn
         >>> task = an_bn(4, 8)
         >>> sorted(set(task.answers[task.counted].tolist())) == [0, 1]
         True
@@ -121,6 +125,7 @@ def previous_token(n_sequences: int = 256, length: int = 32, seed: int = 0) -> T
     """The token before the current one.
 
     Example:
+        >>> from sat_lens.tasks import previous_token
         >>> task = previous_token(2, 5)
         >>> bool((task.answers[:, 1:] == task.tokens[:, :-1]).all())
         True
@@ -134,6 +139,7 @@ def induction(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
     """The token that followed the current one in the first half, which the second half repeats.
 
     Example:
+        >>> from sat_lens.tasks import induction
         >>> task = induction(2, 9)
         >>> bool((task.tokens[:, 1:5] == task.tokens[:, 5:]).all())
         True
@@ -159,6 +165,7 @@ def distinct_states(
     the rows of the last residual stream, equal if they agree to ``decimals`` decimals.
 
     Example:
+        >>> from sat_lens.tasks import distinct_states, majority, train_on
         >>> task = majority(16, 6)
         >>> int(distinct_states(train_on(task, steps=1), task.tokens)[0])
         1
@@ -193,6 +200,7 @@ def train_on(
         ModelError: The installed TransformerLens has no models of its own for the bridge.
 
     Example:
+        >>> from sat_lens.tasks import previous_token, train_on
         >>> model = train_on(previous_token(8, 8), steps=1)
         >>> model.training
         False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 ROLES = ("argmax", "subset", "argmax-lean", "soft", "mean-lean", "mean")
+# A head of which no row was counted has no role; its name is the empty string.
 DESCRIPTIONS = {
     "argmax": "attends to one key at a time",
-    "subset": "attends equally to a few keys",
+    "subset": "attends equally to some keys, hardly to the rest",
     "argmax-lean": "nearer to one key than to all",
     "soft": "between one key and all",
     "mean-lean": "nearer to all keys than to one",
     "mean": "averages over all visible keys",
+    "": "no row counted",
 }

@@ -163,7 +163,7 @@ def test_the_similarity_follows_its_definition(demo):
     with torch.no_grad(), sl.replace_attention(demo, sl.transforms.RandomKey(3)):
         random = demo.run_with_cache(TEXT)[1]
     frame = found.frame()
-    assert list(frame.columns) == ["S", "cos_saturated", "cos_random"]
+    assert list(frame.columns) == ["S", "cos_saturated", "cos_random", "note"]
     for layer, (name, row) in enumerate(frame.iterrows()):
         assert name == f"blocks.{layer}.hook_resid_post"
         soft, hard, control = (
@@ -255,9 +255,112 @@ def test_an_activation_that_is_not_there(demo):
     assert pair.similarity("z").s.isfinite().any()
 
 
-def test_masked_scores_have_no_cosine(demo):
+@pytest.mark.parametrize("name", ["attn_scores", "hook_attn_scores"])
+def test_masked_scores_have_no_cosine(demo, name):
     with refusal(ArgumentError, "mask", 'Compare "pattern"'):
-        pair_of(demo, TEXT).similarity("attn_scores")
+        pair_of(demo, TEXT).similarity(name)
+
+
+def test_a_name_may_carry_its_hook(demo):
+    pair = pair_of(demo, TEXT)
+    for name in ("z", "pattern", "resid_post"):
+        assert torch.equal(pair.similarity(f"hook_{name}").s, pair.similarity(name).s)
+
+
+@pytest.mark.parametrize("activation", ["resid_post", "z", "pattern", "logits"])
+def test_a_cache_without_batch_axis_gives_the_same_similarity(demo, activation):
+    bare = pair_of(demo, TEXT, remove_batch_dim=True)
+    assert bare.soft.cache["resid_post", 0].dim() == 2
+    found, wanted = (pair.similarity(activation) for pair in (bare, pair_of(demo, TEXT)))
+    torch.testing.assert_close(found.cos_saturated, wanted.cos_saturated)
+    torch.testing.assert_close(found.cos_random, wanted.cos_random)
+
+
+def test_padding_is_not_counted_without_batch_axis_either(demo):
+    tokens = demo.to_tokens(TEXT)
+    padded = torch.cat([tokens, torch.full((1, 9), 2)], dim=1)
+    mask = (torch.arange(padded.shape[1]) < tokens.shape[1]).long()[None]
+    found = pair_of(demo, padded, attention_mask=mask, remove_batch_dim=True).similarity()
+    wanted = pair_of(demo, tokens).similarity()
+    torch.testing.assert_close(found.cos_saturated, wanted.cos_saturated, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pos_slice", [2, (1, 4)])
+def test_a_slice_of_positions_has_no_similarity(demo, pos_slice):
+    pair = pair_of(demo, TEXT, pos_slice=pos_slice)
+    for activation in ("resid_post", "pattern"):
+        with refusal(ArgumentError, "pos_slice"):
+            pair.similarity(activation)
+    wanted = pair_of(demo, TEXT).similarity("logits").s
+    torch.testing.assert_close(pair.similarity("logits").s, wanted)
+
+
+@pytest.mark.parametrize("return_type", [None, "loss", "both"])
+def test_without_logits_everything_else_can_be_compared(demo, return_type):
+    pair = pair_of(demo, TEXT, return_type=return_type)
+    wanted = pair_of(demo, TEXT).similarity("z")
+    torch.testing.assert_close(pair.similarity("z").s, wanted.s, equal_nan=True)
+    with refusal(ArgumentError, "no logits", "return_type"):
+        pair.similarity("logits")
+
+
+@pytest.mark.parametrize("name", ["input", "input_ids", "tokens"])
+def test_the_input_may_come_by_name(demo, name):
+    tokens = demo.to_tokens(TEXT)
+    found = pair_of(demo, **{name: tokens}, attention_mask=torch.ones_like(tokens))
+    assert torch.equal(found.saturated.logits, pair_of(demo, tokens).saturated.logits)
+    with refusal(ArgumentError, "input", "none was given"):
+        pair_of(demo, attention_mask=torch.ones_like(tokens))
+
+
+def test_encoder_and_decoder_have_their_own_padding():
+    model = tiny.pair("bart", "Bart", tiny.BART).build()
+    tokens, decoder = tiny.tokens(2, 10), tiny.tokens(2, 7, seed=1)
+    masks = [torch.ones(2, 10, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)]
+    masks[0][0, 6:], masks[1][0, 5:] = 0, 0
+    pair = pair_of(
+        model,
+        tokens,
+        decoder_input=decoder,
+        attention_mask=masks[0],
+        decoder_attention_mask=masks[1],
+    )
+    for activation, stack, mask in [
+        ("attn_out", "encoder", masks[0]),
+        ("attn_out", "decoder", masks[1]),
+        ("pattern", "encoder", masks[0]),
+        ("pattern", "decoder", masks[1]),
+        ("logits", "logits", masks[1]),
+    ]:
+        found = pair.similarity(activation)
+        at = next(i for i, name in enumerate(found.names) if name.startswith(stack))
+        runs = (pair.soft, pair.saturated)
+        if stack == "logits":
+            one, other = (run.logits for run in runs)
+        else:
+            one, other = (run.cache[found.names[at]] for run in runs)
+        if activation == "pattern":
+            one, other = one.transpose(1, 2), other.transpose(1, 2)
+        cosines = torch.cosine_similarity(one.double(), other.double(), dim=-1)
+        wanted = float(cosines[mask.bool()].mean())
+        assert float(found.cos_saturated[at]) == pytest.approx(wanted, abs=1e-9)
+        assert wanted != pytest.approx(float(cosines.mean()), abs=1e-6)
+
+
+def test_a_mask_of_other_positions_is_no_reason_to_count_padding():
+    first = tiny.noise(2, 5, 8)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    with refusal(ArgumentError, "\\[2, 5\\]", "\\[2, 3\\]", "equal length"):
+        mean_cosine(first, first, mask)
+    assert float(mean_cosine(first, first, torch.ones(2, 3, dtype=torch.bool))) == pytest.approx(1)
+
+
+def test_an_undefined_similarity_says_why(demo):
+    found = pair_of(demo, TEXT, heads="L2H0").similarity("resid_post")
+    notes = found.frame()["note"]
+    assert notes[:2].str.contains("undefined.*random keys").all()
+    assert (notes[found.s.isfinite().numpy()] == "").all()
+    assert "undefined" in repr(found)
 
 
 def test_an_overflow_is_no_similarity(demo):

@@ -6,11 +6,12 @@ import datasets
 import pytest
 import tiny
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sat_lens as sl
-from sat_lens.data import batches, text_windows
+from sat_lens.data import batches, predicts_next, text_windows
 from sat_lens.errors import DataError
 
 TEXTS = ["import os", "x = 1 + 2 + 3\n", "def f(x):\n    return x"]
@@ -86,6 +87,22 @@ def test_texts_open_with_the_beginning_of_sequence_once(demo):
 def test_a_long_text_is_cut_to_the_context(demo):
     (batch,) = read(demo, ["x = 1\n" * 999])
     assert batch.inputs.shape == (1, demo.cfg.n_ctx)
+
+
+def test_what_is_cut_off_is_said_once(demo, caplog):
+    context = demo.cfg.n_ctx
+    rows = [[0] * (context + 5), [0] * context, [0] * (context + 7)]
+    data = [{"input_ids": row} for row in rows] * 2
+    found = read(demo, data, batch_size=2)
+    assert [batch.inputs.shape for batch in found] == [(2, context)] * 3
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "4 of the texts" in record.message
+    assert "24 tokens" in record.message
+    caplog.clear()
+    read(demo, TEXTS)
+    next(batches(demo, ["x = 1\n" * 999, "y"], batch_size=1))
+    assert len(caplog.records) == 1
 
 
 def test_all_forms_of_the_same_tokens_agree(demo):
@@ -238,6 +255,39 @@ def test_a_mask_of_another_length(demo):
 def test_what_is_no_data(demo, data):
     with refusal("token tensor", "list of texts", "found (int|NoneType|list|dict)"):
         read(demo, data)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2, 3), torch.ones(2, 3).bool(), torch.ones(3)])
+def test_tokens_are_whole_numbers(demo, wrong):
+    for data in (wrong, [wrong], [{"input_ids": wrong}]):
+        with refusal("whole numbers", str(wrong.dtype)):
+            read(demo, data)
+    case = tiny.pair("bart", "Bart", tiny.BART)
+    with refusal("whole numbers"):
+        read(case.build(), [{"input": tiny.tokens(2, 3), "decoder_input": wrong}])
+
+
+def test_a_batch_alone_is_told_where_to_go(demo):
+    with refusal("goes into a list"):
+        read(demo, {"input": torch.tensor([[0, 5]])})
+
+
+def test_whether_logits_predict_the_next_token(demo):
+    bert = tiny.reader("bert", "BertForMaskedLM", "BertConfig", "softmax", settings=tiny.SIZE)
+    oss = tiny.decoder("gpt_oss", "GptOss", "softmax", **zoo.LOCAL_MOE, **zoo.WIDE)
+    pair = tiny.pair("t5", "T5", tiny.T5)
+    both = {"input": tiny.tokens(), "decoder_input": tiny.tokens(length=7, seed=1)}
+    for model, data, wanted in [
+        (demo, TEXTS, True),
+        (bert.build(), tiny.tokens(), False),
+        (tiny.native(attention_dir="bidirectional"), tiny.tokens(), False),
+        (tiny.native(), tiny.tokens(), True),
+        (oss.build(), tiny.tokens(), True),
+        (pair.build(), [both], True),
+        (demo, torch.tensor([[0]]), False),
+    ]:
+        (batch,) = read(model, data)
+        assert predicts_next(model, batch) == wanted
 
 
 def test_a_dict_without_an_input(demo):

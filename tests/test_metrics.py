@@ -99,6 +99,29 @@ def test_kl_is_a_divergence(shape, data):
     assert metric.positions == at
 
 
+@given(SHAPES, st.data())
+def test_padding_counts_nothing_in_the_divergence(shape, data):
+    batch, length, _ = shape
+    soft, changed = noise(shape), noise(shape, seed=1)
+    lengths = data.draw(st.lists(st.integers(1, length), min_size=batch, max_size=batch))
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    found = sl.metrics.kl_to_soft(soft, attention_mask=mask).per_prompt(changed)
+    for i, n in enumerate(lengths):
+        alone = sl.metrics.kl_to_soft(soft[i : i + 1, :n])(changed[i : i + 1, :n])
+        assert float(found[i]) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_masks_that_do_not_fit():
+    soft = noise((2, 3, 5))
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with refusal("padded at every position"):
+        sl.metrics.kl_to_soft(soft, positions=[-1], attention_mask=mask)
+    with refusal("mask has shape \\[2, 2\\]", "\\[2, 3\\]"):
+        sl.metrics.kl_to_soft(soft, attention_mask=mask[:, :2])
+    with refusal("mask has shape \\[2, 2\\]", "\\[2, 3\\]"):
+        sl.metrics.next_token_loss(torch.zeros(2, 3, dtype=torch.long), mask[:, :2])
+
+
 @settings(max_examples=30)
 @given(SHAPES)
 def test_the_value_is_the_mean_over_prompts_and_has_a_gradient(shape):
@@ -129,6 +152,22 @@ def test_has_next_token():
 def test_answers_come_in_pairs(answer, wrong):
     with refusal("right", "wrong", "found"):
         sl.metrics.logit_difference(answer, wrong)
+
+
+@pytest.mark.parametrize("wrong", ["yes", ["yes", "no"], [None], 1.5, True, torch.ones(2)])
+@pytest.mark.usefixtures("types_unchecked")
+def test_answers_are_token_ids(wrong):
+    with refusal("token ids", "to_single_token"):
+        sl.metrics.logit_difference(wrong, [0, 1])
+    with refusal("token ids"):
+        sl.metrics.logit_difference(1, wrong)
+
+
+@pytest.mark.parametrize("position", [1.0, "last", None])
+@pytest.mark.usefixtures("types_unchecked")
+def test_a_position_is_a_whole_number(position):
+    with refusal("position", "found"):
+        sl.metrics.logit_difference(1, 0, position)
 
 
 def test_logits_that_do_not_fit_the_answers():
@@ -176,3 +215,9 @@ def test_a_metric_gives_one_number(value):
 def test_what_is_no_number(value, kind, words):
     with refusal(*words, kind=kind):
         metric_value(lambda _logits: value, None)
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_what_is_no_function():
+    with refusal("function of the logits", "'loss'"):
+        metric_value("loss", None)

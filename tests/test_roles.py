@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,39 @@ def test_frame_agrees_with_a_cache_and_plain_arithmetic(demo, tokens, roles):
         previous = cache["pattern", 1][:, head].diagonal(-1, -2, -1)[:, 6:].mean().item()
         assert row["previous"] == pytest.approx(previous, abs=1e-5)
         assert row["n_rows"] == 6 * 17
+
+
+def test_rows_read_in_blocks_agree_with_plain_arithmetic():
+    settings = tiny.GPT | {"n_positions": 256}
+    model = tiny.of_class("GPT2LMHeadModel", "GPT2Config", **settings)()
+    tokens = torch.randint(3, 40, (2, 150), generator=torch.Generator().manual_seed(3))
+    frame = sl.head_roles(model, tokens, progress=False).frame()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    query, key = torch.arange(150)[:, None], torch.arange(150)
+    earlier = (tokens[:, :, None] == tokens[:, None]) & (key < query)
+    after = torch.cat([torch.zeros(2, 150, 1).bool(), earlier[..., :-1]], -1)
+    for head in range(4):
+        p = cache["pattern", 1][:, head].double()
+        uniform = (key <= query) / (query + 1)
+        rows = {
+            "tv_mean": (p - uniform).clamp(min=0).sum(-1),
+            "n_eff_share": 1 / (p * p).sum(-1) / (key + 1),
+            "previous": torch.cat([torch.zeros(2, 1), p.diagonal(-1, 1, 2)], -1),
+            "self": p.diagonal(0, 1, 2),
+            "first": p[..., 0],
+        }
+        wanted = {name: row[:, 7:].mean() for name, row in rows.items()}
+        for name, target in {"duplicate": earlier, "induction": after}.items():
+            has_one = target[:, 7:].any(-1)
+            wanted[name] = (p * target).sum(-1)[:, 7:][has_one].mean()
+        found = frame.loc[f"L1H{head}"]
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(float(value), abs=1e-6), name
+        assert (found["next"], found["n_rows"]) == (0, 2 * 143)
+        offsets = (p.argmax(-1) - key)[:, 7:].clamp(min=-64).flatten()
+        most = int(torch.unique(offsets, return_counts=True)[1].max())
+        assert found["modal_share"] == pytest.approx(most / len(offsets), abs=1e-9)
 
 
 @given(cut=st.integers(1, 5))
@@ -140,7 +174,7 @@ def test_an_interrupt_before_anything_was_read_passes_on(demo):
         ({"rows": 0}, ArgumentError, "at least 1"),
         ({"shard": (3, 2)}, ArgumentError, "from 1 to n"),
         ({"query_positions": [24]}, ArgumentError, r"sequence of 24; found \[24\]"),
-        ({"query_positions": []}, ArgumentError, "found none"),
+        ({"query_positions": []}, ArgumentError, r"at least one position.* found \[\]"),
         ({"min_keys": 99}, DataError, "No query row has 99"),
         ({"metric": "accuracy"}, ArgumentError, '"loss" or a function'),
         ({"metric": lambda logits: logits}, ArgumentError, "scalar tensor"),

@@ -109,8 +109,63 @@ def test_padding_counts_nothing(demo):
     frame = together.frame()
     expected = (4 * long["kl"] + 2 * short["kl"]) / 6
     assert frame["kl"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-    expected = (long["loss"] + short["loss"]) / 2
+    expected = (3 * long["loss"] + short["loss"]) / 4
     assert frame["loss"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_mean_is_over_positions_however_they_are_batched(demo):
+    rows = [{"input_ids": row} for row in ([0, 90, 280, 492, 11, 7], [0, 745], [0, 9, 4], [5])]
+    settings = {"scales": [0.0, 1.0, math.inf], "heads": ["L0H1", "L1H2"]}
+    whole = curve_of(demo, rows, batch_size=4, **settings).frame()
+    for batch_size in (1, 3):
+        parts = curve_of(demo, rows, batch_size=batch_size, **settings).frame()
+        assert_frame_equal(parts, whole, rtol=0, atol=2e-5)
+
+
+def test_encoder_and_decoder_positions_weigh_by_their_own_number():
+    model = tiny.pair("bart", "Bart", tiny.BART).build()
+    long = {"input": tiny.tokens(1, 9), "decoder_input": tiny.tokens(1, 4, seed=1)}
+    short = {"input": tiny.tokens(1, 3, seed=2), "decoder_input": tiny.tokens(1, 8, seed=3)}
+    both, first, second = (
+        curve_of(model, data, scales=[math.inf]) for data in ([long, short], [long], [short])
+    )
+    (kl,), (a,), (b,) = (curve.frame()["kl"] for curve in (both, first, second))
+    assert kl == pytest.approx((4 * a + 8 * b) / 12, abs=1e-5)
+    (loss,), (a,), (b,) = (curve.frame()["loss"] for curve in (both, first, second))
+    assert loss == pytest.approx((3 * a + 7 * b) / 10, abs=1e-5)
+
+
+def test_a_decoders_padding_counts_nothing():
+    model = tiny.pair("bart", "Bart", tiny.BART).build()
+    tokens, decoder = tiny.tokens(1, 9), tiny.tokens(1, 4, seed=1)
+    padded = torch.cat([decoder, tiny.tokens(1, 3, seed=4)], 1)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
+    batch = {"input": tokens, "decoder_input": padded, "decoder_attention_mask": mask}
+    plain = {"input": tokens, "decoder_input": decoder}
+    found, wanted = (curve_of(model, [b], scales=[0.0, 3.0]).frame() for b in (batch, plain))
+    columns = ["loss", "kl", "top1"]
+    assert_frame_equal(found[columns], wanted[columns], rtol=0, atol=1e-4)
+
+
+def test_a_model_that_sees_the_next_token_has_no_loss(caplog):
+    bert = tiny.reader("bert", "BertForMaskedLM", "BertConfig", "softmax", settings=tiny.SIZE)
+    causal = tiny.reader("gpt2", "GPT2LMHeadModel", "GPT2Config", "scores", settings=tiny.GPT)
+    assert "loss" in curve_of(causal.build(), tiny.tokens(), scales=[1.0]).frame()
+    assert not caplog.records
+    frame = curve_of(bert.build(), [tiny.tokens(), tiny.tokens(seed=5)], scales=[1.0, 4.0]).frame()
+    assert "loss" not in frame
+    assert frame.notna().all(axis=None)
+    assert [r.message for r in caplog.records if "next-token loss" in r.message] == [
+        record.message for record in caplog.records
+    ]
+    assert len(caplog.records) == 1
+
+
+def test_an_undefined_similarity_says_why(demo):
+    late = [f"L{layer}H{head}" for layer in (2, 3) for head in range(8)]
+    curve = curve_of(demo, TEXT, scales=[math.inf], heads=late)
+    assert [note.partition(":")[0] for note in curve.notes] == ["S_L0", "S_L1"]
+    assert all("undefined" in note and note in repr(curve) for note in curve.notes)
 
 
 def test_a_single_token_has_no_loss_and_spoils_none(demo):
@@ -211,8 +266,16 @@ def test_a_curve_can_be_drawn():
 
 @pytest.mark.parametrize(
     ("scales", "words"),
-    [([], ["at least one scale"]), ([1.0, -1.0], ["-1"]), ([math.nan], ["nan"])],
+    [
+        ([], ["at least one scale"]),
+        (2.0, ["in a list", "2.0"]),
+        ("12", ["in a list", "12"]),
+        ([1.0, -1.0], ["-1"]),
+        ([math.nan], ["nan"]),
+        (["x"], ["x"]),
+    ],
 )
+@pytest.mark.usefixtures("types_unchecked")
 def test_scales_that_are_none(demo, scales, words):
     with refusal(ArgumentError, *words):
         curve_of(demo, TEXT, scales=scales)
@@ -223,6 +286,7 @@ def test_scales_that_are_none(demo, scales, words):
     [
         (lambda logits: logits[:, -1], ArgumentError, ["scalar", "mean over prompts"]),
         (lambda logits: "high", ArgumentError, ["scalar", "str"]),
+        ("loss", ArgumentError, ["function of the logits", "'loss'"]),
         (lambda logits: logits.sum() * math.nan, NonFiniteError, ["nan"]),
     ],
 )

@@ -5,9 +5,9 @@ Definitions and the reasons for them are in :mod:`sat_lens.roles.rule` and
 """
 
 from sat_lens.roles.measuring import head_roles
-from sat_lens.roles.merging import merge
+from sat_lens.roles.merging import fingerprint, merge
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import Thresholds
 from sat_lens.vocabulary import DESCRIPTIONS, ROLES
 
-__all__ = ["DESCRIPTIONS", "ROLES", "HeadRoles", "Thresholds", "head_roles", "merge"]
+__all__ = ["DESCRIPTIONS", "ROLES", "HeadRoles", "Thresholds", "fingerprint", "head_roles", "merge"]

@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sat_lens.data import Batch, Data, batches
+from sat_lens.data import Batch, Data, batch_sizes, batches, is_count, predicts_next
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
+from sat_lens.kernels import AttentionCall
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
 from sat_lens.roles.damage import head_damage
+from sat_lens.roles.fused import measure_fused, shape_of
 from sat_lens.roles.importance import Metric, row_importance
-from sat_lens.roles.merging import all_reduced, shard_of_rank
-from sat_lens.roles.positions import BatchReader, Rows, special_ids
+from sat_lens.roles.merging import all_reduced, fingerprint, shard_of_rank
+from sat_lens.roles.positions import ROWS_PER_SEQUENCE, BatchReader, Rows, special_ids
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.statistics import measure
 from sat_lens.roles.sums import Sums
 from sat_lens.sites import AttentionSite, attention_sites
-
-ROWS_PER_SEQUENCE = 64
+from sat_lens.sites.discovery import check_is_lens
 
 
 def head_roles(
@@ -52,7 +53,8 @@ def head_roles(
     all ranks return the whole result.
 
     Args:
-        model: A TransformerLens model in evaluation mode.
+        model: A TransformerLens model in evaluation mode, or a plain Hugging Face model; where that
+            runs fused attention, memory grows with the length of a sequence and not its square.
         data: Tokens, texts, batches or a Hugging Face dataset; see :func:`sat_lens.data.batches`.
         metric: Weigh each query row by its first-order effect on this function of the logits (or
             ``"loss"``, the next-token loss); costs a forward and a backward pass more.
@@ -72,7 +74,8 @@ def head_roles(
 
     Raises:
         DataError: The data is empty, or no row has ``min_keys`` visible keys.
-        ArgumentError: A number is out of range, or the metric is unusable.
+        ArgumentError: A number is out of range, or the metric is unusable; the loss is for a model
+            whose logits see the next token.
         UnsupportedModelError: The attention cannot be reached.
 
     Example:
@@ -82,16 +85,23 @@ def head_roles(
         >>> len(roles.frame())
         32
     """
-    _check(min_keys, rows, shard)
+    _check(min_keys, rows, shard, query_positions, thresholds)
+    if metric is not None or damage:
+        check_is_lens(model, "head_roles with a metric or damage")
     sites = attention_sites(model)
     limits = thresholds or Thresholds()
     sums = {site.path: Sums.empty(site.n_heads) for site in sites}
     special = special_ids(model)
-    mine = _share(batches(model, data, batch_size), shard or shard_of_rank())
+    index, count = shard or shard_of_rank()
+    mine = _share(batches(model, data, batch_size), (index, count))
+    sizes = batch_sizes(data, batch_size)
+    total = None if sizes is None else sum(sizes[index - 1 :: count])
     n_sequences, complete = 0, True
-    with tqdm(desc="head roles", unit="seq", disable=not progress) as bar:
+    with tqdm(desc="head roles", total=total, unit="seq", disable=not progress) as bar:
         try:
             for batch in mine:
+                if n_sequences == 0 and (metric == "loss" or (damage and metric is None)):
+                    _check_predicts_next(model, batch)
                 importance = None if metric is None else row_importance(model, batch, sites, metric)
                 reader = BatchReader(batch, special, query_positions, rows, importance)
                 found = _one_batch(model, sites, batch, reader, min_keys, limits)
@@ -122,6 +132,10 @@ def head_roles(
         n_sequences=n_sequences,
         complete=complete,
         weighted_by="" if metric is None else str(getattr(metric, "__name__", metric)),
+        rows=rows,
+        query_positions=None if query_positions is None else tuple(query_positions),
+        damage=damage,
+        fingerprint=fingerprint(model),
     )
 
 
@@ -143,7 +157,11 @@ def _one_batch(
             module._pattern = None
         measure(sums[site.path], scores, reader.positions(site, scores), min_keys, thresholds)
 
-    with torch.no_grad(), observe_attention(model, observe):
+    def observe_call(site: AttentionSite, call: AttentionCall) -> None:
+        positions = reader.positions(site, shape_of(call))
+        measure_fused(sums[site.path], call, positions, min_keys, thresholds)
+
+    with torch.no_grad(), observe_attention(model, observe, observe_call):
         batch.run(model, **_sparing(model))
     for module in holders:
         module._pattern = None
@@ -152,12 +170,18 @@ def _one_batch(
 
 def _sparing(model: Any) -> dict[str, Any]:
     """Arguments that spare the model work whose result nobody reads: most logits, the KV cache."""
-    original = getattr(model, "original_model", None)
-    if original is None:
-        return {}
+    original = getattr(model, "original_model", model)
     taken = inspect.signature(original.forward).parameters
     wanted = {"logits_to_keep": 1, "use_cache": False}
     return {name: value for name, value in wanted.items() if name in taken}
+
+
+def _check_predicts_next(model: Any, batch: Batch) -> None:
+    if batch.output_tokens is not None and not predicts_next(model, batch):
+        raise ArgumentError(
+            "The next-token loss means nothing for this model and data: its logits do not predict "
+            "the next token (a masked language model sees it). Pass a metric of your own."
+        )
 
 
 def _share(batched: Iterable[Batch], shard: tuple[int, int]) -> Iterable[Batch]:
@@ -165,12 +189,37 @@ def _share(batched: Iterable[Batch], shard: tuple[int, int]) -> Iterable[Batch]:
     return (batch for i, batch in enumerate(batched) if i % count == index - 1)
 
 
-def _check(min_keys: int, rows: Rows, shard: tuple[int, int] | None) -> None:
-    if not isinstance(rows, int) and rows != "all":
-        raise ArgumentError(f'rows must be a number or "all"; {rows!r} was given.')
-    if min_keys < 1 or (rows != "all" and rows < 1):
-        raise ArgumentError(f"min_keys and rows must be at least 1; found {min_keys} and {rows}.")
-    if shard is not None and not (isinstance(shard, tuple) and 1 <= shard[0] <= shard[1]):
+def _check(
+    min_keys: int,
+    rows: Rows,
+    shard: tuple[int, int] | None,
+    query_positions: Sequence[int] | None,
+    thresholds: Thresholds | None,
+) -> None:
+    if not (is_count(rows) or (isinstance(rows, str) and rows == "all")):
+        raise ArgumentError(f'rows must be "all" or a whole number of at least 1; found {rows!r}.')
+    if not is_count(min_keys):
+        raise ArgumentError(f"min_keys must be a whole number of at least 1; found {min_keys!r}.")
+    pair = shard if isinstance(shard, tuple) and len(shard) == 2 else (0, 0)
+    if shard is not None and not (all(map(is_count, pair)) and pair[0] <= pair[1]):
         raise ArgumentError(
             f"A shard is (i, n) with i from 1 to n, such as (2, 8); found {shard!r}."
         )
+    if not (query_positions is None or _are_positions(query_positions)):
+        raise ArgumentError(
+            "query_positions is a list of at least one position, such as [0, -1]; found "
+            f"{query_positions!r}."
+        )
+    if not (thresholds is None or isinstance(thresholds, Thresholds)):
+        raise ArgumentError(
+            "thresholds is a sat_lens.roles.Thresholds, such as Thresholds(near=0.2); found "
+            f"{type(thresholds).__name__}."
+        )
+
+
+def _are_positions(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and all(isinstance(p, int) and not isinstance(p, bool) for p in value)
+    )

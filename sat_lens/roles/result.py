@@ -6,13 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
 
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.roles.positions import ROWS_PER_SEQUENCE, Rows
 from sat_lens.roles.rows import head_row
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.sums import Sums
@@ -29,7 +30,9 @@ class HeadRoles:
     """What every head does with its attention; made by :func:`sat_lens.head_roles`.
 
     ``complete`` is False if the pass was interrupted: the numbers then describe the sequences that
-    were read. ``weighted_by`` names the metric by whose importance rows were weighted, if any. A
+    were read. ``weighted_by`` names the metric by whose importance rows were weighted, if any;
+    ``rows``, ``query_positions`` and ``damage`` are the arguments of the measurement, and
+    ``fingerprint`` tells the weights that it was made on (:func:`sat_lens.roles.fingerprint`). A
     label describes the shape of attention and no more: an untrained model labels every head
     ``mean``, and a ``mean`` label alone is no evidence of counting.
     """
@@ -42,44 +45,65 @@ class HeadRoles:
     n_sequences: int
     complete: bool = True
     weighted_by: str = ""
+    rows: Rows = ROWS_PER_SEQUENCE
+    query_positions: tuple[int, ...] | None = None
+    damage: bool = False
+    fingerprint: str = ""
 
     def frame(self) -> pd.DataFrame:
         """Return one row a head, indexed by label, in the model's order.
 
-        Distances, masses and shares lie in [0, 1]; scales are factors on the model's own logits.
+        Distances, masses and shares are fractions of a row's probability or of rows, in [0, 1].
+        Scales are factors on the model's own logits, without a unit. Means and medians are over the
+        counted rows, weighted if a metric was given; "sampled" marks those over the sampled rows
+        of each sequence. What could not be measured is NaN.
 
-        ============== =========================================================================
-        column         meaning
-        ============== =========================================================================
-        stack          "" or the name of the stack
-        layer, head    block index and head index
-        role           the shape of the attention; see :mod:`sat_lens.roles.rule`
-        target         where it looks: previous, self, next, offset k, first, special, induction,
-                       duplicate, or ""
-        saturated      whether tv_nearest is within the threshold
-        tv_argmax      mean total variation to the argmax row
-        tv_mean        mean total variation to the uniform row
-        tv_nearest     mean total variation to the nearest saturated row (sampled rows)
-        lean           tv_mean / (tv_argmax + tv_mean): 1 is argmax, 0 is uniform
-        lean_se        its standard error, from resampling sequences; NaN for one sequence
-        median_m       median number of keys of the nearest saturated row (sampled rows)
-        m_share        mean of that number over the number of visible keys (sampled rows)
-        n_eff_share    effective keys over visible keys
-        sink_mass      mass on the first and the special tokens
-        lean_no_sink   lean with those keys left out (sampled rows)
-        modal_offset   commonest place of the row's maximum: key minus query, at most 64 away
-        modal_share    share of rows with their maximum there
-        previous ...   mean mass on the previous, same and next position, the first and the special
-                       tokens; ``induction`` and ``duplicate`` over rows that have such a key
-        c_lo           median greatest scale within .1 of uniform (16 of the sampled
-                       rows of each sequence); inf if every scale is
-        c_hi           median least scale within .1 of the limit; 0 if every scale is
-        damage_...     only if asked for: mean rise of the metric if the pattern is replaced by its
-                       argmax, uniform, its nearest saturated row, or the head's output by zero
-        relative_...   relative_damage: that of the role's own ideal pattern over that of zero
-        agreement      share of sampled rows that have the head's own role
-        n_rows         number of counted rows
-        ============== =========================================================================
+        =============== ========================================================================
+        column          meaning and unit
+        =============== ========================================================================
+        stack           "" or the name of the stack
+        layer, head     block index and head index, from 0
+        role            the shape of the attention, see :mod:`sat_lens.roles.rule`; "" if no row was
+                        counted
+        target          where it looks: previous, self, next, offset k, first, special, induction,
+                        duplicate, or ""
+        saturated       whether tv_nearest is within the threshold
+        tv_argmax       mean total variation to the argmax row, in probability
+        tv_mean         mean total variation to the uniform row, in probability
+        tv_nearest      mean total variation to the nearest saturated row, in probability (sampled)
+        lean            tv_mean / (tv_argmax + tv_mean): 1 is argmax, 0 is uniform
+        lean_se         its standard error, from resampling sequences; NaN for one sequence
+        median_m        median number of keys of the nearest saturated row (sampled)
+        m_share         mean of that number over the number of visible keys (sampled)
+        n_eff_share     mean of effective keys over visible keys
+        sink_mass       mean probability on the first and the special tokens, where known
+        lean_no_sink    lean with those keys left out (sampled)
+        modal_offset    commonest place of the row's maximum: key minus query, in positions, at most
+                        64 away
+        modal_share     share of rows with their maximum there
+        previous, self, mean probability on the previous, the same and the next position and on the
+        next, first     first real token
+        special         mean probability on the special tokens
+        induction       mean probability on keys that follow an earlier occurrence of the query's
+                        token, over rows that have such a key
+        duplicate       mean probability on earlier occurrences of the query's token, likewise
+        c_lo            median greatest scale within .1 of uniform (16 of the sampled rows of each
+                        sequence); inf if every scale is
+        c_hi            median least scale within .1 of the limit (the same rows); 0 if every scale
+                        is
+        damage_argmax,  only if asked for: mean rise of the metric, in its unit, if the pattern is
+        damage_uniform, replaced by its argmax, by uniform, by its nearest saturated row, or the
+        damage_nearest, head's output by zero
+        damage_zero
+        relative_damage the damage of the role's own ideal pattern over damage_zero
+        agreement       share of sampled rows that have the head's own role
+        n_rows          number of counted rows
+        =============== ========================================================================
+
+        Distances between query and key (modal_offset, modal_share, previous, self, next, first,
+        induction, duplicate) are NaN where rows and keys do not count the positions of one
+        sequence: in cross-attention, in attention within blocks, and where a decoder's keys and
+        those of its encoder share a softmax. No target is given from them there.
         """
         rows = [
             head_row(site, head, self.sums[site.path], self.thresholds)
@@ -107,8 +131,12 @@ class HeadRoles:
             the lean moved by more than ``errors`` standard errors.
 
         Raises:
-            ArgumentError: The two results have different heads.
+            ArgumentError: The other is no such result, or has different heads.
         """
+        if not isinstance(other, HeadRoles):
+            raise ArgumentError(
+                f"Needed another result of head_roles; found {type(other).__name__}."
+            )
         mine, theirs = self.frame(), other.frame()
         if list(mine.index) != list(theirs.index):
             raise ArgumentError(
@@ -152,6 +180,10 @@ class HeadRoles:
             "n_sequences": self.n_sequences,
             "complete": self.complete,
             "weighted_by": self.weighted_by,
+            "rows": self.rows,
+            "query_positions": self.query_positions,
+            "damage": self.damage,
+            "fingerprint": self.fingerprint,
         }
         write_result(path, KIND, tensors, meta)
 
@@ -168,22 +200,37 @@ class HeadRoles:
                 AttentionSite(**{**site, "discarded": frozenset(site["discarded"])})
                 for site in meta["sites"]
             )
-            sums = {}
-            for site in sites:
-                prefix = f"{site.path}/"
-                own = {
-                    n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
-                }
-                sums[site.path] = Sums.from_tensors(own)
             return cls(
                 provenance=Provenance(**meta["provenance"]),
                 sites=sites,
-                sums=sums,
+                sums={site.path: _sums_of(site, tensors) for site in sites},
                 thresholds=Thresholds(**meta["thresholds"]),
-                min_keys=meta["min_keys"],
-                n_sequences=meta["n_sequences"],
-                complete=meta["complete"],
-                weighted_by=meta["weighted_by"],
+                min_keys=_count(meta["min_keys"]),
+                n_sequences=_count(meta["n_sequences"]),
+                complete=bool(meta["complete"]),
+                weighted_by=str(meta["weighted_by"]),
+                rows=meta["rows"] if meta["rows"] == "all" else _count(meta["rows"]),
+                query_positions=_positions(meta["query_positions"]),
+                damage=bool(meta["damage"]),
+                fingerprint=str(meta["fingerprint"]),
             )
-        except (KeyError, TypeError) as error:
+        except FileFormatError as error:
+            raise FileFormatError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+
+
+def _sums_of(site: AttentionSite, tensors: Mapping[str, Tensor]) -> Sums:
+    prefix = f"{site.path}/"
+    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return Sums.from_tensors(own, _count(site.n_heads))
+
+
+def _positions(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(int(position) for position in value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"a count was needed, and {value!r} was found")
+    return value

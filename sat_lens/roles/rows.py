@@ -26,7 +26,9 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
     role = role_of(tv_argmax, tv_mean, tv_nearest, median_m, thresholds)
     offset, share = _mode(histograms["offsets"])
     leaning = lean(tv_argmax, tv_mean)
-    targets = Targets(mean.masses(), offset, share, mean.of("argmax_first"))
+    targets = Targets(mean.masses(), offset, share, mean.of("argmax_first", "aligned_rows"))
+    # Without a sink that is known there is nothing to leave out.
+    rest = "sampled_rows" if mean.sums["sink_rows"] else "sink_rows"
     return {
         "label": site.label(head),
         "stack": site.stack,
@@ -43,18 +45,15 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "median_m": median_m,
         "m_share": mean.of("m_share", "sampled_rows"),
         "n_eff_share": mean.of("n_eff_share"),
-        "sink_mass": mean.of("mass_sink"),
-        "lean_no_sink": lean(
-            mean.of("tv_argmax_no_sink", "sampled_rows"),
-            mean.of("tv_mean_no_sink", "sampled_rows"),
-        ),
+        "sink_mass": mean.of("mass_sink", "sink_rows"),
+        "lean_no_sink": lean(mean.of("tv_argmax_no_sink", rest), mean.of("tv_mean_no_sink", rest)),
         "modal_offset": offset,
         "modal_share": share,
         **mean.masses(),
         "c_lo": _median_scale(histograms["c_lo"]),
         "c_hi": _median_scale(histograms["c_hi"]),
         **_damage(mean, role),
-        "agreement": _share_of(histograms["row_roles"], ROLES.index(role)),
+        "agreement": _share_of(histograms["row_roles"], ROLES.index(role)) if role else math.nan,
         "n_rows": int(sums.counted[head]),
     }
 
@@ -69,9 +68,11 @@ class _Means:
         return self.sums[name] / self.sums[rows] if self.sums[rows] else math.nan
 
     def masses(self) -> dict[str, float]:
-        names = ("previous", "self", "next", "first", "special")
-        masses = {name: self.of(f"mass_{name}") for name in names}
-        for name in ("induction", "duplicate"):
+        masses = {
+            name: self.of(f"mass_{name}", "aligned_rows")
+            for name in ("previous", "self", "next", "first")
+        }
+        for name in ("special", "induction", "duplicate"):
             masses[name] = self.of(f"mass_{name}", f"{name}_rows")
         return masses
 
@@ -80,15 +81,17 @@ def _damage(mean: _Means, role: str) -> dict[str, float]:
     if not mean.sums["damage_sequences"]:
         return {}
     damage = {name: mean.of(f"damage_{name}", "damage_sequences") for name in DAMAGES}
-    own = damage[IDEAL[role]]
+    own = damage[IDEAL[role]] if role else math.nan
     relative = own / damage["zero"] if damage["zero"] else math.nan
     return {f"damage_{name}": value for name, value in damage.items()} | {
         "relative_damage": relative
     }
 
 
-def _mode(offsets: Tensor) -> tuple[int, float]:
+def _mode(offsets: Tensor) -> tuple[float, float]:
     best = int(offsets.argmax())
+    if not float(offsets[best]):
+        return math.nan, math.nan
     return best - FARTHEST_OFFSET, _share_of(offsets, best)
 
 

@@ -11,6 +11,9 @@ When not to use it: to compare two heads that fall into the same role. Compare t
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from sat_lens.errors import ArgumentError
 
 # The pattern that a role claims to describe.
 IDEAL = {
@@ -33,6 +36,13 @@ class Thresholds:
     target: float = 0.50
     sink: float = 0.30
 
+    def __post_init__(self) -> None:
+        """Check that every threshold is a number in [0, 1]."""
+        for name, value in dataclasses.asdict(self).items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and 0 <= value <= 1):
+                raise ArgumentError(f"The threshold {name} must lie in [0, 1]; found {value!r}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
@@ -43,7 +53,7 @@ class Targets:
     """
 
     mass: dict[str, float]
-    modal_offset: int
+    modal_offset: float
     modal_share: float
     first_share: float
 
@@ -51,14 +61,15 @@ class Targets:
 def lean(tv_argmax: float, tv_mean: float) -> float:
     """Place a head between uniform (0) and argmax (1): tv_mean / (tv_argmax + tv_mean).
 
-    A row with a single visible key is both; it gives .5.
+    A row with a single visible key is both; it gives .5. What was not measured stays NaN.
 
     Example:
+        >>> from sat_lens.roles.rule import lean
         >>> lean(0.0, 0.9), lean(0.9, 0.0)
         (1.0, 0.0)
     """
     total = tv_argmax + tv_mean
-    return tv_mean / total if total > 0 else 0.5
+    return tv_mean / total if total != 0 else 0.5
 
 
 def role_of(
@@ -68,13 +79,16 @@ def role_of(
     median_m: float,
     thresholds: Thresholds | None = None,
 ) -> str:
-    """Name the role of a head from its mean distances to saturated rows.
+    """Name the role of a head from its mean distances to saturated rows; "" if there are none.
 
     Example:
+        >>> from sat_lens.roles.rule import role_of
         >>> role_of(0.1, 0.8, 0.1, 1), role_of(0.7, 0.6, 0.1, 3), role_of(0.5, 0.5, 0.4, 2)
         ('argmax', 'subset', 'soft')
     """
     t = thresholds or Thresholds()
+    if math.isnan(tv_argmax):
+        return ""
     if tv_argmax <= t.near:
         return "argmax"
     if tv_mean <= t.near:
@@ -101,6 +115,7 @@ def target_of(leaning: float, targets: Targets, thresholds: Thresholds | None = 
         thresholds: Where one role ends and the next begins.
 
     Example:
+        >>> from sat_lens.roles.rule import Targets, target_of
         >>> looks = Targets({"first": 0.1, "previous": 0.7}, -1, 0.8, 0.1)
         >>> target_of(0.9, looks), target_of(0.2, looks)
         ('previous', '')
@@ -108,7 +123,8 @@ def target_of(leaning: float, targets: Targets, thresholds: Thresholds | None = 
     t = thresholds or Thresholds()
     sharp, flat = leaning >= t.argmax_lean, leaning <= t.mean_lean
     by_mass = {name for name, mass in targets.mass.items() if mass >= t.target}
-    modal = offset_name(targets.modal_offset) if sharp and targets.modal_share >= t.target else ""
+    has_mode = sharp and targets.modal_share >= t.target
+    modal = offset_name(int(targets.modal_offset)) if has_mode else ""
     if "first" in by_mass or (sharp and targets.first_share >= t.target):
         return "first"
     if "special" in by_mass:
@@ -125,6 +141,7 @@ def offset_name(offset: int) -> str:
     """Name the place of a key relative to the query.
 
     Example:
+        >>> from sat_lens.roles.rule import offset_name
         >>> offset_name(-1), offset_name(-3)
         ('previous', 'offset -3')
     """

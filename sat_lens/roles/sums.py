@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.attention.critical import N_BINS
+from sat_lens.errors import FileFormatError
 from sat_lens.vocabulary import ROLES
 
 FARTHEST_OFFSET = 64
@@ -24,6 +25,9 @@ BOOTSTRAPS = 100
 # Sums over all counted rows.
 ROW_SUMS = (
     "rows",
+    "aligned_rows",
+    "special_rows",
+    "sink_rows",
     "tv_argmax",
     "tv_mean",
     "n_eff_share",
@@ -102,13 +106,34 @@ class Sums:
         return {**named, "counted": self.counted}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Sums:
-        """Rebuild sums from :meth:`tensors`; a KeyError names what is missing."""
+    def from_tensors(cls, tensors: dict[str, Tensor], n_heads: int) -> Sums:
+        """Rebuild sums from :meth:`tensors`.
+
+        Raises:
+            FileFormatError: One is missing, or is not what :meth:`tensors` gives for that many
+                heads: float64, of one shape each, and finite.
+        """
+        for name, shape in _shapes(n_heads).items():
+            found = tensors.get(name)
+            if found is None or found.dtype != torch.float64 or tuple(found.shape) != shape:
+                what = "nothing" if found is None else f"{found.dtype} of {list(found.shape)}"
+                raise FileFormatError(
+                    f"Needed the entry {name} as float64 of {list(shape)}; found {what}. Measure "
+                    "this part again."
+                )
+            if not bool(found.isfinite().all()):
+                raise FileFormatError(f"The entry {name} is not finite. Measure this part again.")
         return cls(
             {name: tensors[f"sum.{name}"] for name in ALL_SUMS},
             {name: tensors[f"histogram.{name}"] for name in HISTOGRAMS},
             tensors["counted"],
         )
+
+
+def _shapes(n_heads: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"sum.{n}": (1 + BOOTSTRAPS, n_heads) for n in ALL_SUMS}
+    shapes |= {f"histogram.{name}": (n_heads, n_bins) for name, n_bins in HISTOGRAMS.items()}
+    return shapes | {"counted": (n_heads,)}
 
 
 def resampling_weights(

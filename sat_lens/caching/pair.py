@@ -16,22 +16,22 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import Ties
+from sat_lens.caching.similarity import Similarity, mean_cosine
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
 from sat_lens.scales import ScaleLike
 from sat_lens.sites import Heads
+from sat_lens.sites.discovery import check_is_lens
 
-# Below this the random key is as near to the soft run as can be, and S says nothing.
-LEAST_DENOMINATOR = 0.01
+_INPUT_NAMES = ("input", "input_ids", "tokens", "pixel_values", "input_values")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,43 +43,20 @@ class CachedRun:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Similarity:
-    """How much of an activation the saturated run keeps, layer by layer.
-
-    ``S = (cos(soft, saturated) - cos(soft, random key)) / (1 - cos(soft, random key))``: 1 if the
-    saturated run gives the same direction, 0 if it does no better than attending to random keys,
-    NaN where the denominator is below .01. The raw cosine alone misleads: a randomly initialised
-    model scores higher on it than a trained one.
-    """
-
-    activation: str
-    names: list[str]
-    cos_saturated: Float[Tensor, " layer"]
-    cos_random: Float[Tensor, " layer"]
-
-    @property
-    def s(self) -> Float[Tensor, " layer"]:
-        """The normalised similarity S of each layer."""
-        return normalised_similarity(self.cos_saturated, self.cos_random)
-
-    def frame(self) -> pd.DataFrame:
-        """Return one row a layer: ``S`` beside the two cosines that it is made of."""
-        columns = {"S": self.s, "cos_saturated": self.cos_saturated, "cos_random": self.cos_random}
-        return pd.DataFrame(
-            {name: values.tolist() for name, values in columns.items()},
-            index=pd.Index(self.names, name="activation"),
-        )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class SaturationPair:
-    """A soft and a saturated run of the same input; see :func:`run_with_saturation_cache`."""
+    """A soft and a saturated run of the same input; see :func:`run_with_saturation_cache`.
+
+    ``real`` is False at padded positions of the input, ``decoder_real`` at those of a decoder with
+    an input of its own; None if nothing is padded.
+    """
 
     soft: CachedRun
     saturated: CachedRun
     provenance: Provenance
     real: Tensor | None = dataclasses.field(repr=False)
+    decoder_real: Tensor | None = dataclasses.field(repr=False)
     _run_random: Callable[[int], CachedRun] = dataclasses.field(repr=False)
+    _sliced: bool = dataclasses.field(repr=False)
     _random: dict[int, CachedRun] = dataclasses.field(default_factory=dict, repr=False)
 
     def similarity(self, activation: str = "resid_post", *, seed: int = 0) -> Similarity:
@@ -90,44 +67,44 @@ class SaturationPair:
 
         Args:
             activation: The short name of a cached activation, such as ``"resid_post"``, ``"z"`` or
-                ``"attn_out"``, or ``"logits"`` for the final output.
+                ``"attn_out"`` (``"hook_z"`` is the same), or ``"logits"`` for the final output.
             seed: Seed of the random keys.
 
         Raises:
-            ArgumentError: The caches do not hold that activation, or it is the attention scores,
-                whose masked entries outweigh all others.
+            ArgumentError: The caches do not hold that activation, or a part of its positions only
+                (``pos_slice``); it has other positions than the padding mask; it is the attention
+                scores, whose masked entries outweigh all others; or it is the logits, and the
+                model was asked for something else (``return_type``).
             NonFiniteError: It is not finite everywhere.
 
         Example:
             >>> import sat_lens as sl
             >>> pair = sl.run_with_saturation_cache(sl.load_model("demo"), "import os, sys")
             >>> pair.similarity("resid_post").frame().shape
-            (4, 3)
+            (4, 4)
         """
+        activation = activation.removeprefix("hook_")
         if activation == "attn_scores":
             raise ArgumentError(
                 "Attention scores hold the mask, which outweighs all else in a cosine. Compare "
                 '"pattern".'
             )
+        if self._sliced and activation != "logits":
+            raise ArgumentError(
+                "The caches were cut with pos_slice, so that positions can no longer be told. Run "
+                "run_with_saturation_cache without it."
+            )
         if seed not in self._random:
             self._random[seed] = self._run_random(seed)
-        control = self._random[seed]
-        if activation == "logits":
-            names = ["logits"]
-            triples = [(self.soft.logits, self.saturated.logits, control.logits)]
-        else:
-            names = _names_of(self.soft.cache, activation)
-            triples = [
-                (self.soft.cache[name], self.saturated.cache[name], control.cache[name])
-                for name in names
-            ]
-        if activation == "pattern":  # heads stand before positions
-            triples = [
-                (a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2)) for a, b, c in triples
-            ]
-        with torch.no_grad():
-            saturated = torch.stack([mean_cosine(soft, sat, self.real) for soft, sat, _ in triples])
-            random = torch.stack([mean_cosine(soft, rand, self.real) for soft, _, rand in triples])
+        runs = (self.soft, self.saturated, self._random[seed])
+        names = ["logits"] if activation == "logits" else _names_of(self.soft.cache, activation)
+        cosines = []
+        for name in names:
+            soft, *others = (_by_position(run, name, activation) for run in runs)
+            in_decoder = name.startswith(("decoder", "logits"))
+            real = self.decoder_real if in_decoder else self.real
+            cosines.append(torch.stack([mean_cosine(soft, other, real) for other in others]))
+        saturated, random = torch.stack(cosines, dim=1)
         if not bool((saturated + random).isfinite().all()):
             raise NonFiniteError(
                 f"{activation!r} is not finite everywhere, so it has no cosine. In half precision "
@@ -173,8 +150,14 @@ def run_with_saturation_cache(
         >>> bool((pair.soft.cache["pattern", 0] == pair.saturated.cache["pattern", 0]).all())
         True
     """
-    if not inputs and not kwargs:
-        raise ArgumentError("Needed an input to run the model on, and none was given.")
+    check_is_lens(model, "run_with_saturation_cache")
+    if not inputs:
+        # The model's run_with_cache wants its input by place.
+        name = next((name for name in _INPUT_NAMES if name in kwargs), None)
+        if name is None:
+            raise ArgumentError("Needed an input to run the model on, and none was given.")
+        inputs = (kwargs.pop(name),)
+    real = _real_positions(model, inputs, kwargs)
 
     def run(intervention: contextlib.AbstractContextManager[Any]) -> CachedRun:
         with intervention:
@@ -187,40 +170,11 @@ def run_with_saturation_cache(
         soft=run(contextlib.nullcontext()),
         saturated=run(saturate(model, heads, scale, ties)),
         provenance=Provenance(model_name(model), scale=_shown(scale), ties=str(ties)),
-        real=_real_positions(model, inputs, kwargs),
+        real=real,
+        decoder_real=_decoder_positions(real, kwargs),
         _run_random=lambda seed: run(replace_attention(model, RandomKey(seed), heads)),
+        _sliced=kwargs.get("pos_slice") is not None,
     )
-
-
-def mean_cosine(
-    first: Float[Tensor, "batch position *rest"],
-    second: Float[Tensor, "batch position *rest"],
-    real: Tensor | None = None,
-) -> Float[Tensor, ""]:
-    """Give the mean cosine over the last axis, over real positions where ``real`` says which.
-
-    Example:
-        >>> round(float(mean_cosine(torch.ones(1, 2, 3), 2 * torch.ones(1, 2, 3))), 6)
-        1.0
-    """
-    cosines = torch.cosine_similarity(first.double(), second.double(), dim=-1).cpu()
-    if real is None or cosines.shape[: real.dim()] != real.shape:
-        return cosines.mean()
-    return cosines[real.cpu()].mean()
-
-
-def normalised_similarity(
-    cos_changed: Float[Tensor, "*any"], cos_random: Float[Tensor, "*#any"]
-) -> Float[Tensor, "*any"]:
-    """Give S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN where there is no room.
-
-    Example:
-        >>> float(normalised_similarity(torch.tensor(0.75), torch.tensor(0.5)))
-        0.5
-    """
-    room = 1 - cos_random
-    s = (cos_changed - cos_random) / room
-    return s.masked_fill(room < LEAST_DENOMINATOR, math.nan)
 
 
 def _names_of(cache: Any, activation: str) -> list[str]:
@@ -238,6 +192,23 @@ def _names_of(cache: Any, activation: str) -> list[str]:
     )
 
 
+def _by_position(
+    run: CachedRun, name: str, activation: str
+) -> Float[Tensor, "batch position *rest"]:
+    if activation == "logits":
+        if not isinstance(run.logits, Tensor) or run.logits.dim() < 2:
+            raise ArgumentError(
+                "The pair holds no logits, because the model was asked for something else. Leave "
+                "return_type out."
+            )
+        return run.logits.detach()
+    value: Tensor = run.cache[name].detach()
+    if not getattr(run.cache, "has_batch_dim", True):
+        value = value[None]
+    # In a pattern heads stand before positions.
+    return value.transpose(1, 2) if activation == "pattern" else value
+
+
 # Names in models where TransformerLens gives no short alias.
 _ALSO = {
     "z": (".o.hook_in",),
@@ -249,13 +220,10 @@ def _real_positions(
     model: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Bool[Tensor, "batch position"] | None:
     """Find the positions that are no padding; None if all are or nothing says so."""
-    if "decoder_input" in kwargs:
-        # The mask of an encoder says nothing of a decoder's positions, and the reverse.
-        return None
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask", kwargs.get("one_zero_attention_mask"))
     if isinstance(mask, Tensor):
         return mask.bool() if mask.dim() == 2 else None
-    texts = inputs[0] if inputs else kwargs.get("input")
+    texts = inputs[0]
     if not isinstance(texts, list) or len(texts) < 2 or not isinstance(texts[0], str):
         return None
     # The model pads several texts by itself, to the length of the longest.
@@ -264,6 +232,16 @@ def _real_positions(
     places = torch.arange(int(lengths.max()))
     side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
     return places.flip(0) < lengths if side == "left" else places < lengths
+
+
+def _decoder_positions(
+    real: Tensor | None, kwargs: dict[str, Any]
+) -> Bool[Tensor, "batch position"] | None:
+    """Find the positions of the output that are no padding: those of the decoder, if it has any."""
+    if not {"decoder_input", "decoder_input_ids"} & kwargs.keys():
+        return real
+    mask = kwargs.get("decoder_attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _shown(scale: ScaleLike) -> str:

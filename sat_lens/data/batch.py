@@ -1,0 +1,85 @@
+"""One forward pass: the model's arguments, and what is known of their positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One forward pass: the model's arguments and what is known of its positions.
+
+    ``tokens`` and ``real`` describe the input's positions, ``decoder_tokens`` and ``decoder_real``
+    those of a decoder with an input of its own; ``real`` is False at padding. Each is None where
+    the arguments do not say.
+    """
+
+    inputs: Tensor
+    kwargs: dict[str, Any]
+    tokens: Int[Tensor, "batch position"] | None = None
+    real: Bool[Tensor, "batch position"] | None = None
+    decoder_tokens: Int[Tensor, "batch decoder_position"] | None = None
+    decoder_real: Bool[Tensor, "batch decoder_position"] | None = None
+
+    def run(self, model: Any, **kwargs: Any) -> Any:
+        """Run the model on this batch."""
+        return model(self.inputs, **{**self.kwargs, **kwargs})
+
+    @property
+    def output_tokens(self) -> Tensor | None:
+        """The tokens behind the logits: the decoder's where it has an input of its own."""
+        return self.tokens if self.decoder_tokens is None else self.decoder_tokens
+
+    @property
+    def output_real(self) -> Tensor | None:
+        """Which of these positions are no padding."""
+        return self.real if self.decoder_tokens is None else self.decoder_real
+
+    def with_output_tokens(self, tokens: Int[Tensor, "batch position"]) -> Batch:
+        """The same batch with other tokens behind the logits."""
+        if self.decoder_tokens is None:
+            return dataclasses.replace(self, inputs=tokens, tokens=tokens)
+        name = "decoder_input" if "decoder_input" in self.kwargs else "decoder_input_ids"
+        return dataclasses.replace(
+            self, kwargs={**self.kwargs, name: tokens}, decoder_tokens=tokens
+        )
+
+    @property
+    def size(self) -> int:
+        """The number of sequences."""
+        return int(self.inputs.shape[0])
+
+
+def predicts_next(model: Any, batch: Batch) -> bool:
+    """Say whether the model's logits predict the next token, so that a next-token loss means much.
+
+    Logits that depend on later tokens have seen what they would predict (a masked language model).
+    Two runs are compared before the middle of the text that differ in the tokens from there on.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.data import Batch, predicts_next
+        >>> import sat_lens as sl
+        >>> model, tokens = sl.load_model("demo"), torch.tensor([[0, 5, 6, 7]])
+        >>> predicts_next(model, Batch(tokens, {}, tokens=tokens))
+        True
+    """
+    tokens = batch.output_tokens
+    if tokens is None or tokens.shape[1] < 2:
+        return False
+    half = tokens.shape[1] // 2
+    other = tokens.clone()
+    other[:, half:] = torch.where(tokens[:, half:] > 0, tokens[:, half:] - 1, 1)
+    with torch.no_grad():
+        runs = [batch.with_output_tokens(each).run(model) for each in (tokens, other)]
+    if not all(isinstance(run, Tensor) and run.shape[:2] == tokens.shape for run in runs):
+        return False
+    first, second = (run[:, :half] for run in runs)
+    # A mixture of experts rounds a token differently beside other tokens.
+    tolerance = min(64 * torch.finfo(first.dtype).eps, 0.05)
+    return bool((first - second).abs().max() <= tolerance * first.abs().max())

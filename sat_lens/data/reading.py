@@ -1,0 +1,202 @@
+"""Read data of every form batch by batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from sat_lens.data.batch import Batch
+from sat_lens.data.checks import (
+    TOKEN_NAMES,
+    check_vocabulary,
+    check_whole,
+    is_count,
+    reads_tokens,
+)
+from sat_lens.data.texts import device_of, text_row
+from sat_lens.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+Data = Tensor | str | Iterable[Any]
+_INPUT_NAMES = (*TOKEN_NAMES, "pixel_values", "input_values")
+
+
+def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
+    """Read data batch by batch.
+
+    Args:
+        model: The model that will run; its tokenizer reads texts.
+        data: A token tensor ``[batch, position]`` (cut into batches), one text or a list of texts
+            (tokenised, cut to the context, padded on the right and masked), an iterable of
+            batches, each a tensor or a dict of the model's own forward arguments (``input``,
+            ``attention_mask``, ...), or a Hugging Face dataset, streamed or not, with a column
+            ``text`` or ``input_ids``: an item that is a dict with a text is a text, one whose
+            ``input_ids`` are a list is a sequence of tokens.
+        batch_size: Sequences in a batch, for texts and for tokens that come without batches.
+
+    A text or a row of tokens that is longer than the model's context is cut at its end; how many
+    were cut, and how many tokens went, is logged as a warning when the data has been read.
+
+    Raises:
+        DataError: The data is empty, or is or holds something that is none of these, or a token
+            is not in the model's vocabulary.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.data import batches
+        >>> [b.size for b in batches(sl.load_model("demo"), ["import os", "x = 1"], batch_size=1)]
+        [1, 1]
+    """
+    if not is_count(batch_size):
+        raise DataError(f"batch_size must be a whole number of at least 1; found {batch_size!r}.")
+    count, cuts = 0, list[int]()
+    try:
+        for batch in _read(model, data, batch_size, cuts):
+            count += 1
+            yield batch
+    finally:
+        if cuts:
+            _log.warning(
+                "%d of the texts were longer than the model's context and were cut at their end "
+                "(%d tokens in all). sat_lens.data.text_windows keeps all of a text.",
+                len(cuts),
+                sum(cuts),
+            )
+    if count == 0:
+        raise DataError("The data is empty: at least one sequence is needed.")
+
+
+def _read(model: Any, data: Data, batch_size: int, cuts: list[int]) -> Iterator[Batch]:
+    """Read batches; how many tokens were cut off each sequence that was too long goes to cuts."""
+    if isinstance(data, Tensor):
+        for part in _sequences(data).split(batch_size):
+            yield _from_tensor(model, part)
+    elif isinstance(data, str):
+        yield from _from_items(model, [data], batch_size, cuts)
+    elif isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise _unreadable(data)
+    else:
+        yield from _from_items(model, data, batch_size, cuts)
+
+
+def _from_items(
+    model: Any, items: Iterable[Any], batch_size: int, cuts: list[int]
+) -> Iterator[Batch]:
+    context = int(getattr(getattr(model, "cfg", None), "n_ctx", 0) or 0)
+    rows: list[list[int]] = []
+    for item in items:
+        row = _row(model, item)
+        if row is not None and 0 < context < len(row):
+            cuts.append(len(row) - context)
+            row = row[:context]
+        if row is not None:
+            rows.append(row)
+        if rows and (row is None or len(rows) == batch_size):
+            yield _padded(model, rows)
+            rows = []
+        if isinstance(item, Tensor):
+            yield _from_tensor(model, _sequences(item))
+        elif row is None and isinstance(item, Mapping):
+            yield _from_mapping(model, item)
+        elif row is None:
+            raise _unreadable(item)
+    if rows:
+        yield _padded(model, rows)
+
+
+def _row(model: Any, item: Any) -> list[int] | None:
+    """Read one sequence without padding: a text or a row of a data set; None if it is neither."""
+    if isinstance(item, str):
+        return text_row(model, item)
+    if not isinstance(item, Mapping):
+        return None
+    if isinstance(item.get("text"), str):
+        return text_row(model, item["text"])
+    ids, mask = item.get("input_ids"), item.get("attention_mask")
+    if not _is_list_of_ints(ids):
+        return None
+    if not _is_list_of_ints(mask):
+        return list(ids)
+    if len(mask) != len(ids):
+        raise DataError(f"Needed one mask entry per token; found {len(mask)} for {len(ids)}.")
+    return [token for token, real in zip(ids, mask, strict=True) if real]
+
+
+def _is_list_of_ints(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(isinstance(entry, int) for entry in value)
+
+
+def _padded(model: Any, rows: list[list[int]]) -> Batch:
+    if not all(rows):
+        raise DataError("One of the sequences holds no token, or masks all that it holds.")
+    width = max(len(row) for row in rows)
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None) or 0
+    tokens = torch.tensor(
+        [row + [pad] * (width - len(row)) for row in rows], device=device_of(model)
+    )
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    real = torch.arange(width, device=tokens.device) < lengths[:, None]
+    kwargs = {} if bool(real.all()) else {"attention_mask": real.long()}
+    check_vocabulary(model, tokens)
+    return Batch(tokens, kwargs, tokens=tokens, real=real)
+
+
+def _from_tensor(model: Any, tensor: Tensor, name: str = "input") -> Batch:
+    if tensor.numel() == 0:
+        raise DataError(f"A batch of shape {list(tensor.shape)} holds nothing.")
+    if name in TOKEN_NAMES and reads_tokens(model):
+        check_whole(tensor)
+    moved = tensor.to(device_of(model))
+    tokens = moved if not moved.is_floating_point() and moved.dim() == 2 else None
+    if tokens is not None:
+        check_vocabulary(model, tokens)
+    return Batch(moved, {}, tokens=tokens)
+
+
+def _sequences(tensor: Tensor) -> Tensor:
+    """Let one sequence be a batch of one."""
+    return tensor[None] if tensor.dim() < 2 else tensor
+
+
+def _from_mapping(model: Any, item: Mapping[str, Any]) -> Batch:
+    device = device_of(model)
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}
+    name = next((name for name in _INPUT_NAMES if name in moved), None)
+    if name is None or not isinstance(moved[name], Tensor):
+        raise DataError(
+            f"A batch as a dict needs the model's input under one of {', '.join(_INPUT_NAMES)}; "
+            f"found the keys {', '.join(map(str, item)) or 'none'}."
+        )
+    plain = _from_tensor(model, _sequences(moved.pop(name)), name)
+    mask = moved.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 1:
+        moved["attention_mask"] = mask[None]
+    decoder = moved.get("decoder_input", moved.get("decoder_input_ids"))
+    if isinstance(decoder, Tensor):
+        check_whole(decoder)
+    return Batch(
+        plain.inputs,
+        moved,
+        tokens=plain.tokens,
+        real=_as_mask(moved.get("attention_mask", moved.get("one_zero_attention_mask"))),
+        decoder_tokens=decoder,
+        decoder_real=_as_mask(moved.get("decoder_attention_mask")),
+    )
+
+
+def _as_mask(mask: Tensor | None) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _unreadable(data: object) -> DataError:
+    alone = " A batch goes into a list: [batch]." if isinstance(data, Mapping) else ""
+    return DataError(
+        "Data is a token tensor [batch, position], a list of texts, an iterable of batches "
+        "(tensors or dicts of the model's arguments) or a data set with a column text or "
+        f"input_ids; found {type(data).__name__}.{alone}"
+    )

@@ -1,0 +1,93 @@
+"""Texts as rows of tokens, and as windows of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sat_lens.errors import DataError
+
+
+def text_windows(
+    model: Any, texts: Iterable[str], context: int, limit: int | None = None
+) -> Int[Tensor, "window context"]:
+    """Tokenise texts into one stream and cut it into windows of equal length.
+
+    Each window opens with the beginning-of-sequence token where the model has one, because that is
+    what models are trained on; a rest at the end that fills no window is dropped.
+
+    Raises:
+        DataError: The texts fill not even one window, or ``context`` has no room for a token.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.data import text_windows
+        >>> text_windows(sl.load_model("demo"), ["import os, sys, re"] * 9, context=8).shape[1]
+        8
+    """
+    tokenizer = tokenizer_of(model)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    width = context - (bos is not None)
+    if width < 1 or (limit is not None and limit < 1):
+        raise DataError(
+            f"Needed at least one window with room for a token; found a context of {context} and "
+            f"a limit of {limit} windows."
+        )
+    windows: list[list[int]] = []
+    rest: list[int] = []
+    for text in texts:
+        rest += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        while len(rest) >= width and (limit is None or len(windows) < limit):
+            windows.append(([] if bos is None else [bos]) + rest[:width])
+            rest = rest[width:]
+        if limit is not None and len(windows) >= limit:
+            break
+    if not windows:
+        raise DataError(
+            f"The text gives {len(rest)} tokens, and one window needs {width}. Give a longer text "
+            "or a smaller context."
+        )
+    return torch.tensor(windows, device=device_of(model))
+
+
+def text_row(model: Any, text: str) -> list[int]:
+    """Tokenise one text, with its beginning-of-sequence token where the model has one.
+
+    Raises:
+        DataError: The text is empty, or the model has no tokenizer.
+    """
+    if not text.strip():
+        raise DataError(
+            "One of the texts is empty, and every text needs at least one token. Leave empty "
+            "texts out, or join texts into windows of equal length with sat_lens.data.text_windows."
+        )
+    tokenizer = tokenizer_of(model)
+    row = list(tokenizer(text, verbose=False)["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return row if bos is None or row[:1] == [bos] else [bos, *row]
+
+
+def tokenizer_of(model: Any) -> Any:
+    """Give the model's tokenizer.
+
+    Raises:
+        DataError: It has none, or one that knows no tokens.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise DataError("This model has no tokenizer, so it reads token tensors and not texts.")
+    if len(tokenizer) == 0:
+        raise DataError(
+            "This model's tokenizer knows no tokens, as when its folder holds none. Save one there "
+            "with tokenizer.save_pretrained(folder), or give token tensors."
+        )
+    return tokenizer
+
+
+def device_of(model: Any) -> torch.device:
+    """Say where the model's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

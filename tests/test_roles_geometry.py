@@ -1,0 +1,149 @@
+"""Which rows and keys the statistics of roles are about: none, those of blocks, of two texts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+import zoo
+
+import sat_lens as sl
+from sat_lens.errors import ArgumentError
+from sat_lens.roles.positions import as_rows
+from sat_lens.roles.rows import head_row
+from sat_lens.roles.rule import Thresholds, lean, role_of
+from sat_lens.roles.sums import Sums
+from sat_lens.sites import AttentionSite
+from sat_lens.vocabulary import DESCRIPTIONS
+
+DISTANCES = ["modal_offset", "modal_share", "previous", "self", "next", "first"]
+SHAPES = ["tv_argmax", "tv_mean", "tv_nearest", "lean", "n_eff_share"]
+PAIR = {"input": tiny.tokens(3, 12), "decoder_input": tiny.tokens(3, 9, seed=1)}
+
+
+def frame_of(model, data, **kwargs):
+    return sl.head_roles(model, data, **{"min_keys": 2, "progress": False} | kwargs).frame()
+
+
+def test_a_head_without_a_counted_row_has_no_role_and_no_numbers():
+    site = AttentionSite("blocks.0.attn", "", 0, "self", 1, "scores")
+    row = head_row(site, 0, Sums.empty(1), Thresholds())
+    named = {"label", "stack", "layer", "head", "role", "target", "saturated", "n_rows"}
+    assert (row["role"], row["target"], row["saturated"], row["n_rows"]) == ("", "", False, 0)
+    assert all(math.isnan(value) for name, value in row.items() if name not in named)
+    assert DESCRIPTIONS[role_of(math.nan, math.nan, math.nan, math.nan)] == "no row counted"
+    assert math.isnan(lean(math.nan, math.nan))
+
+
+def test_a_stack_without_a_counted_row_stays_without_a_role_everywhere(tmp_path):
+    # Six keys a row in the encoder and across, and at least eight are asked for.
+    bart = zoo.model_of("bart")
+    few = {"input": tiny.tokens(2, 6), "decoder_input": tiny.tokens(2, 20, seed=1)}
+    roles = sl.head_roles(bart, [few], progress=False)
+    frame = roles.frame()
+    assert set(frame.loc[frame["stack"] != "decoder", "role"]) == {""}
+    assert set(frame.loc[frame["stack"] == "decoder", "role"]) <= set(DESCRIPTIONS) - {""}
+    assert not frame.loc["encoder.L0H0", "saturated"]
+    assert not roles.compare(roles)["changed"].any()
+    roles.plot()
+    roles.save(tmp_path / "roles.st")
+    assert sl.roles.HeadRoles.load(tmp_path / "roles.st").frame().equals(frame)
+
+
+@pytest.mark.parametrize("name", ["longt5_local", "longt5_global", "t5gemma2", "led", "bart"])
+def test_distances_are_told_only_where_rows_and_keys_are_of_one_sequence(name):
+    frame = frame_of(zoo.model_of(name), [PAIR])
+    odd = frame["stack"] == "cross"
+    if name != "bart":
+        blocked = {"t5gemma2": "decoder"}.get(name, "encoder")
+        odd |= frame["stack"] == blocked
+    assert 0 < odd.sum() < len(frame)
+    assert frame.loc[odd, [*DISTANCES, "induction", "duplicate"]].isna().all(axis=None)
+    assert frame.loc[~odd, DISTANCES].notna().all(axis=None)
+    assert set(frame.loc[odd, "target"]) <= {"", "special"}
+    assert frame[SHAPES].notna().all(axis=None)
+    # The tokens behind the keys are known in cross-attention, and in blocks they are not.
+    assert frame.loc[frame["stack"] == "cross", "special"].notna().all()
+    assert frame.loc[odd & (frame["stack"] != "cross"), "special"].isna().all()
+
+
+def test_a_window_as_long_as_the_text_is_no_learned_sink():
+    # Four tokens, a window of four: five keys a row, like four and a sink.
+    batch = {"input": tiny.tokens(2, 4), "decoder_input": tiny.tokens(2, 4, seed=1)}
+    frame = frame_of(zoo.model_of("led"), [batch])
+    assert frame.loc[frame["stack"] == "encoder", DISTANCES].isna().all(axis=None)
+    assert frame.loc[frame["stack"] == "decoder", DISTANCES].notna().all(axis=None)
+    sink = frame_of(zoo.model_of("gpt_oss_sink"), tiny.tokens(2, 4))
+    assert sink[DISTANCES].notna().all(axis=None)
+
+
+def test_padding_in_blocks_is_not_counted():
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    model = zoo.model_of("longt5_local")
+    counted = frame_of(model, [PAIR | {"attention_mask": mask}], rows="all")["n_rows"]
+    assert set(counted["encoder.L0H0":"encoder.L1H3"]) == {12 + 7 + 12}
+    # Ten tokens in blocks of four: what fills the third is no row of the text.
+    short = {"input": tiny.tokens(2, 10), "decoder_input": tiny.tokens(2, 9, seed=1)}
+    assert set(frame_of(model, [short], rows="all")["n_rows"]["encoder.L0H0":"encoder.L1H3"]) == {
+        20
+    }
+
+
+def test_query_positions_are_those_of_the_text_in_blocks_too():
+    model = zoo.model_of("longt5_local")
+    frame = frame_of(model, [PAIR], query_positions=[1, 7])
+    assert set(frame["n_rows"]) == {6}
+    # Blocks of four: position 7 is the last row of the second.
+    whole, parts = (
+        frame_of(model, [PAIR], query_positions=chosen, rows="all")
+        for chosen in ([6, 7], range(4, 8))
+    )
+    assert set(whole["n_rows"]["encoder.L0H0":"encoder.L1H3"]) == {6}
+    assert set(parts["n_rows"]["encoder.L0H0":"encoder.L1H3"]) == {12}
+
+
+def test_importance_reaches_the_rows_of_blocks():
+    model = zoo.model_of("longt5_local")
+
+    def metric(logits):
+        return logits[:, -1, 5].sum()
+
+    frame = frame_of(model, [PAIR], metric=metric)
+    assert set(frame["n_rows"]["encoder.L0H0":"encoder.L1H3"]) == {36}
+    assert frame["tv_argmax"].notna().all()
+
+
+def test_values_of_positions_come_into_rows():
+    values = torch.arange(1, 11).view(2, 5)
+    assert as_rows(values, (2, 5)).equal(values)
+    assert as_rows(values, (2, 2)).tolist() == [[4, 5], [9, 10]]
+    blocks = as_rows(values[:, None].expand(2, 3, 5), (4, 3))
+    assert blocks[:, 2].tolist() == [[1, 2, 3], [4, 5, 0], [6, 7, 8], [9, 10, 0]]
+    assert as_rows(values, (2, 8)).tolist() == [[*row, 0, 0, 0] for row in values.tolist()]
+    assert as_rows(values, (3, 5)) is None
+    assert as_rows(values, (6, 3)) is None
+
+
+def test_query_positions_of_rows_that_cannot_be_told_are_refused():
+    from sat_lens.data import Batch
+    from sat_lens.roles.positions import BatchReader
+
+    batch = Batch(tiny.tokens(2, 6), {}, tokens=tiny.tokens(2, 6))
+    reader = BatchReader(batch, torch.tensor([-1]), [0], 64, None)
+    site = AttentionSite("blocks.0.attn", "", 0, "self", 1, "scores")
+    with pytest.raises(ArgumentError, match="cannot be told"):
+        reader.positions(site, torch.zeros(6, 1, 3, 9))
+
+
+def test_a_row_uniform_over_most_keys_is_a_subset_of_more_than_a_few():
+    # 14 of 20 keys: .3 away from uniform over all, nothing away from uniform over its own.
+    row = torch.full((20,), -60.0)
+    row[:14] = 0
+    found = sl.attention.distances_to_saturated(row)
+    role = role_of(*(float(x) for x in (found.tv_argmax, found.tv_mean, found.tv_nearest, found.m)))
+    assert float(found.tv_mean) == pytest.approx(0.3, abs=1e-5)
+    assert (role, int(found.m)) == ("subset", 14)
+    assert "few" not in DESCRIPTIONS[role]
