@@ -11,25 +11,25 @@ which :func:`sat_lens.sweep_heads` does faster.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sat_lens.attention import Limit, Scale, Transform, Uniform, transform_scores
+from sat_lens.attention import Limit, Scale, Transform, Uniform
 from sat_lens.attention.transforms import Ties, check_ties
+from sat_lens.changes import Groups, change_of, why_not_fused
 from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.kernels import AttentionCall
 from sat_lens.scales import ScaleLike, select_with_scales
-from sat_lens.sites import AttentionSite, Edit, Heads, attention_sites, open_door
-from sat_lens.sites.door import NewScores
+from sat_lens.sites import AttentionSite, Heads, attention_sites, open_door
+from sat_lens.sites.discovery import check_is_lens
+from sat_lens.sites.eager import eager_attention
 from sat_lens.sites.hooks import pattern_hook, scores_hook
 from sat_lens.sites.selection import select_heads
-
-# For one site: groups of heads and the transform of each group.
-Groups = list[tuple[list[int], Transform]]
 
 
 @contextlib.contextmanager
@@ -99,9 +99,10 @@ def replace_attention(model: Any, transform: Transform, heads: Heads = None) -> 
         >>> with sl.replace_attention(model, lambda scores: 2 * scores, heads="L1H0"):
         ...     twice_as_sharp = model("def f(x):")
     """
-    if not callable(transform):
+    if not callable(transform) or isinstance(transform, type):
+        hint = " Give an instance of it." if isinstance(transform, type) else ""
         raise ArgumentError(
-            f"A transform is a function from scores to scores, and {transform!r} was given."
+            f"A transform is a function from scores to scores, and {transform!r} was given.{hint}"
         )
     sites = attention_sites(model)
     groups: dict[str, Groups] = {
@@ -133,12 +134,13 @@ def saturation_hooks(
         >>> logits = model.run_with_hooks("import os", fwd_hooks=sl.saturation_hooks(model, "L0H0"))
     """
     check_ties(ties)
+    check_is_lens(model, "saturation_hooks")
     sites = attention_sites(model)
     hooks = []
     for path, chosen in select_with_scales(sites, heads, scale).items():
         site = _site_at(sites, path)
         _check_reachable(site)
-        edit = _edit(site, _groups(chosen, ties))
+        edit = change_of(site, _groups(chosen, ties))
         if site.level == "scores":
             hooks.append((f"{path}.hook_attn_scores", scores_hook(edit)))
         elif site.pattern_is_true and min(chosen.values()) >= 1:
@@ -157,36 +159,61 @@ def saturation_hooks(
 def attached(
     model: Any, sites: list[AttentionSite], groups: Mapping[str, Groups]
 ) -> Iterator[None]:
-    """Attach groups of heads with their transforms to the model's sites, by path."""
-    edits: dict[str, Edit] = {}
-    for path, site_groups in groups.items():
-        site = _site_at(sites, path)
+    """Attach groups of heads with their transforms to the model's sites, by path.
+
+    Where a fused kernel cannot serve, the model runs eager attention for the length of the block.
+    """
+    chosen = {path: _site_at(sites, path) for path in groups}
+    for site in chosen.values():
         _check_reachable(site)
-        edits[path] = _edit(site, site_groups)
-    with open_door(model, edits, sites):
+    edits = {path: change_of(chosen[path], of_site) for path, of_site in groups.items()}
+    reasons = [why_not_fused(model, chosen[path], edit) for path, edit in edits.items()]
+    why = next(filter(None, reasons), "")
+    with contextlib.ExitStack() as stack:
+        if why:
+            sites = stack.enter_context(eager_attention(model, why))
+        stack.enter_context(open_door(model, edits, sites))
         yield
 
 
 @contextlib.contextmanager
 def observe_attention(
-    model: Any, observer: Callable[[AttentionSite, Float[Tensor, "batch head query key"]], None]
+    model: Any,
+    observer: Callable[[AttentionSite, Float[Tensor, "batch head query key"]], None],
+    of_calls: Callable[[AttentionSite, AttentionCall], None] | None = None,
 ) -> Iterator[None]:
     """Show the scores of every attention module to ``observer`` while the block lasts.
 
-    The scores come as the softmax receives them, in the model's dtype; nothing is changed.
+    The scores come as the softmax receives them, in the model's dtype; nothing is changed. A fused
+    kernel shows its arguments to ``of_calls``; without that, the model runs eager attention.
     """
     sites = attention_sites(model)
-
-    def watching(site: AttentionSite) -> Edit:
-        def edit(scores: Tensor) -> None:
-            observer(site, scores)
-
-        return edit
-
     for site in sites:
         _check_reachable(site)
-    with open_door(model, {site.path: watching(site) for site in sites}, sites):
+    fused = [site for site in sites if site.level == "kernel"]
+    reasons = [site.why_not or ("" if of_calls else "scores are to be looked at") for site in fused]
+    with contextlib.ExitStack() as stack:
+        if any(reasons):
+            sites = stack.enter_context(eager_attention(model, next(filter(None, reasons))))
+        edits = {site.path: _Look(site, observer, of_calls) for site in sites}
+        stack.enter_context(open_door(model, edits, sites))
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """An edit that only looks."""
+
+    site: AttentionSite
+    observer: Callable[[AttentionSite, Tensor], None]
+    of_calls: Callable[[AttentionSite, AttentionCall], None] | None
+
+    def __call__(self, scores: Tensor) -> None:
+        self.observer(self.site, scores)
+
+    def look(self, call: AttentionCall) -> None:
+        if self.of_calls is not None:
+            self.of_calls(self.site, call)
 
 
 def transform_for(scale: float, ties: Ties = "exact") -> Transform:
@@ -194,35 +221,6 @@ def transform_for(scale: float, ties: Ties = "exact") -> Transform:
     if scale == math.inf:
         return Limit(ties)
     return Uniform() if scale == 0 else Scale(scale)
-
-
-def _edit(site: AttentionSite, groups: Groups) -> Edit:
-    bound = [(heads, _at(transform, site, heads)) for heads, transform in groups]
-    order = sorted(head for heads, _ in bound for head in heads)
-
-    def edit(scores: Tensor) -> NewScores:
-        if len(bound) == 1:
-            heads, transform = bound[0]
-            return NewScores(heads, transform_scores(_take(scores, heads), transform))
-        parts = {
-            head: new[:, i]
-            for heads, transform in bound
-            for new in [transform_scores(_take(scores, heads), transform)]
-            for i, head in enumerate(heads)
-        }
-        return NewScores(order, torch.stack([parts[head] for head in order], dim=1))
-
-    return edit
-
-
-def _take(scores: Tensor, heads: list[int]) -> Tensor:
-    return scores if len(heads) == scores.shape[1] else scores[:, heads]
-
-
-def _at(transform: Transform, site: AttentionSite, heads: list[int]) -> Transform:
-    """Let a transform that draws at random know which module and heads it serves."""
-    bind = getattr(transform, "at", None)
-    return bind(site.path, tuple(heads)) if callable(bind) else transform
 
 
 def _groups(scale_of_head: Mapping[int, float], ties: Ties) -> Groups:
@@ -243,6 +241,6 @@ def _check_reachable(site: AttentionSite) -> None:
         )
     if site.dropout:
         raise UnsupportedModelError(
-            f"The attention of {site.path} drops out entries at random, because the model is in "
-            "training mode. Call model.eval() first."
+            "The model is in training mode and drops out entries at random, so that no two runs of "
+            "it agree, saturated or not. Call model.eval() first."
         )

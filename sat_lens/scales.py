@@ -5,6 +5,7 @@ When not to use it: for one number for all heads; every function takes that as i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ def select_with_scales(sites: list[AttentionSite], heads: Heads, scale: ScaleLik
         ArgumentError: A scale is negative, NaN, or no number, or a tensor has the wrong shape.
 
     Example:
+        >>> from sat_lens.scales import select_with_scales
+        >>> from sat_lens.sites import AttentionSite
         >>> sites = [AttentionSite("blocks.0.attn", "", 0, "self", 2, "scores")]
         >>> select_with_scales(sites, None, {"L0H1": 3.0})
         {'blocks.0.attn': {1: 3.0}}
@@ -48,6 +51,7 @@ def select_with_scales(sites: list[AttentionSite], heads: Heads, scale: ScaleLik
         return _each(chosen, selection, lambda site, head: scale[site.layer, head])
     if callable(scale):
         _check_one_stack(chosen)
+        _check_takes_two(scale)
         return _each(chosen, selection, lambda site, head: scale(site.layer, head))
     return _each(chosen, selection, lambda _site, _head: scale)
 
@@ -100,6 +104,20 @@ def _check_one_stack(chosen: list[AttentionSite]) -> None:
             "Scales by (layer, head) are ambiguous across several stacks. Choose heads of one "
             f"stack, or pass a mapping such as {{{chosen[0].label(0)!r}: 2.0}}."
         )
+
+
+def _check_takes_two(scale: Callable[[int, int], float]) -> None:
+    try:
+        signature = inspect.signature(scale)
+    except ValueError:  # some built-in functions show none
+        return
+    try:
+        signature.bind(0, 0)
+    except TypeError as error:
+        raise ArgumentError(
+            f"scale as a function is called with (layer, head), and {scale!r} does not take two "
+            "arguments."
+        ) from error
 
 
 def _check_shape(sites: list[AttentionSite], stack: str, scale: Tensor) -> None:

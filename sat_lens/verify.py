@@ -55,6 +55,7 @@ def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[Verdict]:
 
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.verify import verify_sites
         >>> [verdict.ok for verdict in verify_sites(sl.load_model("demo"))]
         [True, True, True, True]
     """

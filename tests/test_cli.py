@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import sat_lens
 from sat_lens import cli
+from sat_lens.cli.arguments import EPILOG
+from sat_lens.cli.checks import check_file, check_folder
+from sat_lens.errors import ArgumentError
 from sat_lens.roles import HeadRoles
 
 SMALL = ["--sequences", "4", "--context", "32", "--quiet"]
 TWO_BATCHES = [*SMALL, "--sequences", "16"]
-COMMANDS = ["report", "roles", "merge", "check"]
+ANSWERS = ["--answer", ")", "--wrong", "("]
+COMMANDS = cli.COMMANDS
 LABELS = [f"L{layer}H{head}" for layer in range(4) for head in range(8)]
 
 
@@ -138,11 +145,15 @@ def test_report_shows_the_prompt(run, demo, tmp_path):
 def test_check_says_where_every_layer_can_be_touched(run):
     status, out, error = run("check")
     assert (status, error) == (0, "")
-    lines = out.splitlines()
-    assert len(lines) == 4
-    for layer, line in enumerate(lines):
+    lines, legend = out.split("\n\n")
+    assert len(lines.splitlines()) == 4
+    for layer, line in enumerate(lines.splitlines()):
         assert f"blocks.{layer}.attn: self attention, 8 heads, level scores" in line
         assert "changes the output" in line
+    # The legend explains the level that is there, and no other.
+    assert re.search(r"^  scores +at .*hook_attn_scores", legend, re.MULTILINE)
+    assert not re.search(r"^  softmax", legend, re.MULTILINE)
+    assert "largest change of a logit" in legend
 
 
 def test_check_tells_by_its_status_what_cannot_be_touched(run, monkeypatch):
@@ -155,6 +166,13 @@ def test_check_tells_by_its_status_what_cannot_be_touched(run, monkeypatch):
     status, out, _ = run("check", "fused")
     assert status == 1
     assert out.count("cannot be saturated") == 2
+
+
+@pytest.mark.parametrize("command", ["roles", "report", "check"])
+def test_a_model_directory_that_is_not_there(run, command):
+    status, out, error = run(command, "./nowhere")
+    assert (status, out) == (2, "")
+    one_line(error, "no model directory", "./nowhere")
 
 
 @pytest.mark.parametrize("command", ["roles", "report", "check"])
@@ -176,7 +194,6 @@ def test_a_hub_name_without_a_network_as_the_installed_command():
     [
         (["roles", "--text", "nowhere.txt"], ["text file nowhere.txt", "No such file"]),
         (["roles", "--text", "."], ["cannot be read", "directory"]),
-        (["roles", "./nowhere"], ["no model directory", "./nowhere"]),
         (["roles", "--csv", "nowhere/t.csv"], ["There is no folder", "nowhere", "t.csv"]),
         (["roles", "--out", "."], ["is a folder", "name the file"]),
         (["roles", "--figure", "nowhere/map.png"], ["There is no folder"]),
@@ -185,16 +202,38 @@ def test_a_hub_name_without_a_network_as_the_installed_command():
         (["merge", "a", "--out", "nowhere/all"], ["There is no folder"]),
         (["roles", "--shard", "2"], ["i/n", "'2'"]),
         (["roles", "--shard", "a/b"], ["i/n", "'a/b'"]),
-        (["roles", "--shard", "5/4", *SMALL], ["i from 1 to n", r"\(5, 4\)"]),
+        (["roles", "--shard", "³/4"], ["i/n", "'³/4'"]),
+        (["roles", "--shard", "5/4"], ["i from 1 to n", "'5/4'"]),
+        (["roles", "--shard", "0/4"], ["i from 1 to n", "'0/4'"]),
+        (["roles", "--shard", "1/" + "9" * 5000], ["i/n"]),
         (["roles", "--sequences", "0"], ["--sequences must be at least 1"]),
         (["roles", "--context", "1"], ["--context at least 2"]),
-        (["roles", *SMALL, "--context", "4"], ["8 visible keys", "longer sequences"]),
+        (["report", "--prompt", " "], ["--prompt holds no text"]),
+        (["sweep", "--prompt", "", *ANSWERS], ["--prompt holds no text"]),
+        (["sweep", "--prompt", "x", *ANSWERS, "--out", "/dev/zero"], ["/dev/zero is a file"]),
+        (["sweep", "--prompt", "x", *ANSWERS, "--out", "/dev/zero/a"], ["/dev/zero is a file"]),
+        (["sweep", "--prompt", "x", *ANSWERS, "--answer", "two of them"], ["one token"]),
+        (["sweep", "--prompt", "x", *ANSWERS, "--answer", "("], ["same token"]),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(run, tmp_path, arguments, words):
+def test_a_mistake_is_one_line_before_the_model_is_loaded(
+    run, tmp_path, monkeypatch, arguments, words
+):
+    def load(name):
+        pytest.fail("The model was loaded before the mistake was found.")
+
+    monkeypatch.setattr("sat_lens.models.load_model", load)
+    monkeypatch.setattr("sat_lens.patching.command.load_model", load)
     status, out, error = run(*arguments)
     assert (status, out) == (2, "")
     one_line(error, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_without_rows_to_count(run, tmp_path):
+    status, out, error = run("roles", *SMALL, "--context", "4")
+    assert (status, out) == (2, "")
+    one_line(error, "8 visible keys", "longer sequences")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,17 +286,19 @@ def test_help_has_examples(run, capfd, command):
         run(*([command] if command else []), "--help")
     assert caught.value.code == 0
     out = capfd.readouterr().out
+    assert "L5H1 is head 1 of layer 5" in out
+    assert "encoder.L0H1" in out
     assert "examples:" in out
     assert "sat-lens report gpt2 --text notes.txt" in out
-    assert command or all(f"    {name} " in out for name in COMMANDS)
+    assert command or all(re.search(rf"^    {name}\b", out, re.MULTILINE) for name in COMMANDS)
 
 
 def test_every_example_is_a_command_that_parses():
-    lines = re.findall(r"^  sat-lens (.*?)   ", cli.EXAMPLES, re.MULTILINE)
-    lines += re.findall(r"^  sat-lens (.*?\S)  \S", cli.EXAMPLES, re.MULTILINE)
+    lines = re.findall(r"^  sat-lens (.*?)   ", EPILOG, re.MULTILINE)
+    lines += re.findall(r"^  sat-lens (.*?\S)  \S", EPILOG, re.MULTILINE)
     assert len(set(lines)) >= len(COMMANDS)
     for line in lines:
-        assert cli._parser().parse_args(line.split()).run
+        assert cli._parser().parse_args(shlex.split(line)).run
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["roles", "--nonsense"]])
@@ -289,11 +330,80 @@ def test_help_and_import_cost_next_to_nothing(code):
     assert out.splitlines()[-1] == "[]"
 
 
+PRINTING = "import sys, sat_lens.cli as c, sat_lens.cli.check as k\nk.run = lambda _: {}\n"
+LONG = PRINTING.format("print('x' * 10**6) or 0") + "sys.exit(c.main(['check']))"
+
+
 def test_a_reader_that_leaves_is_no_error():
-    code = "import sys, sat_lens.cli as c\nc._check = lambda o: print('x' * 10**6)\n"
-    command = [sys.executable, "-c", f"{code}sys.exit(c.main(['check']))"]
+    command = [sys.executable, "-c", LONG]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.read(1)
+    assert process.stdout.read(1) == "x"
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 0
+
+
+@pytest.mark.parametrize("length", [5, 10**6])
+def test_a_full_device_behind_the_output_is_one_line(length):
+    code = PRINTING.format(f"print('x' * {length}) or 0") + "sys.exit(c.main(['check']))"
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert found.returncode == 2
+    one_line(found.stderr, "the output", "No space left")
+
+
+def test_progress_bars_know_their_end(run, text):
+    loud = [word for word in SMALL if word != "--quiet"]
+    _, _, error = run("report", *loud, "--text", text)
+    assert re.search(r"head roles: 100%.* 4/4 ", error)
+    assert re.search(r"scaling curve: 100%", error)
+    _, _, error = run("roles", *loud, "--sequences", "16", "--shard", "2/2")
+    assert re.search(r"head roles: 100%.* 8/8 ", error)
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(run, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    try:
+        assert run("roles", *SMALL, "--csv", pipe)[0] == 0
+        assert pipe.is_fifo()
+        table, _ = reading.communicate(timeout=60)
+    finally:
+        reading.kill()
+    assert [row["label"] for row in csv.DictReader(table.splitlines())] == LABELS
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "abc", "RANK": "0"},
+        {"WORLD_SIZE": "³", "RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0"},
+    ],
+)
+def test_processes_that_nobody_introduced(run, monkeypatch, tmp_path, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, out, error = run("roles", *SMALL, "--out", "r")
+    assert (status, out) == (2, "")
+    one_line(error, "torchrun")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_place_is_found_before_the_work(tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    # Root may write anywhere, so that a mode alone would show nothing.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != closed)
+    with pytest.raises(ArgumentError, match="no permission"):
+        check_file(closed / "r.st")
+    with pytest.raises(ArgumentError, match="no permission"):
+        check_folder(closed / "a" / "b")
+    check_folder(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == [closed]

@@ -139,6 +139,58 @@ def test_the_legend_says_every_role_in_words():
     assert marks.CAUTION.split()[-1] in " ".join(texts)
 
 
+def test_a_head_without_a_counted_row_is_grey_and_named():
+    frame = frame_of(2, 2)
+    assert DESCRIPTIONS[""] not in texts_of(figures.role_map(frame, "t"))
+    frame.loc[1, ["role", "target", "agreement"]] = ["", "", math.nan]
+    figure = figures.role_map(frame, "t")
+    assert DESCRIPTIONS[""] == "no row counted"
+    assert DESCRIPTIONS[""] in texts_of(figure)
+    assert overlaps(figure) == outside(figure) == []
+    red, green, blue, _ = figure.axes[0].patches[1].get_facecolor()
+    assert red == green == blue
+    assert [bool(patch.get_hatch()) for patch in figure.axes[0].patches] == [False, True] + [
+        False
+    ] * 2
+
+
+@pytest.mark.parametrize("first", [1, 128])
+def test_step_0_stands_at_the_left_end(first):
+    frame = growth().assign(step=[0, first, 10 * first, 100 * first])
+    figure = figures.growth_figure(frame, "t")
+    axes = figure.axes[0]
+    x, y = axes.lines[0].get_data()
+    assert (x[0], y[0]) == (0, 1.0)
+    at = axes.transData.transform([(step, 1.0) for step in x])[:, 0]
+    left, right = axes.get_window_extent().x0, axes.get_window_extent().x1
+    assert left <= at[0] < at[1] - 10
+    assert at[3] <= right
+    assert at[2] - at[1] == pytest.approx(at[3] - at[2], rel=1e-3)
+    assert "0" in texts_of(figure)
+    assert overlaps(figure) == outside(figure) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_drawn(dtype):
+    values = torch.tensor([[1.0, -0.5], [0.0, math.nan]], dtype=dtype)
+    assert figures.sweep_map(values, "t", "effect").axes
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.role_map([1], "t"),
+        lambda: figures.growth_figure({"step": [1]}, "t"),
+        lambda: figures.scaling_curve_figure(None, "t"),
+        lambda: figures.sweep_map([[1.0]], "t", "l"),
+        lambda: figures.sweep_map(torch.ones(3), "t", "l"),
+    ],
+)
+def test_arguments_of_another_kind(draw, types_unchecked):
+    with pytest.raises(ArgumentError, match="Needed a"):
+        draw()
+
+
 def test_layers_go_down_and_keep_their_own_numbers():
     frame = frame_of(4, 2)
     frame = frame[frame["layer"].isin([1, 3])]

@@ -85,7 +85,7 @@ def test_a_route_that_errs_is_given_up(deep: Any, monkeypatch: pytest.MonkeyPatc
     right = sweep_heads(deep, tokens(), last(), **QUIET)
     replayed = Replay.logits
     monkeypatch.setattr(
-        Replay, "logits", lambda self, patches: [x + 1e-2 * x for x in replayed(self, patches)]
+        Replay, "logits", lambda self, streams: [x + 1e-2 * x for x in replayed(self, streams)]
     )
     wrong = sweep_heads(deep, tokens(), last(), **QUIET)
     assert wrong.checks.route == "generic"

@@ -80,11 +80,12 @@ def test_fused_attention_until_it_is_eager(architecture):
 
 
 SINK = tiny.SIZE | {"head_dim": 8, "num_key_value_heads": 2, "num_local_experts": 4}
+HIDDEN = "hidden_dropout_prob"
 DROPOUTS = [
     ("GPT2LMHeadModel", "GPT2Config", tiny.GPT, "attn_pdrop", "resid_pdrop"),
     ("LlamaForCausalLM", "LlamaConfig", tiny.SIZE, "attention_dropout", None),
     ("OPTForCausalLM", "OPTConfig", tiny.SIZE | OPT, "attention_dropout", "dropout"),
-    ("BertForMaskedLM", "BertConfig", tiny.SIZE, "attention_probs_dropout_prob", None),
+    ("BertForMaskedLM", "BertConfig", tiny.SIZE, "attention_probs_dropout_prob", HIDDEN),
     ("GptOssForCausalLM", "GptOssConfig", SINK, "attention_dropout", None),
 ]
 
@@ -94,17 +95,45 @@ def test_training_mode_with_attention_dropout(architecture, config, size, attent
     model = tiny.of_class(architecture, config, **size, **{attention: 0.1})()
     saturated(model, tiny.tokens())
     model.train()
-    with refusal(UnsupportedModelError, "blocks.0.attn", "training mode", r"model.eval\(\)"):
+    with refusal(UnsupportedModelError, "training mode", r"model.eval\(\)"):
         saturated(model, tiny.tokens())
     model.eval()
     saturated(model, tiny.tokens())
 
 
-@pytest.mark.parametrize(("architecture", "config", "size", "attention", "rest"), DROPOUTS)
-def test_training_mode_without_attention_dropout(architecture, config, size, attention, rest):
-    other = {rest: 0.1} if rest else {}
-    model = tiny.of_class(architecture, config, **size, **{attention: 0.0}, **other)().train()
-    assert saturated(model, tiny.tokens()).isfinite().all()
+@pytest.mark.parametrize(
+    ("architecture", "config", "size", "attention", "rest"), [d for d in DROPOUTS if d[-1]]
+)
+def test_training_mode_with_dropout_outside_of_attention(
+    architecture, config, size, attention, rest
+):
+    model = tiny.of_class(architecture, config, **size, **{attention: 0.0, rest: 0.1})()
+    saturated(model, tiny.tokens())
+    with refusal(UnsupportedModelError, "training mode", r"model.eval\(\)"):
+        saturated(model.train(), tiny.tokens())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_training_mode_without_any_dropout(name):
+    none = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    model = (
+        zoo.case(name).build()
+        if name == "llama"
+        else tiny.of_class("GPT2LMHeadModel", "GPT2Config", **tiny.GPT, **none)()
+    )
+    expected = saturated(model, tiny.tokens())
+    assert torch.equal(saturated(model.train(), tiny.tokens()), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_training_mode_inside_the_block(name):
+    model = zoo.case(name).build()
+    with sl.saturate(model):
+        model.train()
+        with refusal(UnsupportedModelError, "training mode inside the block"):
+            model(tiny.tokens())
+        model.eval()
+        model(tiny.tokens())
 
 
 def test_training_mode_of_a_part():
@@ -115,14 +144,9 @@ def test_training_mode_of_a_part():
         saturated(model, tiny.tokens())
 
 
-@pytest.mark.parametrize("kind", ["hugging face", "linear", "text"])
-def test_something_else_than_a_transformer_lens_model(kind):
-    model = {
-        "hugging face": zoo.model_of("llama").original_model,
-        "linear": torch.nn.Linear(3, 3),
-        "text": "gpt2",
-    }[kind]
-    with refusal(ArgumentError, "TransformerLens model", type(model).__name__, "boot_transformers"):
+@pytest.mark.parametrize("model", [torch.nn.Linear(3, 3), "gpt2"], ids=["linear", "text"])
+def test_something_else_than_a_model(model):
+    with refusal(ArgumentError, "TransformerLens model", "Hugging Face", type(model).__name__):
         saturated(model, tiny.tokens())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import dataclasses
 import doctest
 import importlib
@@ -13,6 +14,7 @@ import re
 import subprocess
 
 import pytest
+import reference
 
 import sat_lens as sl
 
@@ -24,8 +26,10 @@ ROOMS = [
     ["version", "vocabulary"],
     ["errors"],
     ["attention"],
+    ["kernels"],
     ["sites"],
     ["scales"],
+    ["changes"],
     ["intervention"],
     ["models"],
     ["data"],
@@ -39,8 +43,10 @@ ROOMS = [
     ["norms"],
     ["training"],
     ["tasks"],
+    ["theory"],
     ["viz"],
     ["demo"],
+    ["paper"],
     ["verify"],
     ["cli"],
     ["__main__"],
@@ -133,6 +139,22 @@ def says_what_it_holds(value):
     return is_result or issubclass(value, Exception)
 
 
+NOT_IN_THE_REFERENCE = {"__main__", "changes", "cli", "version", "vocabulary"}
+
+
+def test_every_room_and_every_public_name_stands_in_the_reference():
+    rooms = {room for floor in ROOMS for room in floor} - NOT_IN_THE_REFERENCE
+    assert rooms == {name.split(".")[1] for name in reference.modules()}
+    described = {id(value) for value in reference.described().values()}
+    public = [v for v in public_objects().values() if inspect.isclass(v) or inspect.isfunction(v)]
+    assert [value.__name__ for value in public if id(value) not in described] == []
+
+
+def test_everything_in_the_reference_has_a_docstring():
+    bare = [name for name, value in reference.described().items() if not inspect.getdoc(value)]
+    assert bare == []
+
+
 def test_every_public_name_is_explained_and_what_is_called_has_an_example():
     bare = []
     for name, value in public_objects().items():
@@ -163,6 +185,26 @@ def test_the_examples_are_true(name, demo, monkeypatch, tmp_path):
     for test in Finder().find(module, name):
         runner.run(test, out=shown.append)
     assert runner.failures == 0, "".join(shown)
+
+
+def names_without_an_import(examples):
+    """Names that a paste of these examples would not know."""
+    nodes = list(ast.walk(ast.parse("".join(example.source for example in examples))))
+    known = set(dir(builtins)) | {node.arg for node in nodes if isinstance(node, ast.arg)}
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            known |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            known.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            known.add(node.id)
+    return {node.id for node in nodes if isinstance(node, ast.Name)} - known
+
+
+@pytest.mark.parametrize("name", sorted(reference.described()))
+def test_examples_in_the_reference_can_be_pasted(name):
+    words = inspect.unwrap(reference.described()[name]).__doc__ or ""
+    assert names_without_an_import(doctest.DocTestParser().get_examples(words)) == set()
 
 
 def test_examples_are_found_under_decorators():

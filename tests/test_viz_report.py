@@ -27,6 +27,7 @@ from sat_lens.figures import marks
 from sat_lens.figures.marks import visible
 from sat_lens.results import Provenance
 from sat_lens.viz import write_report
+from sat_lens.viz.maps import step_charts
 from sat_lens.viz.page import asset, circuitsvis_bundle
 from sat_lens.viz.patterns import encode_saturated, encode_soft, patterns_of
 from sat_lens.viz.report import clearest
@@ -217,8 +218,87 @@ def test_a_sweep_over_positions_gives_each_head_its_largest_effect(llama, tmp_pa
     assert columns["effect"][:3] == [-0.4, 0.2, None]
     assert len(columns["effect"]) == len(labels)
     assert "random_effect" not in columns
+    words = "".join(read(path).texts)
+    assert "Of 2 positions each head shows the effect that is largest in absolute value." in words
     with pytest.raises(ArgumentError, match="no finite effect"):
         write_report(path, roles=roles, pair=pair, sweep=Table(effects.assign(effect=math.nan)))
+
+
+def test_a_random_control_is_its_mean_and_its_spread(llama, tmp_path):
+    roles, pair = llama
+    effects = pd.DataFrame(
+        {"effect": [1.0, 2.0], "random_effect": [0.3, -0.3], "random_spread": [0.4, 0.4]},
+        index=roles.frame().index[:2],
+    )
+    path = write_report(tmp_path / "r.html", roles=roles, pair=pair, sweep=Table(effects))
+    assert "move the metric by 0.5 (root mean square)" in "".join(read(path).texts)
+
+
+def test_results_of_models_of_another_shape_are_refused(llama, tmp_path):
+    roles, pair = llama
+    path = tmp_path / "r.html"
+    other_roles, other_pair = measured("t5")
+    with pytest.raises(ArgumentError, match="pair and the roles are of different models"):
+        write_report(path, roles=roles, pair=other_pair)
+    with pytest.raises(ArgumentError, match="different models"):
+        write_report(path, roles=other_roles, pair=pair)
+    metric = sl.metrics.logit_difference(7, 9)
+    ids = tiny.tokens(1)
+
+    def swept(model):
+        return sl.sweep_heads(model, ids, metric, heads="L0H1", progress=False)
+
+    assert write_report(path, roles=roles, pair=pair, sweep=swept(zoo.model_of("llama")))
+    wide = tiny.bridge(
+        "LlamaForCausalLM", transformers.LlamaConfig(**{**tiny.SIZE, "num_attention_heads": 8})
+    )
+    with pytest.raises(ArgumentError, match="sweep and the roles are of different models"):
+        write_report(path, roles=roles, pair=pair, sweep=swept(wide))
+
+
+def test_other_names_of_a_model_are_noted_on_the_page(llama, tmp_path):
+    roles, pair = llama
+
+    def words_for(roles_name, pair_name):
+        path = write_report(
+            tmp_path / "r.html",
+            roles=dataclasses.replace(roles, provenance=Provenance(roles_name)),
+            pair=dataclasses.replace(pair, provenance=dataclasses.replace(
+                pair.provenance, model=pair_name)),
+        )  # fmt: skip
+        return "".join(read(path).texts)
+
+    note = "measured on a model called one<b>, the patterns on one called other"
+    assert note in words_for("one<b>", "some/other")
+    for same in ("external", "one", "owner/one", "/a/path/to/one"):
+        assert "on one called" not in words_for("one", same)
+
+
+def test_heads_without_a_counted_row_are_grey_and_named(tmp_path):
+    model, ids = zoo.model_of("t5"), tiny.tokens(1, 12)
+    short = {"decoder_input": tiny.tokens(1, 5)}
+    roles = sl.head_roles(model, [{"input": ids, **short}], min_keys=8, progress=False)
+    frame = roles.frame()
+    assert (frame["role"] == "").tolist() == (frame["stack"] == "decoder").tolist()
+    pair = sl.run_with_saturation_cache(model, ids, **short)
+    page = read(write_report(tmp_path / "r.html", roles=roles, pair=pair))
+    assert "no row counted" in "".join(page.texts)
+    cells = {a["aria-label"].split(":")[0]: a for _, a in page.elements if "data-head" in a}
+    for label, role in frame["role"].items():
+        assert ("r-none" in cells[label]["class"]) == (role == "")
+        assert ("no row" in cells[label]["aria-label"]) == (role == "")
+    bars = [a for _, a in page.elements if "bar" in a.get("class", "").split()]
+    assert len(bars) == int((frame["role"] != "").sum())
+
+
+def test_step_0_stands_apart_at_the_left():
+    steps = pd.DataFrame({"step": [0, 1, 10, 100], "norm": [1.0, 1.1, 2.0, 4.0]})
+    (chart,) = step_charts(steps)
+    places = [dot["x"] for dot in chart["lines"][0]["dots"]]
+    assert places == pytest.approx([0.0, 0.1, 0.55, 1.0])
+    assert [tick["text"] for tick in chart["x_ticks"]] == ["0", "1", "10", "100"]
+    (later,) = step_charts(steps[1:])
+    assert later["lines"][0]["dots"][0]["x"] == 0.0
 
 
 def test_the_clearest_head_is_opened(llama, tmp_path):
@@ -262,6 +342,14 @@ def test_what_does_not_fit_is_refused(llama, tmp_path, types_unchecked):
     )
     with pytest.raises(ArgumentError, match="hold no attention pattern"):
         write_report(path, roles=roles, pair=none)
+    with pytest.raises(ArgumentError, match="Needed roles"):
+        write_report(path, roles=pair, pair=pair)
+    with pytest.raises(ArgumentError, match="Needed a pair"):
+        write_report(path, roles=roles, pair=roles)
+    for name in ("curve", "sweep", "growth"):
+        for wrong in ("text", Table(None), Table(pd.DataFrame())):
+            with pytest.raises(ArgumentError, match=f"{name} must be a result with a frame"):
+                write_report(path, roles=roles, pair=pair, **{name: wrong})
     with pytest.raises(ArgumentError, match="'effect'"):
         write_report(path, roles=roles, pair=pair, sweep=Table(pd.DataFrame({"a": [1]})))
     with pytest.raises(FileFormatError, match="cannot be written"):

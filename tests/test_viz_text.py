@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import unicodedata
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from text_attacks import ATTACKS
 
 import sat_lens as sl
+from sat_lens.errors import ArgumentError
 from sat_lens.figures.marks import visible
 from sat_lens.viz.page import circuitsvis_bundle, content_security_policy, embedded_json
-from sat_lens.viz.text import escaped, token_strings
+from sat_lens.viz.text import WORD_JOINER, inert, token_strings
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None))
 
@@ -79,12 +82,22 @@ class Counting(HTMLParser):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_escaped_tokens_hold_no_markup(attack):
+def test_tokens_that_circuitsvis_inserts_as_html_hold_no_markup(attack):
+    (token,) = inert([attack])
     parser = Counting()
-    parser.feed(f"<p>{escaped([attack])[0]}</p>")
+    parser.feed(f"<p>{token}</p>")
     parser.close()
     assert parser.tags == ["p"]
-    assert parser.text == visible(attack)
+    # The same string is also shown as text, in tooltips: both show what the token is.
+    assert parser.text == token
+    assert token.replace(WORD_JOINER, "") == visible(attack)
+
+
+@given(ANY_TEXT)
+def test_no_text_begins_a_tag_or_a_reference(text):
+    (token,) = inert([text])
+    assert not re.search(r"[<&](?!\u2060)", token)
+    assert html.unescape(token) == token
 
 
 def test_the_bundle_cannot_close_its_element():
@@ -128,5 +141,7 @@ def test_pieces_of_other_tokenizers_keep_what_they_are():
     assert token_strings(type("Model", (), {})(), [7]) == ["7"]
 
 
-def test_escape_is_the_standard_one():
-    assert html.unescape(escaped(["<a href='x'>"])[0]) == "<a href='x'>"
+@pytest.mark.parametrize("tokens", ["def", None, 3, [1.5], ["def"], torch.tensor([0.5])])
+def test_what_is_no_token_id(tokens, types_unchecked):
+    with pytest.raises(ArgumentError, match="token ids"):
+        token_strings(sl.load_model("demo"), tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import re
@@ -16,6 +17,7 @@ from sat_lens import viz
 from sat_lens.errors import ArgumentError, HeadSelectionError
 from sat_lens.figures.marks import visible
 from sat_lens.viz.page import circuitsvis_bundle
+from sat_lens.viz.text import WORD_JOINER
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +116,8 @@ def test_missing_heads_count_as_zero():
 def test_tokens_and_titles_are_data(attack, tmp_path):
     view = viz.tokens([attack], torch.ones(1), attack)
     shown = data_of(view)["props"]["tokens"][0]
-    assert html.unescape(shown) == visible(attack)
-    assert "<" not in shown
+    assert shown.replace(WORD_JOINER, "") == visible(attack)
+    assert html.unescape(shown) == shown
     assert view._repr_html_().count("<iframe") == 1
     path = view.save_html(tmp_path / "view.html")
     assert path.read_text("utf-8").count("<script") == view.page.count("<script")
@@ -144,3 +146,36 @@ def test_what_does_not_fit_is_refused(pair, types_unchecked):
         viz.top_tokens(["a"], torch.ones(1))
     with pytest.raises(ArgumentError, match="decoder"):
         viz.row_changes(pair, "decoder")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda pair, roles: viz.role_map(pair), "Needed roles"),
+        (lambda pair, roles: viz.attention(roles), "Needed a pair of runs"),
+        (lambda pair, roles: viz.attention(pair, roles=pair), "Needed roles"),
+        (lambda pair, roles: viz.attention(pair, "L0H0", tokens=7), "found one int"),
+        (lambda pair, roles: viz.row_changes(roles), "Needed a pair of runs"),
+        (lambda pair, roles: viz.tokens(["a"], [0.1]), "list in place of values"),
+        (lambda pair, roles: viz.tokens(7, torch.ones(1)), "int in place of tokens"),
+        (lambda pair, roles: viz.top_tokens(["a"], torch.ones(1, 1, 1), k=0), "k is how many"),
+        (lambda pair, roles: viz.top_tokens(["a"], torch.ones(1, 1, 1), k="2"), "k is how many"),
+    ],
+)
+def test_arguments_of_another_kind(call, words, pair, roles, types_unchecked):
+    with pytest.raises(ArgumentError, match=words):
+        call(pair, roles)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_shown(dtype):
+    model = copy.deepcopy(zoo.model_of("llama")).to(dtype)
+    torch.manual_seed(0)
+    pair = sl.run_with_saturation_cache(model, torch.randint(3, 96, (1, 12)), ties="nearest")
+    group = data_of(viz.attention(pair, "L0H1"))["groups"][0]
+    assert "bytes" not in group["saturated"][0], "rounding is no reason to take it for soft"
+    changes = viz.row_changes(pair)
+    assert bool(changes.isfinite().all())
+    texts = [str(i) for i in range(12)]
+    assert viz.top_tokens(texts, changes.to(dtype)).page
+    assert viz.tokens(texts, changes[:, 0, 0].to(dtype)).page

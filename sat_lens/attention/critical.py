@@ -26,6 +26,8 @@ def scale_of_bin(index: Tensor) -> Tensor:
     """Give the inverse temperature of a bin: 16 bins an octave, from 2^-10 to 2^20.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.attention.critical import scale_of_bin
         >>> float(scale_of_bin(torch.tensor(160)))
         1.0
     """
@@ -45,6 +47,8 @@ def critical_bins(
         eps: The total variation that counts as reached.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.attention.critical import critical_bins, scale_of_bin
         >>> lo, hi = critical_bins(torch.tensor([0.0, 1.0]))
         >>> round(float(scale_of_bin(lo)), 2), round(float(scale_of_bin(hi)), 2)
         (0.4, 2.28)

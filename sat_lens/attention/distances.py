@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -50,6 +51,7 @@ def total_variation(
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import total_variation
         >>> float(total_variation(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])))
         0.5
     """
@@ -61,6 +63,7 @@ def effective_keys(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, " *rows
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import effective_keys
         >>> float(effective_keys(torch.tensor([0.5, 0.5, 0.0])))
         2.0
     """
@@ -81,11 +84,12 @@ def nearest_saturated(scores: Float[Tensor, "*rows key"]) -> NearestSaturated:
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import nearest_saturated
         >>> found = nearest_saturated(torch.tensor([3.0, 3.0, 0.0, -torch.inf]))
         >>> int(found.m)
         2
     """
-    ordered = scores.sort(-1, descending=True).values
+    ordered = _descending(scores)
     covered = _mass_covered(ordered.softmax(-1))
     split = torch.zeros_like(covered, dtype=torch.bool)
     split[..., :-1] = ordered[..., :-1] == ordered[..., 1:]
@@ -106,6 +110,7 @@ def distances_to_saturated(scores: Float[Tensor, "*rows key"]) -> RowDistances:
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import distances_to_saturated
         >>> row = distances_to_saturated(torch.zeros(4))
         >>> float(row.tv_argmax), float(row.tv_mean), int(row.m)
         (0.75, 0.0, 4)
@@ -130,13 +135,23 @@ def distance_to_uniform(
     return (pattern - share).clamp(min=0).sum(-1)
 
 
+def _descending(scores: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows key"]:
+    """Sort each row. NumPy does it ten times as fast, as it need not say where things went."""
+    in_reach = scores.device.type == "cpu" and not scores.requires_grad
+    if not in_reach or scores.dtype not in (torch.float32, torch.float64):
+        return scores.sort(-1, descending=True).values
+    return torch.from_numpy(np.sort(scores.neg().numpy(), axis=-1)).neg_()
+
+
 def _mass_covered(ordered: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows key"]:
     """For sorted probabilities, give sum_{i<=m} min(p_i, 1/m) for every m."""
     n_keys = ordered.shape[-1]
     m = torch.arange(1, n_keys + 1, device=ordered.device)
     share = 1 / m.to(ordered.dtype)
     before = torch.nn.functional.pad(ordered.cumsum(-1), (1, 0))
-    # How many of the first m probabilities are at least 1/m: their part is capped at 1/m each.
-    above = torch.searchsorted(-ordered, -share.expand(ordered.shape).contiguous(), right=True)
-    capped = torch.minimum(above, m)
+    # A probability p is at least 1/m, and its part capped there, for every m from 1/p on.
+    capped_from = torch.fmin(ordered.reciprocal().ceil_(), ordered.new_tensor(n_keys + 1)).long()
+    one = torch.ones((), dtype=torch.int32, device=ordered.device).expand(ordered.shape)
+    counts = one.new_zeros((*ordered.shape[:-1], n_keys + 2)).scatter_add_(-1, capped_from, one)
+    capped = torch.minimum(counts.cumsum(-1)[..., 1:-1], m)
     return capped * share + before[..., 1:] - before.gather(-1, capped)

@@ -6,30 +6,36 @@ When not to use it: to attach a transform to a model. See :mod:`sat_lens.interve
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from jaxtyping import Float
 from torch import Tensor
 
+from sat_lens.attention.blocks import NO_MASS, Blockwise, has_only_extreme_masks, transform_in_place
 from sat_lens.attention.masks import mask_threshold
 from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
 from sat_lens.errors import ArgumentError, NonFiniteError
 
 # These return a maximum of 0 in every row and leave masked keys at -inf.
-# Softmax gives this exactly no mass, in float64 too, and no one takes it for a mask: whoever looks
-# at changed scores still sees which keys were visible.
-NO_MASS = -1000.0
 _OWN = (Limit, RandomKey, Scale, Uniform)
 
 
 def transform_scores(
-    scores: Float[Tensor, "batch head query key"], transform: Transform
+    scores: Float[Tensor, "batch head query key"], transform: Transform, *, overwrite: bool = False
 ) -> Float[Tensor, "batch head query key"]:
     """Apply a transform to scores as a model has them; the result is float32.
 
     The scores are taken to float32, masked keys to ``-inf``. Afterwards each row is shifted so
     that its maximum is 0, a visible key without mass holds -1000, masked keys get the model's own
-    mask value back, and rows without a visible key are as they were. The input is not changed.
+    mask value back, and rows without a visible key are as they were.
+
+    Args:
+        scores: Softmax inputs, in any floating dtype.
+        transform: What to do to them.
+        overwrite: Whether nobody needs the scores any more, so that the result may stand in their
+            memory. Otherwise the input is not changed.
 
     Raises:
         NonFiniteError: The scores hold NaN or +inf before anything was done to them.
@@ -37,11 +43,26 @@ def transform_scores(
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import Limit, transform_scores
         >>> scores = torch.tensor([[[[1.0, 3.0, torch.finfo(torch.float32).min]]]])
         >>> transform_scores(scores, Limit()).softmax(-1)
         tensor([[[[0., 1., 0.]]]])
     """
     raw = _in_float32(scores)
+    if _is_blockwise(transform) and not _is_differentiated(raw) and raw.numel() > 0:
+        own = raw.contiguous()
+        if has_only_extreme_masks(own):
+            if own is scores and not overwrite:
+                own = own.clone()
+            transform_in_place(own, transform)
+            return own
+    return _transform_whole(raw, transform)
+
+
+def _transform_whole(
+    raw: Float[Tensor, "batch head query key"], transform: Transform
+) -> Float[Tensor, "batch head query key"]:
+    """Give what any transform makes of scores with any mask, in new tensors."""
     row_max = raw.detach().amax(-1, keepdim=True)
     _check_finite(row_max)
     threshold = mask_threshold(raw)
@@ -53,6 +74,16 @@ def transform_scores(
         visible = torch.where(dead, 0.0, visible)
     new = _row_max_at_zero(_call(transform, visible), masked, transform)
     return torch.where(masked, raw, new.clamp_(min=NO_MASS))
+
+
+def _is_blockwise(transform: Transform) -> TypeGuard[Blockwise]:
+    # A subclass may do what it likes.
+    return type(transform) in (Limit, Scale, Uniform)
+
+
+def _is_differentiated(scores: Tensor) -> bool:
+    backward = torch.is_grad_enabled() and scores.requires_grad
+    return backward or fwAD.unpack_dual(scores).tangent is not None
 
 
 def _in_float32(

@@ -41,6 +41,7 @@ def mask_threshold(scores: Float[Tensor, "*rows key"]) -> float:
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import mask_threshold
         >>> mask_threshold(torch.tensor([1.0, -2.0, torch.finfo(torch.float32).min]))
         -1e+30
         >>> mask_threshold(torch.tensor([1.0, -2.0, -10_000.0])) < -2.0

@@ -50,6 +50,7 @@ class Scale:
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import Scale
         >>> scores = torch.tensor([1.0, 0.0, -torch.inf])
         >>> torch.allclose(Scale(3.0)(scores).softmax(-1), (3 * scores).softmax(-1))
         True
@@ -62,13 +63,18 @@ class Scale:
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
         """Return ``c`` times the scores, shifted so that each row's maximum is 0."""
-        # Outside float32's range the factor itself would round to 0 or infinity, and its
-        # product with -inf or 0 would be NaN; the two limits are what it means there.
+        limit = self.limit
+        return (scores - _row_max(scores)).mul_(self.c) if limit is None else limit(scores)
+
+    @property
+    def limit(self) -> Limit | Uniform | None:
+        """The limit that a factor outside float32's range means; None inside of it.
+
+        The factor itself would round to 0 or infinity, and its product with -inf or 0 be NaN.
+        """
         if self.c < _FLOAT32.tiny:
-            return Uniform()(scores)
-        if self.c > _FLOAT32.max:
-            return Limit()(scores)
-        return (scores - _row_max(scores)).mul_(self.c)
+            return Uniform()
+        return Limit() if self.c > _FLOAT32.max else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Limit:
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import Limit
         >>> Limit()(torch.tensor([2.0, 2.0, 1.0])).softmax(-1)
         tensor([0.5000, 0.5000, 0.0000])
     """
@@ -105,8 +112,13 @@ class Limit:
         else:
             # The difference, not the maximum less d: that would be rounded to the scores' own
             # spacing, which is wider than d where scores are large.
-            wins = fixed - _row_max(fixed) >= -min(float(self.ties), _FLOAT32.max)
+            wins = fixed - _row_max(fixed) >= -self.tolerance
         return torch.where(wins, 0.0, -math.inf)
+
+    @property
+    def tolerance(self) -> float:
+        """How far below the maximum a key may be and still win; as float32 can hold it."""
+        return 0.0 if isinstance(self.ties, str) else min(float(self.ties), _FLOAT32.max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +127,7 @@ class Uniform:
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import Uniform
         >>> Uniform()(torch.tensor([2.0, 7.0, -torch.inf])).softmax(-1)
         tensor([0.5000, 0.5000, 0.0000])
     """
@@ -137,6 +150,7 @@ class RandomKey:
 
     Example:
         >>> import torch
+        >>> from sat_lens.attention import RandomKey
         >>> row = RandomKey(seed=0)(torch.tensor([[0.0, 5.0, -torch.inf]])).softmax(-1)
         >>> sorted(row[0].tolist())
         [0.0, 0.0, 1.0]

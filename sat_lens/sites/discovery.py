@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.sites.naming import AttentionSite, places
+from sat_lens.sites.plain import is_plain, probe_plain
 from sat_lens.sites.probe import probe, probe_failure, probe_inputs
 
 _PATTERN = ".hook_pattern"
@@ -16,13 +17,14 @@ _remembered: WeakKeyDictionary[Any, tuple[object, list[AttentionSite]]] = WeakKe
 
 
 def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSite]:
-    """List the attention modules of a TransformerLens model and how each can be touched.
+    """List the attention modules of a model and how each can be touched.
 
     The level of each is found by one forward pass, on ``inputs`` where given and on a few made-up
     tokens otherwise; the result is remembered while the model lives and its mode stays the same.
 
     Args:
-        model: A ``TransformerBridge``, or a ``HookedTransformer`` and its like.
+        model: A ``TransformerBridge``, a ``HookedTransformer`` and its like, or a plain Hugging
+            Face model, whose fused attention is the level ``kernel``.
         *inputs: Example inputs of the model, for one that made-up inputs do not fit.
         **kwargs: Further arguments of the model's own forward.
 
@@ -31,14 +33,14 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
 
     Raises:
         UnsupportedModelError: The model has no softmax attention, or no forward pass worked.
-        ArgumentError: ``model`` is not a TransformerLens model.
+        ArgumentError: ``model`` is neither of these.
 
     Example:
         >>> import sat_lens as sl
         >>> [site.level for site in sl.attention_sites(sl.load_model("demo"))]
         ['scores', 'scores', 'scores', 'scores']
     """
-    paths = _attention_paths(model)
+    paths = None if is_plain(model) else _attention_paths(model)
     state = _state(model)
     if not inputs and not kwargs:
         known = _remembered.get(model)
@@ -47,6 +49,16 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
     found = _probe(model, paths, inputs, kwargs)
     _remembered[model] = (state, found)
     return list(found)
+
+
+def check_is_lens(model: Any, what: str) -> None:
+    """Raise an ArgumentError unless TransformerLens wraps the model, since ``what`` needs hooks."""
+    if not hasattr(model, "hook_dict"):
+        raise ArgumentError(
+            f"{what} needs a TransformerLens model (a TransformerBridge or a HookedTransformer), "
+            f"and a {type(model).__name__} was given. A Hugging Face model becomes one with "
+            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)."
+        )
 
 
 def has_several_stacks(sites: list[AttentionSite]) -> bool:
@@ -58,9 +70,8 @@ def _attention_paths(model: Any) -> list[str]:
     hook_points = getattr(model, "hook_dict", None)
     if hook_points is None:
         raise ArgumentError(
-            f"Needed a TransformerLens model (a TransformerBridge or a HookedTransformer), and a "
-            f"{type(model).__name__} was given. A Hugging Face model becomes one with "
-            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)."
+            f"Needed a TransformerLens model (a TransformerBridge or a HookedTransformer) or a "
+            f"Hugging Face model, and a {type(model).__name__} was given."
         )
     by_point: dict[int, str] = {}
     for name, point in hook_points.items():
@@ -80,27 +91,34 @@ def _attention_paths(model: Any) -> list[str]:
 
 
 def _probe(
-    model: Any, paths: list[str], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, paths: list[str] | None, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[AttentionSite]:
+    def look(args: tuple[Any, ...], extra: dict[str, Any]) -> list[AttentionSite]:
+        if paths is None:
+            return probe_plain(model, args, extra)
+        return probe(model, places(paths), args, extra)
+
     if inputs or kwargs:
-        return probe(model, places(paths), inputs, kwargs)
+        return look(inputs, kwargs)
     tried: list[Exception] = []
     for args, extra in probe_inputs(model):
         try:
-            return probe(model, places(paths), args, extra)
+            return look(args, extra)
+        except UnsupportedModelError:
+            raise
         except Exception as error:  # noqa: BLE001 - any failure only means that the input did not fit
             tried.append(error)
     raise probe_failure(tried)
 
 
 def _state(model: Any) -> object:
-    config = getattr(getattr(model, "original_model", None), "config", None)
+    config = getattr(getattr(model, "original_model", model), "config", None)
     return (
         # Parts can be in training mode while the whole is not.
         Counter(module.training for module in model.modules())[True],
         getattr(model, "compatibility_mode", None),
         getattr(config, "_attn_implementation", None),
-        Counter(name.endswith(_PATTERN) for name in model.hook_dict)[True],
+        Counter(name.endswith(_PATTERN) for name in getattr(model, "hook_dict", ()))[True],
     )
 
 

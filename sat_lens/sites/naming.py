@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-Level = Literal["scores", "softmax"]
+Level = Literal["scores", "softmax", "kernel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +19,14 @@ class AttentionSite:
         layer: The model's own block index.
         kind: ``"self"`` or ``"cross"``.
         n_heads: Number of query heads; 0 where none could be reached.
-        level: ``"scores"`` or ``"softmax"``, found by running the model; None where neither works.
+        level: ``"scores"``, ``"softmax"`` or ``"kernel"``, found by running the model; None where
+            none of them works.
         layout: The order of axes in which its softmax keeps the heads.
-        why_not: For a level of None, the reason, and what to do about it.
+        why_not: For a level of None, the reason, and what to do about it; for ``"kernel"``, why
+            only the eager path can serve, if so.
         pattern_is_true: Whether its pattern's hook shows all that the softmax gave, and edits act.
         discarded: Names of hook points whose edits this module throws away.
-        dropout: Whether attention dropout was active when the module was looked at.
+        dropout: Whether anything in the model was dropped out at random when it was looked at.
     """
 
     path: str
@@ -92,6 +94,19 @@ def places(paths: list[str]) -> list[Place]:
             place = dataclasses.replace(place, stack=stack)
         distinct.append(place)
     return distinct
+
+
+def stack_in(path: str) -> str:
+    """Find the stack in the name of a Hugging Face module.
+
+    Example:
+        >>> stack_in("model.decoder.layers.0.self_attn"), stack_in("model.layers.0.self_attn")
+        ('decoder', 'model.layers')
+    """
+    parts = path.split(".")
+    known = [part for part in parts if part in ("encoder", "decoder")]
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return known[-1] if known else ".".join(parts[:index])
 
 
 def _place(path: str) -> Place:

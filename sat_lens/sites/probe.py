@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.sites.naming import AttentionSite, Level, Place
 from sat_lens.sites.shadow import run_through
-from sat_lens.sites.softmax import AttentionSoftmax, heads_in, layout_of
+from sat_lens.sites.softmax import AttentionSoftmax, DropoutWatch, heads_in, layout_of
 from sat_lens.version import newer_lens
 
 PROBE_TOKENS = 5
@@ -36,7 +36,6 @@ class Call:
 
     events: list[tuple[str, Tensor | None]] = dataclasses.field(default_factory=list)
     fused: bool = False
-    dropout: bool = False
 
     def order(self, name: str) -> int | None:
         """Give the position of the first event of that name, or None."""
@@ -58,9 +57,11 @@ def probe(
         stack.enter_context(without_hooks(model))
         for place in places:
             stack.enter_context(_recording(model, place.path, calls[place.path]))
+        dropout = stack.enter_context(DropoutWatch())
         model(*args, **kwargs)
     hint = head_count_hint(model)
-    return [_site(place, calls[place.path], hint) for place in places]
+    sites = [_site(place, calls[place.path], hint) for place in places]
+    return [dataclasses.replace(site, dropout=dropout.seen) for site in sites]
 
 
 def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -68,7 +69,8 @@ def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = _hf_config(model)
-    vocab = int(getattr(model.cfg, "d_vocab", 0) or getattr(config, "vocab_size", 0) or 0)
+    own = getattr(model, "cfg", None)
+    vocab = int(getattr(own, "d_vocab", 0) or getattr(config, "vocab_size", 0) or 0)
     # As many tokens as heads would leave open which axis of the scores is which.
     n_tokens = PROBE_TOKENS + 1 if head_count_hint(model) == PROBE_TOKENS else PROBE_TOKENS
     tokens = torch.arange(1, n_tokens + 1, device=device)[None] % max(vocab, 2)
@@ -76,7 +78,9 @@ def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         ((tokens,), {}),
         ((tokens,), {"decoder_input": tokens}),
     ]
-    main = getattr(getattr(model, "original_model", None), "main_input_name", "input_ids")
+    if own is None and getattr(config, "is_encoder_decoder", False):
+        text = [((tokens,), {"decoder_input_ids": tokens[:, :-1]})]
+    main = getattr(getattr(model, "original_model", model), "main_input_name", "input_ids")
     if main == "pixel_values":
         size = getattr(config, "image_size", 32)
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -95,7 +99,7 @@ def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 def head_count_hint(model: Any) -> int | None:
     """The number of heads that the configuration claims; it only splits packed axes."""
-    found = getattr(model.cfg, "n_heads", None)
+    found = getattr(getattr(model, "cfg", None), "n_heads", None)
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
@@ -130,7 +134,7 @@ def _recording(model: Any, path: str, calls: list[Call]) -> Iterator[None]:
         calls.append(Call())
         with AttentionSoftmax(handle) as mode:
             yield
-        calls[-1].fused, calls[-1].dropout = mode.fused, mode.dropout
+        calls[-1].fused = mode.fused
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -174,7 +178,6 @@ def _site(place: Place, calls: list[Call], hint: int | None) -> AttentionSite:
         why_not=why_not,
         pattern_is_true=bool(calls) and all(_pattern_is_the_output(call) for call in calls),
         discarded=frozenset().union(*(_discarded(call) for call in calls)),
-        dropout=any(call.dropout for call in calls),
     )
 
 
@@ -240,7 +243,7 @@ def _discarded(call: Call) -> frozenset[str]:
 
 
 def _hf_config(model: Any) -> Any:
-    return getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(getattr(model, "original_model", model), "config", None)
 
 
 def _cuda_devices(model: Any) -> list[torch.device]:

@@ -39,6 +39,7 @@ def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
             among them cannot be reached at all.
 
     Example:
+        >>> from sat_lens.sites import AttentionSite, select_heads
         >>> sites = [AttentionSite("blocks.0.attn", "", 0, "self", 2, "scores")]
         >>> select_heads(sites, "L0H1")
         {'blocks.0.attn': [1]}

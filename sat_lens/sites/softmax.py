@@ -30,16 +30,13 @@ _DROPOUT = frozenset({F.dropout, torch.dropout})
 class AttentionSoftmax(TorchFunctionMode):
     """Hands every attention softmax that runs inside the block to ``handle``.
 
-    ``fused`` and ``dropout`` say whether a fused attention kernel, or an active dropout of a
-    pattern, was seen.
+    ``fused`` says whether a fused attention kernel was seen.
     """
 
     def __init__(self, handle: Handler) -> None:
         super().__init__()
         self.handle = handle
         self.fused = False
-        self.dropout = False
-        self._n_keys = 0
 
     def __torch_function__(
         self,
@@ -54,8 +51,6 @@ class AttentionSoftmax(TorchFunctionMode):
             return self._softmax(func, args, kwargs)
         if func in _FUSED:
             self.fused = True
-        elif func in _DROPOUT and self._drops_out_pattern(args, kwargs):
-            self.dropout = True
         return func(*args, **kwargs)
 
     def _softmax(
@@ -68,18 +63,29 @@ class AttentionSoftmax(TorchFunctionMode):
         )
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         scores = call.pop("input")
-        self._n_keys = scores.shape[-1]
         result_dtype = call.get("dtype") or scores.dtype
         return self.handle(scores, lambda x: func(x, **call).to(result_dtype))
 
-    def _drops_out_pattern(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        dropped = kwargs.get("input", args[0] if args else None)
-        # A learned sink's column is cut off before the dropout; the output of the module, which
-        # dropout may follow as well, has as many columns as the model is wide.
-        widths = (self._n_keys, self._n_keys - 1)
-        if not isinstance(dropped, Tensor) or dropped.dim() < 3:
-            return False
-        return dropped.shape[-1] in widths and _is_active(args, kwargs)
+
+class DropoutWatch(TorchFunctionMode):
+    """Notes in ``seen`` whether anything was dropped out at random inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Route one PyTorch call."""
+        kwargs = kwargs or {}
+        self.seen |= func in _DROPOUT and _is_active(args, kwargs)
+        self.seen |= func in _FUSED and kwargs.get("dropout_p", 0.0) > 0
+        return func(*args, **kwargs)
 
 
 # Orders of axes in which models keep their scores -> the order that edits see. Batch and head may

@@ -231,6 +231,7 @@ def test_no_text_runs_or_vanishes(page, tmp_path):
     assert page.run("document.title").startswith("<bos><|endoftext|></script>")
     assert page.run("document.querySelectorAll('#strip img, #strip script, #strip b').length") == 0
     strip = page.run("document.getElementById('strip').textContent").replace("\u00a0", " ")
+    strip = strip.replace("\u2060", "")
     for attack in ATTACKS:
         assert visible(attack) in strip
 

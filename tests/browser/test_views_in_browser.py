@@ -34,8 +34,9 @@ def test_token_views_show_markup_as_text(page, pair, tmp_path, pictures):
         "top": viz.top_tokens(tokens, changes),
     }.items():
         page.open(view.save_html(tmp_path / "view.html"), width=900, height=600)
-        page.wait("document.getElementById('view').textContent.includes('<bos>')")
+        page.wait("document.getElementById('view').textContent.includes('<\u2060bos>')")
         assert page.run("document.querySelectorAll('#view b').length") == 0
+        assert "&lt;" not in page.run("document.getElementById('view').textContent")
         page.screenshot(pictures / f"view-{name}.png")
     columns = "[...document.querySelectorAll('#view thead tr:last-child th')].length"
     assert page.run(columns) > changes.shape[2]
