@@ -17,6 +17,7 @@ from sat_lens.vocabulary import DESCRIPTIONS
 CELL = 34
 LEVELS = 5
 _GROWTH = ("norm", "norm_grown", "qk_product", "ov_product", "loss", "loss_saturated", "S", "lean")
+_ZERO_APART = 0.1  # of the axis lie between step 0 and the first step
 _FARTHEST = 8  # octaves of c on either side of 1
 
 
@@ -54,7 +55,7 @@ def role_maps(frame: pd.DataFrame) -> list[HeadMap]:
         role, target = str(record["role"]), str(record["target"] or "")
         level = max(1, math.ceil(marks.clarity(record) * LEVELS))
         text = f"{record['label']}: {role_text(role, target)}"
-        return f"r-{role} l{level}", marks.target_mark(target), text
+        return f"{role_class(role)} l{level}", marks.target_mark(target), text
 
     return _maps(frame, cell)
 
@@ -73,6 +74,11 @@ def effect_maps(frame: pd.DataFrame, column: str) -> list[HeadMap]:
     return _maps(frame, cell)
 
 
+def role_class(role: str) -> str:
+    """Name the style of a role; that of heads without one is grey and hatched."""
+    return f"r-{role or 'none'}"
+
+
 def role_text(role: str, target: str) -> str:
     """Say in words what a head does.
 
@@ -80,6 +86,8 @@ def role_text(role: str, target: str) -> str:
         >>> role_text("argmax", "previous")
         'argmax, attends to one key at a time; looks at the token before'
     """
+    if not role:
+        return DESCRIPTIONS[role]
     looks = marks.TARGET_WORDS.get(target) or (target.removeprefix("offset ") and f"{target}")
     words = f"{role}, {DESCRIPTIONS.get(role, '')}"
     return f"{words}; looks at {looks}" if looks else words
@@ -117,18 +125,23 @@ def scale_charts(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def step_charts(frame: pd.DataFrame, x: str = "step") -> list[dict[str, Any]]:
-    """Lay out one small chart a column against training steps, on logarithmic steps.
+    """Lay out one small chart a column against training steps, on logarithmic steps; 0 is apart.
 
     Of a table with the columns of norm growth the telling ones are drawn, of another one all.
     """
     steps = [float(s) for s in (frame[x] if x in frame.columns else frame.index)]
     positive = [math.log10(s) for s in steps if s > 0] or [0.0]
     low, span = min(positive), (max(positive) - min(positive)) or 1.0
-    places = [(math.log10(s) - low) / span if s > 0 else -0.06 for s in steps]
+    start = 0.0 if len(positive) == len(steps) else _ZERO_APART
+
+    def at(exponent: float) -> float:
+        return start + (1 - start) * (exponent - low) / span
+
+    places = [at(math.log10(s)) if s > 0 else 0.0 for s in steps]
     exponents = range(math.ceil(low), math.floor(low + span) + 1)
-    ticks = [
-        {"at": (e - low) / span, "text": f"{10**e:,}" if e >= 0 else f"1e{e}"} for e in exponents
-    ]
+    ticks = [{"at": at(e), "text": f"{10**e:,}" if e >= 0 else f"1e{e}"} for e in exponents]
+    if start:
+        ticks.insert(0, {"at": 0.0, "text": "0"})
     numeric = [str(c) for c in frame.select_dtypes("number").columns if c != x]
     known = [name for name in numeric if frame[name].notna().any()]
     names = [name for name in _GROWTH if name in known] or known
@@ -139,7 +152,7 @@ def step_charts(frame: pd.DataFrame, x: str = "step") -> list[dict[str, Any]]:
             places,
             {name: list(frame[name])},
             ticks,
-            [s > 0 for s in steps],
+            [True] * len(steps),
         )
         for name in names
     ]
@@ -164,7 +177,7 @@ def scale_bars(frame: pd.DataFrame) -> dict[str, Any] | None:
     bars = [
         {
             "label": str(label),
-            "role": str(role),
+            "style": role_class(str(role)),
             "from": at(c_lo, 0.0),
             "to": at(c_hi, 1.0),
             "text": f"{label}: {c_lo:.3g} to {c_hi:.3g}",
@@ -172,6 +185,7 @@ def scale_bars(frame: pd.DataFrame) -> dict[str, Any] | None:
         for label, role, c_lo, c_hi in zip(
             frame.index, frame["role"], frame["c_lo"], frame["c_hi"], strict=True
         )
+        if not (math.isnan(c_lo) or math.isnan(c_hi))
     ]
     exponents = range(low, high + 1, step)
     ticks = [{"at": (e - low) / span, "text": f"{2.0**e:g}"} for e in exponents]

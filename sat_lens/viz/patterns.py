@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from sat_lens.viz.text import Tokens, shown
 _PATTERN = ".hook_pattern"
 _STEPS = 255
 _DUST = 1e-6
+# A share of a row is rounded in half precision: by this, relative to itself, in bfloat16.
+_HALF_STEP = 2.0**-8
 _KEYS_PER_ROW = 8
 
 
@@ -112,7 +114,7 @@ def encode_saturated(pattern: Float[Tensor, "query key"], causal: bool) -> dict[
     """
     support = pattern > _DUST
     counts = support.sum(-1, keepdim=True)
-    if not bool(((pattern * counts - support.float()).abs() < 1e-3).all()):
+    if not bool(((pattern * counts - support.float()).abs() < _HALF_STEP).all()):
         return {"bytes": encode_soft(pattern, causal)}
     if float(counts.float().mean()) > _KEYS_PER_ROW:
         flat = support.flatten().to(torch.uint8)
@@ -132,8 +134,9 @@ def _side(tokens: Tokens | None, stack: str, count: int) -> list[str]:
                 f"{', '.join(map(repr, tokens)) or 'none'}."
             )
         tokens = tokens[stack]
-    if isinstance(tokens, str) or len(tokens) != count:
-        found = "one string" if isinstance(tokens, str) else f"{len(tokens)}"
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or len(tokens) != count:
+        listed = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+        found = f"{len(tokens)}" if listed else f"one {_kind_of(tokens)}"
         where = f" of the {stack}" if stack else ""
         raise ArgumentError(
             f"Needed {count} tokens{where}, one a position of the pair's text; found {found}. Take "
@@ -141,6 +144,10 @@ def _side(tokens: Tokens | None, stack: str, count: int) -> list[str]:
             '"decoder": [...]}.'
         )
     return shown(tokens)
+
+
+def _kind_of(tokens: object) -> str:
+    return "string" if isinstance(tokens, str) else type(tokens).__name__
 
 
 def _is_pattern(pattern: Tensor) -> bool:

@@ -16,12 +16,20 @@ from sat_lens.figures.maps import records_of
 from sat_lens.results import csv_text, write_whole
 from sat_lens.roles.result import HeadRoles
 from sat_lens.viz import maps
+from sat_lens.viz.checks import (
+    check_pair,
+    check_roles,
+    check_same_heads,
+    frame_of,
+    names_that_differ,
+)
 from sat_lens.viz.page import render
 from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
 from sat_lens.viz.text import Tokens
-from sat_lens.vocabulary import DESCRIPTIONS, ROLES
+from sat_lens.vocabulary import DESCRIPTIONS
 
 MOST_POSITIONS = 256
+_EFFECTS = ("effect", "random_effect", "random_spread")
 _MASSES = ("previous", "self", "next", "first", "special", "induction", "duplicate")
 
 
@@ -57,11 +65,13 @@ def write_report(
         The path of the page.
 
     Raises:
-        ArgumentError: The pair holds no pattern or more than one text, the tokens do not fit it,
-            or a result lacks a column.
+        ArgumentError: The pair holds no pattern or more than one text, the tokens do not fit it, a
+            result lacks a column, or results are of models with other layers or heads. Results of
+            models with other names get a note on the page.
         FileFormatError: The file cannot be written.
 
     Example:
+        >>> from pathlib import Path
         >>> import sat_lens as sl, tempfile
         >>> model, text = sl.load_model("demo"), "def area(width, height): return width * height"
         >>> tokens = model.to_tokens(text)
@@ -74,15 +84,19 @@ def write_report(
         >>> page.stat().st_size < 2_500_000
         True
     """
-    frame = _head_table(roles, sweep)
+    check_roles(roles)
+    check_pair(pair)
     found = patterns_of(pair)
     _check_size(found)
+    check_same_heads(roles, found, sweep)
+    frame = _head_table(roles, sweep)
     page = render(
         "report.html",
         styles=["base.css", "patterns.css", "report.css"],
         scripts=["patterns.js", "heads.js", "table.js", "report.js"],
         title=title or f"Head roles of {roles.provenance.model}",
         line=_one_line(roles, pair, frame),
+        notes=names_that_differ(roles, patterns=pair, spectrum=curve, sweep=sweep),
         versions=roles.provenance.versions,
         complete=roles.complete,
         maps=maps.role_maps(frame),
@@ -90,10 +104,10 @@ def write_report(
         legend=_legend(frame),
         caution=marks.CAUTION,
         start=clearest(frame),
-        charts=maps.scale_charts(curve.frame()) if curve is not None else [],
+        charts=maps.scale_charts(frame_of("curve", curve)) if curve is not None else [],
         bars=maps.scale_bars(frame),
-        sweep=_sweep(frame) if sweep is not None else None,
-        growth=maps.step_charts(growth.frame()) if growth is not None else [],
+        sweep=_sweep(frame, sweep) if sweep is not None else None,
+        growth=maps.step_charts(frame_of("growth", growth)) if growth is not None else [],
         data=_data(frame, found, tokens, pair, roles),
         csv=csv_text(frame.rename_axis("label")),
     )  # fmt: skip
@@ -125,7 +139,7 @@ def _head_table(roles: HeadRoles, sweep: Any) -> pd.DataFrame:
     frame = roles.frame()
     if sweep is None:
         return frame
-    effects = sweep.frame()
+    effects = frame_of("sweep", sweep)
     if "effect" not in effects.columns or not set(effects.index) <= set(frame.index):
         raise ArgumentError(
             "The sweep's frame() needs a row a head, indexed by the labels of the roles, with the "
@@ -133,12 +147,12 @@ def _head_table(roles: HeadRoles, sweep: Any) -> pd.DataFrame:
             f"such as {', '.join(map(str, effects.index[:3]))}."
         )
     if effects.index.has_duplicates:
-        # A sweep over positions has several rows a head: the largest stands for it.
+        # A sweep over positions has several rows a head: the largest stands for it, as is said.
         effects = effects.assign(size=effects["effect"].abs()).sort_values(
             "size", ascending=False, kind="stable"
         )
         effects = effects[~effects.index.duplicated()]
-    names = [name for name in ("effect", "random_effect") if name in effects.columns]
+    names = [name for name in _EFFECTS if name in effects.columns]
     wanted = [name for name in names if effects[name].notna().any()]
     if "effect" not in wanted:
         raise ArgumentError("The sweep holds no finite effect. Run it on heads that it can patch.")
@@ -181,7 +195,11 @@ def _legend(frame: pd.DataFrame) -> dict[str, Any]:
     counts = frame["role"].value_counts()
     kinds = {"offset" if str(t).startswith("offset ") else str(t) for t in frame["target"] if t}
     return {
-        "roles": [(role, DESCRIPTIONS[role], int(counts.get(role, 0))) for role in ROLES],
+        "roles": [
+            (role, words, int(counts.get(role, 0)))
+            for role, words in DESCRIPTIONS.items()
+            if role or role in counts
+        ],
         "targets": [
             (marks.TARGET_MARKS.get(name, f"{marks.MINUS}k"), name, words)
             for name, words in marks.TARGET_WORDS.items()
@@ -190,10 +208,10 @@ def _legend(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _sweep(frame: pd.DataFrame) -> dict[str, Any]:
+def _sweep(frame: pd.DataFrame, sweep: Any) -> dict[str, Any]:
     effects = frame["effect"].dropna()
     ranked = effects.reindex(effects.abs().sort_values(ascending=False, kind="stable").index)
-    control = float(frame["random_effect"].abs().mean()) if "random_effect" in frame else math.nan
+    rows = sweep.frame().index.value_counts()
     limit = float(effects.abs().max()) if len(effects) else 0.0
     return {
         "maps": maps.effect_maps(frame, "effect"),
@@ -208,8 +226,20 @@ def _sweep(frame: pd.DataFrame) -> dict[str, Any]:
             }
             for label, value in ranked.head(12).items()
         ],
-        "control": f"{control:.3g}" if math.isfinite(control) else "",
+        "control": _control(frame),
+        "positions": int(rows.max()) if int(rows.max()) > 1 else 0,
+        "notes": getattr(sweep, "notes", []),
     }
+
+
+def _control(frame: pd.DataFrame) -> str:
+    """The size of a random effect: its mean over draws and its spread, taken together."""
+    if "random_effect" not in frame.columns:
+        return ""
+    squares = frame["random_effect"] ** 2
+    if "random_spread" in frame.columns:
+        squares += frame["random_spread"].fillna(0.0) ** 2
+    return f"{math.sqrt(squares.mean()):.3g}"
 
 
 def _data(

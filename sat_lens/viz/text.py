@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from sat_lens.errors import ArgumentError
 from sat_lens.figures.marks import visible
 
+WORD_JOINER = "\u2060"
 Tokens = Sequence[str] | Mapping[str, Sequence[str]]
 
 
@@ -24,17 +26,33 @@ def token_strings(model: Any, tokens: Tensor | Iterable[int]) -> list[str]:
         model: A TransformerLens model.
         tokens: Ids, as a tensor ``[position]`` or ``[1, position]``, or a list.
 
+    Raises:
+        ArgumentError: These are no ids.
+
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.viz import token_strings
         >>> model = sl.load_model("demo")
         >>> token_strings(model, model.tokenizer("def f():")["input_ids"])[:3]
         ['<bos>', 'def', ' f']
     """
-    ids = [int(i) for i in (tokens.flatten() if isinstance(tokens, Tensor) else tokens)]
+    ids = _ids_of(tokens)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return [str(i) for i in ids]
     return [_token_string(tokenizer, i) for i in ids]
+
+
+def _ids_of(tokens: Tensor | Iterable[int]) -> list[int]:
+    values = tokens.flatten().tolist() if isinstance(tokens, Tensor) else tokens
+    if isinstance(values, Iterable) and not isinstance(values, str):
+        ids = list(values)
+        if all(isinstance(i, int) or (isinstance(i, Tensor) and i.numel() == 1) for i in ids):
+            return [int(i) for i in ids]
+    raise ArgumentError(
+        "Needed token ids, such as model.to_tokens(text) or the input_ids of a tokenizer gives; "
+        f"found {type(tokens).__name__}."
+    )
 
 
 def _token_string(tokenizer: Any, token: int) -> str:
@@ -51,14 +69,17 @@ def shown(tokens: Iterable[str]) -> list[str]:
     return [visible(str(token)) for token in tokens]
 
 
-def escaped(tokens: Iterable[str]) -> list[str]:
-    """Escape visible tokens for those circuitsvis components that insert them as HTML.
+def inert(tokens: Iterable[str]) -> list[str]:
+    """Make visible tokens harmless for those circuitsvis components that insert them as HTML.
 
-    ``ColoredTokens``, ``TextNeuronActivations`` and ``TopkTokens`` do; the attention components
-    draw their labels on a canvas and must get them as they are.
+    ``ColoredTokens``, ``TextNeuronActivations`` and ``TopkTokens`` do, and show the same string as
+    text in their tooltips, where an escape would be read as it is. So < and & are followed by an
+    invisible word joiner instead: no tag and no character reference can begin with that, and both
+    places show the same. The attention components draw on a canvas and get tokens as they are.
 
     Example:
-        >>> escaped(["<bos>"])
-        ['&lt;bos&gt;']
+        >>> from sat_lens.viz.text import inert
+        >>> inert(["<bos>"])
+        ['<\u2060bos>']
     """
-    return [html.escape(token) for token in shown(tokens)]
+    return [re.sub("[<&]", rf"\g<0>{WORD_JOINER}", token) for token in shown(tokens)]

@@ -27,6 +27,7 @@ class View:
     """A view that displays itself in a notebook.
 
     Example:
+        >>> from sat_lens.viz import View
         >>> View("A title", "<!doctype html><p>text</p>", 100)._repr_html_()[:7]
         '<iframe'
     """

@@ -15,9 +15,10 @@ from sat_lens.errors import ArgumentError
 from sat_lens.figures.marks import clarity
 from sat_lens.roles.result import HeadRoles
 from sat_lens.sites.selection import Heads, select_heads
+from sat_lens.viz.checks import check_pair, check_roles
 from sat_lens.viz.page import render
 from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
-from sat_lens.viz.text import Tokens, escaped
+from sat_lens.viz.text import Tokens, inert
 from sat_lens.viz.view import FigureView, View, component_view, drawn
 
 MOST_HEADS = 8
@@ -32,10 +33,12 @@ def role_map(roles: HeadRoles, title: str | None = None) -> FigureView:
 
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.figures import role_map
         >>> model = sl.load_model("demo")
         >>> roles = sl.head_roles(model, ["import os, sys, re, json, time"], progress=False)
         >>> role_map(roles).save_html("roles.html")  # doctest: +SKIP
     """
+    check_roles(roles)
     name = title or f"Head roles: {roles.provenance}"
     figure = roles.plot(name)
     picture = base64.b64encode(drawn(figure, "svg")).decode()
@@ -73,11 +76,15 @@ def attention(
 
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.viz import attention
         >>> model = sl.load_model("demo")
         >>> pair = sl.run_with_saturation_cache(model, "def f(x): return x")
         >>> attention(pair, ["L1H0", "L1H1"]).title
         'Attention, soft and saturated: L1H0, L1H1'
     """
+    check_pair(pair)
+    if roles is not None:
+        check_roles(roles)
     found = patterns_of(pair)
     selection = select_heads([p.site for p in found], heads if heads is not None else
                              _clearest(found, roles))  # fmt: skip
@@ -125,15 +132,17 @@ def tokens(
         ArgumentError: The shapes do not fit.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.viz import tokens
         >>> tokens(["a", "b"], torch.tensor([0.2, -0.4])).height
         180
     """
     clean = _checked(tokens, values, (1, 3))
     if clean.dim() == 1:
-        props: dict[str, Any] = {"tokens": escaped(tokens), "values": clean.tolist()}
+        props: dict[str, Any] = {"tokens": inert(tokens), "values": clean.tolist()}
         return component_view(title, "", {"component": "ColoredTokens", "props": props}, height=180)
     props = {
-        "tokens": escaped(tokens),
+        "tokens": inert(tokens),
         "activations": clean.tolist(),
         "firstDimensionName": "Layer",
         "secondDimensionName": "Head",
@@ -163,16 +172,20 @@ def top_tokens(
         ArgumentError: The shapes do not fit.
 
     Example:
+        >>> import torch
+        >>> from sat_lens.viz import top_tokens
         >>> top_tokens(["a", "b"], torch.rand(2, 1, 3)).title
         'Tokens with the largest and smallest values'
     """
     by_layer = _checked(tokens, values, (3,)).permute(1, 0, 2)
+    if not isinstance(k, int) or k < 1:
+        raise ArgumentError(f"k is how many tokens are shown at each end, 1 or more; found {k!r}.")
     count = min(k, len(tokens))
     top = by_layer.topk(count, dim=1)
     bottom = by_layer.topk(count, dim=1, largest=False)
     # Given a single text, circuitsvis shows a single head; given it twice, it shows all of them.
     props = {
-        "tokens": [escaped(tokens)] * 2,
+        "tokens": [inert(tokens)] * 2,
         "topkVals": [top.values.tolist()] * 2,
         "topkIdxs": [top.indices.tolist()] * 2,
         "bottomkVals": [bottom.values.flip(1).tolist()] * 2,
@@ -199,10 +212,12 @@ def row_changes(pair: SaturationPair, stack: str = "") -> Float[Tensor, "positio
 
     Example:
         >>> import sat_lens as sl
+        >>> from sat_lens.viz import row_changes
         >>> model = sl.load_model("demo")
         >>> list(row_changes(sl.run_with_saturation_cache(model, "import os"))[0].shape)
         [4, 8]
     """
+    check_pair(pair)
     found = [p for p in patterns_of(pair) if p.site.stack == stack]
     if not found:
         stacks = sorted({p.site.stack for p in patterns_of(pair)})
@@ -218,14 +233,18 @@ def row_changes(pair: SaturationPair, stack: str = "") -> Float[Tensor, "positio
 
 def _checked(tokens: Sequence[str], values: Tensor, dimensions: tuple[int, ...]) -> Tensor:
     shapes = {1: "[position]", 3: "[position, layer, head]"}
-    fits = values.dim() in dimensions and len(tokens) == values.shape[0] and values.numel() > 0
-    if isinstance(tokens, str) or not fits:
-        raise ArgumentError(
-            f"Needed a list of tokens and values of shape "
-            f"{' or '.join(shapes[d] for d in dimensions)}; found {len(tokens)} tokens and values "
-            f"of shape {list(values.shape)}."
-        )
-    return values.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    needed = " or ".join(shapes[d] for d in dimensions)
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+        found = f"{type(tokens).__name__} in place of tokens"
+    elif not isinstance(values, Tensor):
+        found = f"{type(values).__name__} in place of values"
+    elif values.dim() not in dimensions or len(tokens) != len(values) or not values.numel():
+        found = f"{len(tokens)} tokens and values of shape {list(values.shape)}"
+    else:
+        return values.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    raise ArgumentError(
+        f"Needed a list of tokens and a tensor of values of shape {needed}; found {found}."
+    )
 
 
 def _clearest(found: list[Patterns], roles: HeadRoles | None) -> list[str]:

@@ -46,9 +46,9 @@ function darkest(pattern) {
   return most > 0 ? most : 1;
 }
 
-function escaped(text) {
-  const names = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
-  return text.replace(/[&<>"']/g, (character) => names[character]);
+/* Neither a tag nor a character reference begins with an invisible word joiner. */
+function inert(text) {
+  return text.replace(/[<&]/g, "$&\u2060");
 }
 
 function shortened(text) {

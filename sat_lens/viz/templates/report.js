@@ -19,12 +19,12 @@ function choose(index, scroll) {
   const head = (name) => (data.columns[name] || [])[index];
   const [role, target] = [head("role"), head("target")];
   byId("head-label").textContent = data.labels[index];
-  byId("head-role").textContent = target ? `${role}, ${target}` : role;
-  byId("head-role").className = `chip r-${role}`;
+  byId("head-role").textContent = [role || data.descriptions[role], target].filter(Boolean).join(", ");
+  byId("head-role").className = `chip ${roleClass(role)}`;
   byId("head-words").textContent = words(role, target, head("saturated"));
   showNumbers(head);
   showMasses(head);
-  showPatterns(index, target ? `${role} ${target}` : role);
+  showPatterns(index, [role, target].filter(Boolean).join(" "));
   chosen = index;
   showLayer();
   if (table) table.select(index);
@@ -32,6 +32,7 @@ function choose(index, scroll) {
 }
 
 function words(role, target, saturated) {
+  if (!role) return "No row of this head had enough keys to be counted, so it has no role.";
   const shape = data.descriptions[role] || "";
   const place = data.targets[target] || target;
   const looks = place ? `, looks at ${place}` : "";
@@ -107,13 +108,13 @@ function showPatterns(index, name) {
     const total = row.reduce((sum, value, k) => sum + Math.abs(value - saturated[q][k]), 0);
     return Math.round(500 * total) / 1000;
   });
-  const props = { tokens: queries.map(escaped), values: distances, minValue: -1, maxValue: 1 };
+  const props = { tokens: queries.map(inert), values: distances, minValue: -1, maxValue: 1 };
   strip.show(CircuitsVis.ColoredTokens, { ...props, positiveColor: BLUE, paddingBottom: 0 });
 }
 
 function showPattern(which, pattern, queries, keys, causal, name, note) {
   const most = darkest(pattern), stage = byId(which);
-  byId(`${which}-note`).textContent = `${note}darkest: ${numberText(most, 2)} or more`;
+  byId(`${which}-note`).textContent = `${note}darkest blue: ${most < 1 ? `${numberText(most, 2)} or more` : "1"}`;
   const square = queries === keys;
   stage.querySelectorAll(".drawn").forEach((old) => old.remove());
   byId(`${which}-here`).hidden = !square;
@@ -141,7 +142,7 @@ function showLayer() {
   const size = [site.causal, queries.length, keys.length];
   const names = data.labels.flatMap((label, index) => {
     const [role, target] = [data.columns.role[index], data.columns.target[index]];
-    return data.where[index] && data.where[index][0] === openLayer ? [`${label} ${role} ${target}`] : [];
+    return data.where[index] && data.where[index][0] === openLayer ? [[label, role, target].filter(Boolean).join(" ")] : [];
   });
   const heads = {
     names, queries, keys, causal: site.causal, limit: `c = ${data.scale}, ties ${data.ties}`,

@@ -8,6 +8,10 @@ const COLUMNS = [
   ["c_hi", "c hi", 2], ["effect", "effect", 3], ["n_rows", "rows", 0],
 ];
 
+function roleClass(role) {
+  return `r-${role || "none"}`;
+}
+
 class HeadTable {
   constructor(data, csv, choose) {
     this.values = { ...data.columns, label: data.labels };
@@ -56,7 +60,7 @@ class HeadTable {
       } else {
         if (name === "role") {
           const swatch = document.createElement("span");
-          swatch.className = `swatch r-${value}`;
+          swatch.className = `swatch ${roleClass(value)}`;
           cell.append(swatch);
         }
         cell.append(kind === "word" ? value : numberText(value, kind));

@@ -1,0 +1,25 @@
+"""What the commands print, and the exit status that goes with it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+INTERRUPTED = 130
+
+
+def short_table(frame: pd.DataFrame) -> str:
+    """Give the columns of a table of roles that fit a terminal."""
+    shown = frame[["role", "target", "lean", "tv_argmax", "tv_mean", "tv_nearest", "agreement"]]
+    return shown.to_string(float_format="{:.2f}".format)
+
+
+def status_of(complete: bool) -> int:
+    """Give the exit status of a measurement, and say so where it was interrupted."""
+    if complete:
+        return 0
+    print("Interrupted: these are the numbers of what was read.", file=sys.stderr)
+    return INTERRUPTED

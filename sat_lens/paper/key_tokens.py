@@ -1,0 +1,291 @@
+"""The attention mass on each key token, through training: its entropy, and when that stops falling.
+
+Key tokens are told apart by identity, as in Tian et al. 2023, arXiv 2305.16380: the mass on a key
+token is summed over all its places in the row. A key token is distinct for a query token if the
+rows in which it is visible leave little doubt about the next token, and common if they leave much.
+
+When not to use it: to say which position a head attends to; :func:`sat_lens.head_roles` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sat_lens.errors import ArgumentError, DataError
+from sat_lens.figures import marks
+from sat_lens.figures.curves import INK
+from sat_lens.norms.checkpoints import list_checkpoints
+from sat_lens.norms.lens import lens_model, undisturbed
+from sat_lens.paper.drawing import lines, panels
+from sat_lens.results import Provenance
+
+MIN_KEYS = 8
+# The boundary: narrowing per doubling of steps is below this share of what it was at its fastest.
+SLOW = 0.25
+# A key token counts for a query token once it was visible in this many rows.
+MIN_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Narrowing:
+    """Attention by key token through training; made by :func:`attention_narrowing`.
+
+    Attributes:
+        provenance: The checkpoints and the data.
+        steps: The step of each checkpoint.
+        queries: The query tokens, the most frequent first.
+        masses: Mean attention mass on each key token, by checkpoint and query token.
+        uniform: What uniform attention would put there.
+        columns: One value a checkpoint; see :meth:`frame`.
+        names: What to call tokens; their numbers where no tokenizer was given.
+    """
+
+    provenance: Provenance
+    steps: tuple[int, ...]
+    queries: tuple[int, ...]
+    masses: Float[Tensor, "step query token"]
+    uniform: Float[Tensor, "query token"]
+    columns: dict[str, Tensor]
+    names: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a checkpoint, indexed by step.
+
+        Columns: ``entropy`` of the mass over key tokens, in nats, mean over rows with at least 8
+        visible keys and over heads; ``entropy_uniform``, that of uniform attention; ``narrowing``,
+        the fall of the entropy per doubling of steps since the checkpoint before; ``moved``, the
+        total variation between the masses of the chosen query tokens at this checkpoint and the one
+        before, per doubling; ``commonness``, the rank correlation over pairs of query and key token
+        between what the key gets beyond uniform attention and the entropy of the next token, given
+        both: below 0 where attention prefers distinct tokens, which tell more of what comes next.
+        """
+        values = {name: column.tolist() for name, column in self.columns.items()}
+        return pd.DataFrame(values, index=pd.Index(self.steps, name="step"))
+
+    @property
+    def boundary(self) -> int | None:
+        """The phase boundary: the first step from which narrowing is slow.
+
+        Slow is less than a quarter of the fastest narrowing, per doubling of steps, after that
+        fastest stretch; None where it never is, or where the entropy never falls.
+        """
+        return phase_boundary(self.steps, self.columns["entropy"].tolist())
+
+    def keys(self, query: int, largest: int = 10) -> pd.DataFrame:
+        """Give the mass on the key tokens that a query token attends to most at the end.
+
+        Args:
+            query: A query token, one of ``queries``.
+            largest: How many key tokens.
+
+        Returns:
+            One row a checkpoint, one column a key token; a last row ``"uniform"``.
+
+        Raises:
+            ArgumentError: The query token is none of those measured.
+        """
+        if query not in self.queries:
+            raise ArgumentError(f"Query tokens are {list(self.queries)}; found {query}.")
+        row = self.queries.index(query)
+        top = self.masses[-1, row].topk(largest).indices
+        rows = torch.cat([self.masses[:, row, top], self.uniform[row, top][None]])
+        index = pd.Index([*self.steps, "uniform"], name="step")
+        return pd.DataFrame(rows.tolist(), index=index, columns=top.tolist())
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw the entropy, how it moves, and the key tokens of the most frequent query token."""
+        figure, (entropy, speed, keys) = panels(3, title or f"Narrowing: {self.provenance}")
+        table = self.frame().rename(index={0: 0.5})
+        step = "step (0 on the left edge)"
+        named = {"entropy": "attention", "entropy_uniform": "uniform"}
+        lines(entropy, table, named, x=step, y="nats", dashed=["entropy_uniform"])
+        entropy.set_title("entropy over key tokens", size=8.5, color=INK, loc="left")
+        if self.boundary:
+            entropy.axvline(self.boundary, color="#999999", lw=0.8, ls=":")
+        named = {"narrowing": "entropy lost (nats)", "moved": "mass moved (share)"}
+        lines(speed, table, named, x=step)
+        speed.set_title("per doubling of steps", size=8.5, color=INK, loc="left")
+        shown = self.keys(self.queries[0], 6).drop(index="uniform").rename(index={0: 0.5})
+        words = {str(token): self._name(int(token)) for token in shown.columns}
+        lines(keys, shown.rename(columns=str), words, x=step)
+        title = f"mass on keys, query {self._name(self.queries[0])}"
+        keys.set_title(title, size=8.5, color=INK, loc="left").set_parse_math(False)
+        return figure
+
+    def _name(self, token: int) -> str:
+        return marks.visible(self.names.get(token, f"token {token}"))
+
+
+def attention_narrowing(
+    checkpoints: Any,
+    tokens: Int[Tensor, "sequence position"],
+    *,
+    layer: int = 0,
+    n_queries: int = 8,
+    as_model: Callable[[Any], Any] = lens_model,
+    tokenizer: Any = None,
+    progress: bool = True,
+    data_name: str = "",
+) -> Narrowing:
+    """Follow the attention of one layer, by key token, through training.
+
+    Args:
+        checkpoints: As for :func:`sat_lens.norm_growth`: a directory, a list of paths, or a mapping
+            from steps to paths or models.
+        tokens: Sequences without padding to measure on, the same for every checkpoint.
+        layer: Which block's attention; its heads are averaged.
+        n_queries: How many query tokens to keep masses for: the most frequent ones.
+        as_model: Makes a TransformerLens model of a checkpoint's path or model.
+        tokenizer: Names the tokens in the figure, by its ``decode``.
+        progress: Whether to show a progress bar.
+        data_name: What the data is called in the result.
+
+    Raises:
+        DataError: The sequences are no matrix of tokens, or no longer than 8.
+        ArgumentError: There is no attention in that layer, or fewer than two checkpoints.
+    """
+    if tokens.dim() != 2 or tokens.shape[1] <= MIN_KEYS:
+        raise DataError(
+            f"Needed sequences [sequence, position] longer than {MIN_KEYS}; found "
+            f"{list(tokens.shape)}."
+        )
+    found = list_checkpoints(checkpoints)
+    reader = _Reader(tokens, n_queries)
+    bar = tqdm(found, desc="narrowing", unit="checkpoint", disable=not progress)
+    rows = [reader.measure(_pattern(as_model(c.located()), tokens, layer)) for c in bar]
+    uniform_entropy, uniform = reader.measure(reader.uniform_pattern())
+    steps = tuple(checkpoint.step for checkpoint in found)
+    masses = torch.stack([mass for _, mass in rows])
+    entropy = torch.tensor([value for value, _ in rows])
+    moved = (masses[1:] - masses[:-1]).abs().sum(-1).mean(-1) / 2
+    unknown = torch.tensor([math.nan], dtype=torch.float64)
+    gaps = torch.tensor(doublings(steps))
+    columns = {
+        "entropy": entropy,
+        "entropy_uniform": torch.full_like(entropy, uniform_entropy),
+        "narrowing": torch.cat([unknown, -entropy.diff() / gaps]),
+        "moved": torch.cat([unknown, moved / gaps]),
+        "commonness": torch.tensor([reader.commonness(mass, uniform) for mass in masses]),
+    }
+    provenance = Provenance(f"{len(steps)} checkpoints, layer {layer}", data_name)
+    ids = range(reader.vocabulary if tokenizer is not None else 0)
+    names = {token: tokenizer.decode([token]) for token in ids}
+    return Narrowing(provenance, steps, reader.queries, masses, uniform, columns, names)
+
+
+def doublings(steps: Sequence[int]) -> list[float]:
+    """Give the number of doublings between steps; step 0 counts as half a step.
+
+    Example:
+        >>> doublings([0, 1, 2, 8])
+        [1.0, 1.0, 2.0]
+    """
+    logs = [math.log2(step or 0.5) for step in steps]
+    return [after - before for before, after in itertools.pairwise(logs)]
+
+
+def phase_boundary(steps: Sequence[int], entropy: Sequence[float]) -> int | None:
+    """Give the first step after the fastest narrowing from which narrowing is slow.
+
+    Example:
+        >>> phase_boundary([1, 2, 4, 8, 16], [4.0, 3.9, 2.9, 2.8, 2.8])
+        4
+    """
+    falls = [a - b for a, b in itertools.pairwise(entropy)]
+    speeds = [fall / gap for fall, gap in zip(falls, doublings(steps), strict=True)]
+    fastest = max(speeds)
+    if fastest <= 0:
+        return None
+    after = range(speeds.index(fastest) + 1, len(speeds))
+    return next((steps[i] for i in after if speeds[i] < SLOW * fastest), None)
+
+
+class _Reader:
+    """Sums attention over the places of each key token, on the same sequences every time."""
+
+    def __init__(self, tokens: Int[Tensor, "sequence position"], n_queries: int) -> None:
+        self.tokens, self.vocabulary = tokens, int(tokens.max()) + 1
+        counted = tokens[:, MIN_KEYS - 1 : -1]
+        counts = torch.bincount(counted.flatten(), minlength=self.vocabulary)
+        chosen = counts.topk(min(n_queries, int((counts > 0).sum()))).indices
+        self.queries = tuple(chosen.tolist())
+        self.rows, self.doubt = self._next_tokens()
+
+    def uniform_pattern(self) -> Float[Tensor, "sequence head query key"]:
+        """Give uniform attention over visible keys."""
+        n = self.tokens.shape[1]
+        past = torch.ones(n, n, dtype=torch.float64).tril()
+        return (past / past.sum(1, keepdim=True)).expand(len(self.tokens), 1, n, n)
+
+    def measure(
+        self, pattern: Float[Tensor, "sequence head query key"]
+    ) -> tuple[float, Float[Tensor, "asked token"]]:
+        """Give the mean entropy over key tokens, and the mean masses by query token."""
+        entropy, n = 0.0, self.tokens.shape[1]
+        sums = torch.zeros(len(self.queries), self.vocabulary, dtype=torch.float64)
+        counts = torch.zeros(len(self.queries), dtype=torch.float64)
+        for sequence, rows in zip(self.tokens, pattern.double(), strict=True):
+            mass = torch.zeros(*rows.shape[:2], self.vocabulary, dtype=torch.float64)
+            mass.index_add_(2, sequence, rows)
+            mass = mass[:, MIN_KEYS - 1 : n - 1]
+            entropy += float(torch.special.entr(mass).sum(-1).mean())
+            asked = sequence[MIN_KEYS - 1 : n - 1]
+            for i, query in enumerate(self.queries):
+                sums[i] += mass[:, asked == query].mean(0).sum(0)
+                counts[i] += (asked == query).sum()
+        return entropy / len(self.tokens), sums / counts[:, None]
+
+    def commonness(self, mass: Tensor, uniform: Tensor) -> float:
+        """Correlate what a key gets beyond uniform attention with the doubt that it leaves."""
+        used = self.rows >= MIN_ROWS
+        if int(used.sum()) < 3:
+            return math.nan
+        gain = pd.Series((mass / uniform)[used].tolist())
+        doubt = pd.Series(self.doubt[used].tolist())
+        return float(gain.rank().corr(doubt.rank()))
+
+    def _next_tokens(self) -> tuple[Tensor, Tensor]:
+        """Give, by query and key token, the rows and the entropy of the next token in them.
+
+        The entropy has the correction of Miller (1955) for few rows, (K - 1) / 2N.
+        """
+        counts: Counter[tuple[int, int, int]] = Counter()
+        places = {query: i for i, query in enumerate(self.queries)}
+        for sequence in self.tokens.tolist():
+            for position in range(MIN_KEYS - 1, len(sequence) - 1):
+                i = places.get(sequence[position])
+                if i is not None:
+                    following = sequence[position + 1]
+                    counts.update((i, key, following) for key in set(sequence[: position + 1]))
+        shape = (len(self.queries), self.vocabulary)
+        where = torch.tensor([(i, key) for i, key, _ in counts]).T
+        number = torch.tensor(list(counts.values()), dtype=torch.float64)
+        rows, different, logs = (
+            torch.zeros(shape, dtype=torch.float64).index_put_(tuple(where), part, accumulate=True)
+            for part in (number, torch.ones_like(number), number * number.log())
+        )
+        return rows, rows.log() - logs / rows + (different - 1) / (2 * rows)
+
+
+def _pattern(model: Any, tokens: Tensor, layer: int) -> Float[Tensor, "sequence head query key"]:
+    from sat_lens.sites import attention_sites
+
+    sites = [site for site in attention_sites(model) if site.layer == layer]
+    if not sites:
+        raise ArgumentError(f"There is no attention in layer {layer}.")
+    name = f"{sites[0].path}.hook_pattern"
+    with undisturbed(model):
+        _, cache = model.run_with_cache(tokens, names_filter=lambda point: point == name)
+    return cache[name]

@@ -1,0 +1,163 @@
+"""The small language model that the paper's figures are redone on, trained when first asked for.
+
+A Llama-shaped model (pre-norm, RMSNorm, rotary positions, no biases: T5's kind of block) on the
+source of Python's standard library, with AdamW at a constant learning rate and no weight decay, so
+that nothing but the gradient moves its norm. Several figures of one invocation share one run.
+
+When not to use it: for a model worth reading; see the bundled demo model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
+from sat_lens.models import load_tokenizer
+from sat_lens.norms import NormGrowth, norm_growth
+from sat_lens.norms.lens import lens_model
+from sat_lens.paper.network import next_token_loss, windows
+
+EQUAL_SPACES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The model, its data and its steps."""
+
+    steps: int = 2048
+    layers: int = 4
+    heads: int = 8
+    width: int = 64
+    context: int = 128
+    batch: int = 16
+    learning_rate: float = 1e-3
+    files: int | None = None
+    held_out: int = 16
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers of {self.heads} heads, width {self.width}, context "
+            f"{self.context}; {self.steps} steps of {self.batch} windows, AdamW at a constant "
+            f"{self.learning_rate:g} without weight decay, on the {corpus_name()}"
+        )
+
+
+FULL = Setting()
+QUICK = Setting(steps=64, layers=2, heads=4, context=64, batch=8, files=8, held_out=4)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageRun:
+    """A training run kept in memory.
+
+    Attributes:
+        setting: What was trained.
+        seed: Of the parameters and the batches.
+        checkpoints: The models by step: log-spaced, and at sixteen equal spaces.
+        tokens: Held-out windows to measure on.
+    """
+
+    setting: Setting
+    seed: int
+    checkpoints: dict[int, nn.Module]
+    tokens: Int[Tensor, "window context"]
+
+    def lens(self, step: int) -> Any:
+        """Give a checkpoint as a TransformerLens model."""
+        return lens_model(self.checkpoints[step])
+
+    @property
+    def last(self) -> int:
+        """The step of the last checkpoint."""
+        return max(self.checkpoints)
+
+
+@functools.lru_cache(maxsize=1)
+def trained_run(quick: bool, seed: int, progress: bool) -> LanguageRun:
+    """Train the model, or give the run that was trained last if it is the one meant."""
+    return train(QUICK if quick else FULL, seed, progress)
+
+
+def train(setting: Setting, seed: int, progress: bool) -> LanguageRun:
+    """Train a model of any setting."""
+    from sat_lens.demo.train import log_spaced_steps
+
+    tokenizer = load_tokenizer()
+    stream = _encoded(tokenizer, training_texts(), setting.files)
+    held_out = _encoded(tokenizer, held_out_texts(), setting.files)
+    model = _new_model(setting, seed, len(tokenizer))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=setting.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
+    )
+    kept = set(log_spaced_steps(setting.steps)) | set(equal_steps(setting.steps))
+    checkpoints: dict[int, nn.Module] = {0: _copy(model)}
+    bar = tqdm(range(setting.steps), desc="training", unit="step", disable=not progress)
+    for step in bar:
+        tokens = windows(stream, setting.context, setting.batch, seed * 1_000_003 + step)
+        loss = next_token_loss(model(tokens, use_cache=False).logits, tokens)
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimiser.step()
+        if step + 1 in kept:
+            checkpoints[step + 1] = _copy(model)
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+    measured = windows(held_out, setting.context, setting.held_out, seed)
+    return LanguageRun(setting, seed, checkpoints, measured)
+
+
+@functools.lru_cache(maxsize=1)
+def measured_growth(quick: bool, seed: int, progress: bool) -> NormGrowth:
+    """Follow norms, rotation and saturation over the log-spaced checkpoints of the run."""
+    from sat_lens.demo.train import log_spaced_steps
+
+    run = trained_run(quick, seed, progress)
+    chosen = {step: run.checkpoints[step] for step in log_spaced_steps(run.last)}
+    return norm_growth(chosen, run.tokens, progress=progress, data_name=corpus_name())
+
+
+def equal_steps(last: int) -> list[int]:
+    """Give the steps at sixteen equal spaces, the first and the last included.
+
+    Example:
+        >>> equal_steps(64)[:4]
+        [0, 4, 8, 12]
+    """
+    return [round(last * i / EQUAL_SPACES) for i in range(EQUAL_SPACES + 1)]
+
+
+def _encoded(tokenizer: Any, texts: Iterable[str], files: int | None) -> Int[Tensor, " token"]:
+    end = [tokenizer.eos_token_id]
+    read = list(itertools.islice(texts, files))
+    encoded = tokenizer.backend_tokenizer.encode_batch(read, add_special_tokens=False)
+    return torch.cat([torch.tensor(text.ids + end) for text in encoded])
+
+
+def _new_model(setting: Setting, seed: int, vocabulary: int) -> Any:
+    from sat_lens.demo.train import Recipe, new_model
+
+    recipe = Recipe(
+        seed=seed,
+        vocab=vocabulary,
+        layers=setting.layers,
+        heads=setting.heads,
+        d_model=setting.width,
+        d_head=setting.width // setting.heads,
+        d_mlp=3 * setting.width,
+        context=setting.context,
+    )
+    with torch.random.fork_rng(devices=[]):
+        return new_model(recipe, 0, 1, 2)
+
+
+def _copy(model: Any) -> Any:
+    return copy.deepcopy(model).requires_grad_(False).eval()

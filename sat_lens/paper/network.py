@@ -1,0 +1,178 @@
+"""A transformer language model small enough that a hundred of them train at once.
+
+Pre-norm layers, learned positions, ReLU, no biases. Which mask it was trained with is an
+argument, because one of the figures is about masks.
+
+When not to use it: to measure a model that TransformerLens can run; the rest of the library does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sat_lens.errors import DataError
+
+Transform = Callable[[Tensor], Tensor]
+Mask = Literal["multiplied", "infinite"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The size of a small transformer."""
+
+    vocabulary: int = 128
+    context: int = 32
+    width: int = 32
+    layers: int = 2
+    heads: int = 4
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose scores a function may change before the softmax."""
+
+    def __init__(self, shape: Shape, mask: Mask) -> None:
+        super().__init__()
+        self.heads, self.mask = shape.heads, mask
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(shape.width, shape.width, bias=False) for _ in range(4)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "batch query width"], transform: Transform | None
+    ) -> Float[Tensor, "batch query width"]:
+        """Attend; masked scores reach ``transform``, and its result the softmax."""
+        q, k, v = (
+            rearrange(part(x), "b n (h d) -> b h n d", h=self.heads)
+            for part in (self.q, self.k, self.v)
+        )
+        scores = masked(q @ k.mT / math.sqrt(q.shape[-1]), self.mask)
+        pattern = (scores if transform is None else transform(scores)).softmax(-1)
+        return self.o(rearrange(pattern @ v, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each on a normed copy of the residual stream."""
+
+    def __init__(self, shape: Shape, mask: Mask) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(shape.width, bias=False) for _ in range(2))
+        self.attention = Attention(shape, mask)
+        self.inner = nn.Linear(shape.width, 4 * shape.width, bias=False)
+        self.outer = nn.Linear(4 * shape.width, shape.width, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch position width"], transform: Transform | None
+    ) -> Float[Tensor, "batch position width"]:
+        """Add what the two layers say to the residual stream."""
+        x = x + self.attention(self.norm1(x), transform)
+        return x + self.outer(self.inner(self.norm2(x)).relu())
+
+
+class SmallTransformer(nn.Module):
+    """A causal language model.
+
+    Args:
+        shape: Its size.
+        mask: ``"infinite"`` takes the scores of future keys to -inf; ``"multiplied"`` multiplies
+            them by zero, which hides nothing.
+
+    Example:
+        >>> model = SmallTransformer(Shape(vocabulary=5, width=8))
+        >>> model(torch.tensor([[0, 3, 4]])).shape
+        torch.Size([1, 3, 5])
+    """
+
+    def __init__(self, shape: Shape, mask: Mask = "infinite") -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Parameter(torch.randn(shape.vocabulary, shape.width) / shape.width**0.5)
+        self.positions = nn.Parameter(torch.randn(shape.context, shape.width) / shape.width**0.5)
+        self.blocks = nn.ModuleList(Block(shape, mask) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.width, bias=False)
+        self.unembedding = nn.Linear(shape.width, shape.vocabulary, bias=False)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch position"], transform: Transform | None = None
+    ) -> Float[Tensor, "batch position vocabulary"]:
+        """Give the logits of the next token."""
+        return self.unembedding(self.norm(self.residual(tokens, transform)))
+
+    def residual(
+        self, tokens: Int[Tensor, "batch position"], transform: Transform | None = None
+    ) -> Float[Tensor, "batch position width"]:
+        """Give the residual stream after the last layer."""
+        x = self.embedding[tokens] + self.positions[: tokens.shape[-1]]
+        for block in self.blocks:
+            x = block(x, transform)
+        return x
+
+
+def new_network(shape: Shape, mask: Mask = "infinite", seed: int = 0) -> SmallTransformer:
+    """Build an untrained model from a seed; PyTorch's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SmallTransformer(shape, mask)
+
+
+def masked(
+    scores: Float[Tensor, "*rows query key"], mask: Mask
+) -> Float[Tensor, "*rows query key"]:
+    """Mask the future, or do what multiplying its scores by zero does.
+
+    Example:
+        >>> masked(torch.ones(2, 2), "multiplied").tolist(), masked(torch.ones(2, 2), "infinite")[0]
+        ([[1.0, 0.0], [1.0, 1.0]], tensor([1., -inf]))
+    """
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return scores.masked_fill(~past, 0.0 if mask == "multiplied" else -math.inf)
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch position vocabulary"], tokens: Int[Tensor, "batch position"]
+) -> Float[Tensor, ""]:
+    """Give the mean cross-entropy of the next token, in nats; works under ``torch.func``."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def characters(texts: Iterable[str], limit: int) -> Int[Tensor, " character"]:
+    """Encode texts by character; what is not ASCII becomes a question mark.
+
+    Raises:
+        DataError: The texts have no characters.
+
+    Example:
+        >>> characters(["ab", "é"], limit=10).tolist()
+        [97, 98, 63]
+    """
+    pieces, found = [], 0
+    for text in texts:
+        pieces.append(text.encode("ascii", "replace")[: limit - found])
+        found += len(pieces[-1])
+        if found == limit:
+            break
+    if not found:
+        raise DataError("Needed texts with at least one character; found none.")
+    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8).long()
+
+
+def windows(
+    stream: Int[Tensor, " token"], context: int, batch: int, seed: int
+) -> Int[Tensor, "batch context"]:
+    """Draw windows of a stream; the draw depends on the seed alone.
+
+    Raises:
+        DataError: The stream is shorter than one window.
+    """
+    if len(stream) < context:
+        raise DataError(f"A window needs {context} tokens; the text has {len(stream)}.")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(stream) - context + 1, (batch, 1), generator=generator)
+    return stream[starts + torch.arange(context)]
