@@ -15,7 +15,7 @@ import json
 import numbers
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,26 @@ def read_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
     return tensors, header["meta"]
 
 
+@contextlib.contextmanager
+def read_entries(path: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a result is made of a file's entries into one error.
+
+    Raises:
+        FileFormatError: An entry is missing, or is not what it has to be.
+
+    Example:
+        >>> from sat_lens.results import read_entries
+        >>> with read_entries("r.safetensors"):
+        ...     {}["values"]
+        Traceback (most recent call last):
+        sat_lens.errors.FileFormatError: r.safetensors lacks or garbles an entry: 'values'.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+
+
 def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
     """Write a table as CSV in which no cell can be taken for a formula by a spreadsheet.
 
@@ -117,6 +137,8 @@ def csv_text(frame: pd.DataFrame) -> str:
     """Give a table as CSV; cells that start like a formula and are no numbers get a quote mark.
 
     Example:
+        >>> import pandas as pd
+        >>> from sat_lens.results import csv_text
         >>> csv_text(pd.DataFrame({"a": ["=1+1", -2.0]}))
         "a\\r\\n'=1+1\\r\\n-2.0\\r\\n"
     """
@@ -134,9 +156,13 @@ def write_whole(path: str | Path, content: bytes) -> None:
     Raises:
         FileFormatError: The file cannot be written.
     """
-    target = Path(path)
+    target = _file_path(path)
     partial = target.with_name(f".{target.name}.partial")
     try:
+        if target.exists() and not target.is_file():
+            # Devices and pipes are written to; a file must not take their place.
+            target.write_bytes(content)
+            return
         partial.write_bytes(content)
         os.replace(partial, target)
     except OSError as error:
@@ -144,6 +170,16 @@ def write_whole(path: str | Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _file_path(path: str | Path) -> Path:
+    try:
+        target = Path(path)
+    except TypeError as error:
+        raise FileFormatError(f"A file needs a path; {path!r} was given.") from error
+    if not target.name or "\0" in str(target):
+        raise FileFormatError(f"{str(path)!r} names no file to write.")
+    return target
 
 
 def as_grid(values: Tensor, layers: int, heads: int, places: list[tuple[int, int]]) -> Tensor:

@@ -28,6 +28,7 @@ def corpus_name() -> str:
     """Name the corpus together with the Python version that it comes from.
 
     Example:
+        >>> from sat_lens.demo.corpus import corpus_name
         >>> corpus_name().startswith("standard library of Python 3.")
         True
     """
@@ -56,6 +57,7 @@ def is_held_out(relative_path: str) -> bool:
     """Say whether a file, by its POSIX path below the library's root, is kept from training.
 
     Example:
+        >>> from sat_lens.demo.corpus import is_held_out
         >>> is_held_out("bisect.py") == is_held_out("bisect.py")
         True
     """

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
-from sat_lens.figures.shown import ShownFigure
+from sat_lens.figures.shown import ShownFigure, check_frame
 
 INK, QUIET = "#222222", "#666666"
 WORDS = {
@@ -41,10 +41,14 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str) -> Figure:
         ArgumentError: The table is empty.
 
     Example:
+        >>> import math
+        >>> import pandas as pd
+        >>> from sat_lens.figures import scaling_curve_figure
         >>> frame = pd.DataFrame({"loss": [8.0, 2.0, 3.0]}, index=[0.0, 1.0, math.inf])
         >>> [text.get_text() for text in scaling_curve_figure(frame, "t").axes[0].get_xticklabels()]
         ['0', '1', '∞']
     """
+    check_frame(frame)
     if frame.empty or not len(frame.columns):
         raise ArgumentError(
             "Needed a table with a row a scale and a column a measure; it is empty."
@@ -88,17 +92,20 @@ def growth_figure(
         title: What was measured on what.
         x: The column of the horizontal axis; the index is taken where there is no such column.
         columns: Which columns to draw; None is every column of numbers.
-        log_x: Whether the steps are on a logarithmic axis; steps of 0 are then left out.
+        log_x: Whether the steps are on a logarithmic axis; a step of 0 then stands at its left end.
         log_y: Whether the values are; values of 0 or less are then left out.
 
     Raises:
         ArgumentError: The table is empty, or a column is missing.
 
     Example:
+        >>> import pandas as pd
+        >>> from sat_lens.figures import growth_figure
         >>> frame = pd.DataFrame({"step": [1, 10, 100], "norm": [1.0, 2.0, 4.0]})
         >>> growth_figure(frame, "t").axes[0].get_xscale()
         'log'
     """
+    check_frame(frame)
     steps = frame[x] if x in frame.columns else frame.index.to_series()
     numeric = [str(c) for c in frame.select_dtypes("number").columns if c != x]
     names = list(numeric if columns is None else columns)
@@ -110,10 +117,10 @@ def growth_figure(
         )
     figure, (axes,) = _panels(1, title)
     for name, color in zip(names, _cycle(len(names)), strict=True):
-        keep = ((steps > 0) | (not log_x)) & ((frame[name] > 0) | (not log_y))
+        keep = ((steps >= 0) | (not log_x)) & ((frame[name] > 0) | (not log_y))
         drawn = (steps[keep].to_numpy(), frame[name][keep].to_numpy())
         axes.plot(*drawn, "-o", color=color, lw=1.6, ms=3, label=name.replace("_", " "))
-    axes.set_xscale("log" if log_x else "linear")
+    _scale_steps(axes, steps, log_x)
     axes.set_yscale("log" if log_y else "linear")
     for axis, log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
         if log:
@@ -127,6 +134,19 @@ def growth_figure(
     else:
         axes.set_ylabel(names[0].replace("_", " "), size=8, color=QUIET)
     return figure
+
+
+def _scale_steps(axes: Axes, steps: pd.Series[Any], log: bool) -> None:
+    """Make the axis of steps logarithmic; with a step of 0, linear from there to the first one."""
+    positive = steps[steps > 0]
+    if not log or positive.empty:
+        return
+    if bool((steps > 0).all()):
+        axes.set_xscale("log")
+        return
+    first = float(positive.min())
+    axes.set_xscale("symlog", linthresh=first, linscale=0.4)
+    axes.set_xlim(-0.15 * first, float(positive.max()) * 1.3)
 
 
 def measure_groups(columns: Sequence[str]) -> dict[str, list[str]]:

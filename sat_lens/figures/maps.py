@@ -18,6 +18,7 @@ from torch import Tensor
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
 from sat_lens.figures.sheet import INK, LEFT, LINE, MARGIN, QUIET, Sheet
+from sat_lens.figures.shown import check_frame
 from sat_lens.vocabulary import DESCRIPTIONS, ROLES
 
 _LEAST_SHADE = 0.3
@@ -36,25 +37,29 @@ def role_map(frame: pd.DataFrame, title: str) -> Figure:
         ArgumentError: The table is empty or lacks a column.
 
     Example:
+        >>> import pandas as pd
+        >>> from sat_lens.figures import role_map
         >>> frame = pd.DataFrame({"layer": [0, 0], "head": [0, 1], "role": ["argmax", "mean"]})
         >>> role_map(frame, "two heads").get_axes()[0].get_ylabel()
         'layer'
     """
     _check(frame, ("layer", "head", "role"))
     stacks = head_stacks(frame)
-    sheet = Sheet([_size(part) for _, part in stacks], title, legend_lines=len(ROLES) + 3.2)
+    known = _legend_roles(frame)
+    sheet = Sheet([_size(part) for _, part in stacks], title, legend_lines=len(known) + 3.2)
     for index, (stack, part) in enumerate(stacks):
         axes = sheet.panel(index, part, stack)
         rows = {layer: row for row, layer in enumerate(sorted(part["layer"].unique()))}
         for record in records_of(part):
             color = _role_color(str(record["role"]), marks.clarity(record))
-            _cell(axes, record["head"], rows[record["layer"]], color)
+            hatch = None if record["role"] in marks.ROLE_COLORS else "////"
+            _cell(axes, record["head"], rows[record["layer"]], color, hatch)
             mark = marks.target_mark(str(record.get("target", "") or ""))
             if mark:
                 size = sheet.cell * 72 * (0.5 if len(mark) == 1 else 0.34)
                 at = (record["head"], rows[record["layer"]])
                 axes.text(*at, mark, size=size, color=_ink_on(color), **_CENTRED)
-    _role_legend(sheet, set(frame["role"]), set(frame.get("target", ())))
+    _role_legend(sheet, known, set(frame["role"]), set(frame.get("target", ())))
     return sheet.figure
 
 
@@ -74,6 +79,7 @@ def sweep_map(
 
     Example:
         >>> import torch
+        >>> from sat_lens.figures import sweep_map
         >>> figure = sweep_map(torch.tensor([[0.1, -0.2], [float("nan"), 0.0]]), "t", "effect")
         >>> len(figure.get_axes())
         2
@@ -121,6 +127,7 @@ def grid_map(
 
     Example:
         >>> import torch
+        >>> from sat_lens.figures import grid_map
         >>> figure = grid_map(torch.zeros(1, 2), "t", "growth", rows=[0.1], columns=[1, 2],
         ...                   row_name="weight decay", column_name="learning rate")
         >>> figure.get_axes()[0].get_ylabel()
@@ -155,25 +162,32 @@ def diverging_color(share: float) -> tuple[float, float, float]:
     return _mixed(color, min(abs(share), 1.0))
 
 
-def _role_legend(sheet: Sheet, roles: set[str], targets: set[str]) -> None:
+def _legend_roles(frame: pd.DataFrame) -> list[str]:
+    """All roles; and, where there is such a head, the empty one of heads without a counted row."""
+    return [*ROLES, *([""] if (frame["role"] == "").any() else [])]
+
+
+def _role_legend(sheet: Sheet, known: list[str], roles: set[str], targets: set[str]) -> None:
     swatch = 0.15
-    for line, role in enumerate(ROLES):
+    for line, role in enumerate(known):
         bottom = sheet.legend_height - (line + 0.5) * LINE - swatch / 2
         axes = sheet.axes(MARGIN, bottom, swatch, swatch)
         axes.set_axis_off()
-        axes.add_patch(Rectangle((0, 0), 1, 1, color=marks.ROLE_COLORS[role]))
+        color, hatch = _role_color(role, 1.0), "" if role else "//////"
+        axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="white", hatch=hatch))
         ink = INK if role in roles else QUIET
-        sheet.write(MARGIN + 0.24, line, f"{role}: {DESCRIPTIONS[role]}", ink)
+        words = f"{role}: {DESCRIPTIONS[role]}" if role else DESCRIPTIONS[role]
+        sheet.write(MARGIN + 0.24, line, words, ink)
     kinds = {"offset" if t.startswith("offset ") else t for t in targets if t}
-    known = [name for name in marks.TARGET_WORDS if name in kinds]
-    for line, name in enumerate(known[: len(ROLES)]):
+    shown = [name for name in marks.TARGET_WORDS if name in kinds]
+    for line, name in enumerate(shown[: len(ROLES)]):
         mark = marks.TARGET_MARKS.get(name, "±k")
-        sheet.write(3.2, line, f"{mark}  {name}: {marks.TARGET_WORDS[name]}")
+        sheet.write(3.45, line, f"{mark}  {name}: {marks.TARGET_WORDS[name]}")
     sheet.write(
-        MARGIN, len(ROLES) + 0.4, "The stronger the colour, the more rows have the role.", QUIET
+        MARGIN, len(known) + 0.4, "The stronger the colour, the more rows have the role.", QUIET
     )
     for line, text in enumerate(textwrap.wrap(marks.CAUTION, int(sheet.width * 15))):
-        sheet.write(MARGIN, len(ROLES) + 1.3 + 0.9 * line, text, QUIET)
+        sheet.write(MARGIN, len(known) + 1.3 + 0.9 * line, text, QUIET)
 
 
 def _color_bar(sheet: Sheet, limit: float, label: str, reference: float | None) -> None:
@@ -197,14 +211,16 @@ def _color_bar(sheet: Sheet, limit: float, label: str, reference: float | None) 
 
 
 def _cell(axes: Axes, x: int, y: int, color: Any, hatch: str | None = None) -> None:
-    edge = "#DDDDDD" if hatch else "white"
+    edge = "#DDDDDD" if color == "white" else "white"
     corner = (x - 0.5, y - 0.5)
     axes.add_patch(Rectangle(corner, 1, 1, facecolor=color, edgecolor=edge, lw=1.0, hatch=hatch))
 
 
 def _role_color(role: str, clear: float) -> tuple[float, float, float]:
+    if role not in marks.ROLE_COLORS:
+        return _mixed(marks.OTHER_COLOR, 1.0)
     shade = _LEAST_SHADE + (1 - _LEAST_SHADE) * clear
-    return _mixed(marks.ROLE_COLORS.get(role, marks.OTHER_COLOR), shade)
+    return _mixed(marks.ROLE_COLORS[role], shade)
 
 
 def _mixed(color: str, share: float) -> tuple[float, float, float]:
@@ -231,6 +247,8 @@ def _short(name: Any) -> str:
 
 
 def _matrix(values: Tensor) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise ArgumentError(f"Needed a tensor [row, column]; found {type(values).__name__}.")
     if values.dim() != 2 or not bool(values.isfinite().any()):
         raise ArgumentError(
             f"Needed a matrix of values with a finite one among them; found shape "
@@ -240,6 +258,7 @@ def _matrix(values: Tensor) -> Tensor:
 
 
 def _check(frame: pd.DataFrame, needed: tuple[str, ...]) -> None:
+    check_frame(frame)
     missing = [name for name in needed if name not in frame.columns]
     if missing or frame.empty:
         raise ArgumentError(

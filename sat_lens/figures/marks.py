@@ -14,7 +14,7 @@ from sat_lens.vocabulary import ROLES
 ROLE_COLORS = dict(
     zip(ROLES, ("#D55E00", "#CC79A7", "#E69F00", "#8C8C8C", "#56B4E9", "#0072B2"), strict=True)
 )
-OTHER_COLOR = "#CFCFCF"
+OTHER_COLOR = "#CFCFCF"  # of heads without a role
 NEGATIVE, POSITIVE = "#0072B2", "#D55E00"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 

@@ -8,14 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sat_lens.attention import Limit, Scale, Transform
 from sat_lens.data import Batch, Data, batches
 from sat_lens.errors import ArgumentError, DataError
-from sat_lens.patching.items import Item
+from sat_lens.models import model_name
+from sat_lens.patching.items import Item, is_integer
+from sat_lens.results import Provenance
 from sat_lens.sites import AttentionSite
 
 
 def check_no_dropout(model: Any) -> None:
-    """Raise an ArgumentError if the model draws at random in its forward pass."""
+    """Raise an ArgumentError if the model is none, or draws at random in its forward pass."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            "Needed a model, as sat_lens.load_model or TransformerLens gives it; found "
+            f"{type(model).__name__}."
+        )
     active = [
         name
         for name, module in model.named_modules()
@@ -55,6 +63,25 @@ def check_choice(name: str, found: object, known: tuple[object, ...]) -> None:
         )
 
 
+def check_metric(metric: object) -> None:
+    """Raise an ArgumentError unless a metric can be called."""
+    if not callable(metric):
+        raise ArgumentError(
+            f"A metric is a function of the logits that gives a scalar; {metric!r} was given. Use "
+            "one of sat_lens.metrics, next_token_loss(tokens) for instance."
+        )
+
+
+def check_draws(controls: object, seed: object) -> None:
+    """Raise an ArgumentError unless a number of random draws, and the seed of the first, are so."""
+    if not is_integer(controls) or controls < 1:
+        raise ArgumentError(
+            f"controls is how many times random keys are drawn, 1 or more; {controls!r} was given."
+        )
+    if not is_integer(seed):
+        raise ArgumentError(f"seed is an integer; {seed!r} was given.")
+
+
 def check_combination(
     source: str, component: str, method: str, transform: object, confirm: float
 ) -> None:
@@ -72,8 +99,8 @@ def check_combination(
         raise ArgumentError(
             f"A transform is a function from scores to scores, and {transform!r} was given."
         )
-    if not 0 < confirm <= 1:
-        raise ArgumentError(f"confirm is a share of the heads in (0, 1]; {confirm} was given.")
+    if not isinstance(confirm, (int, float)) or not 0 < confirm <= 1:
+        raise ArgumentError(f"confirm is a share of the heads in (0, 1]; {confirm!r} was given.")
 
 
 def check_same_shape(batch: Batch, other: Batch | None) -> None:
@@ -84,6 +111,30 @@ def check_same_shape(batch: Batch, other: Batch | None) -> None:
             f"exchanged position by position; found {list(batch.inputs.shape)} and "
             f"{list(other.inputs.shape)}. Choose prompts with as many tokens, or pad both."
         )
+
+
+def provenance_of(model: Any, transform: Transform) -> Provenance:
+    """Say which model was put through which transform."""
+    name = model_name(model)
+    if isinstance(transform, Limit):
+        return Provenance(name, scale="inf", ties=str(transform.ties))
+    return Provenance(
+        name, scale=f"{transform.c:g}" if isinstance(transform, Scale) else name_of(transform)
+    )
+
+
+def name_of(transform: Transform) -> str:
+    """Name a transform: a function by its name, which is the same each time it is made.
+
+    Example:
+        >>> from sat_lens.patching.arguments import name_of
+        >>> from sat_lens.attention import Scale
+        >>> def flat(scores):
+        ...     return 0 * scores
+        >>> name_of(Scale(3.0)), name_of(flat)
+        ('Scale(c=3.0)', 'flat')
+    """
+    return str(getattr(transform, "__name__", None) or repr(transform))
 
 
 def heads_argument(items: list[Item]) -> list[Any] | dict[str, list[str]]:
@@ -111,5 +162,7 @@ def check_tolerance(tolerance: float, candidates: int | None) -> None:
         raise ArgumentError(f"tolerance is a number in the metric's units; found {tolerance!r}.")
     if not 0 <= tolerance < math.inf:
         raise ArgumentError(f"tolerance must be finite and at least 0; {tolerance} was given.")
-    if candidates is not None and candidates < 1:
-        raise ArgumentError(f"candidates must be at least 1, or None for all; found {candidates}.")
+    if candidates is not None and not (is_integer(candidates) and candidates >= 1):
+        raise ArgumentError(
+            f"candidates is an integer of at least 1, or None for all; found {candidates!r}."
+        )

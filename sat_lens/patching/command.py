@@ -10,7 +10,7 @@ from typing import Any
 
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.metrics import logit_difference
-from sat_lens.models import load_model
+from sat_lens.models import load_model, load_tokenizer
 from sat_lens.patching.result import HeadSweep
 from sat_lens.patching.sweep import Direction, sweep_heads
 from sat_lens.results import write_csv, write_whole
@@ -62,15 +62,16 @@ def run_sweep(
     """
     if figure_format not in ("svg", "png"):
         raise ArgumentError(f'The figure is an "svg" or a "png"; {figure_format!r} was asked for.')
+    tokenizer = load_tokenizer(model)
+    ids = [single_token(tokenizer, text) for text in (answer, wrong)]
+    if ids[0] == ids[1]:
+        raise ArgumentError(f"The answer and the wrong answer are the same token, {answer!r}.")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileFormatError(f"{folder} cannot be made a folder: {error.strerror}.") from error
     loaded = load_model(model)
-    ids = [single_token(loaded, text) for text in (answer, wrong)]
-    if ids[0] == ids[1]:
-        raise ArgumentError(f"The answer and the wrong answer are the same token, {answer!r}.")
     sweep = sweep_heads(
         loaded,
         prompt,
@@ -92,15 +93,15 @@ def run_sweep(
     return sweep, files
 
 
-def single_token(model: Any, text: str) -> int:
+def single_token(tokenizer: Any, text: str) -> int:
     """Give the id of a text that is one token.
 
     Raises:
         ArgumentError: It is none, or several.
     """
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        pieces = model.tokenizer.convert_ids_to_tokens(ids)
+        pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ArgumentError(
             f"{text!r} must be one token of this model; it is {pieces}. Name the first token in "
             "which the answers differ, with its leading space if it has one."
@@ -117,9 +118,10 @@ def _drawn(sweep: HeadSweep, figure_format: str) -> bytes:
 def _page(sweep: HeadSweep, prompt: str, answer: str, wrong: str) -> str:
     frame = sweep.frame()
     order = frame["effect"].abs().sort_values(ascending=False).index[:N_SHOWN]
-    shown = frame.loc[order, ["effect", "normalised", "random_effect"]]
+    shown = frame.loc[order, ["effect", "normalised", "random_effect", "random_spread"]]
     drawing = _drawn(sweep, "svg").decode()
     drawing = drawing[drawing.index("<svg") :]
+    notes = html.escape(" ".join(sweep.notes))
     into = "soft" if sweep.direction == "noising" else "saturated"
     facts = {
         "Model": sweep.provenance.model,
@@ -139,8 +141,8 @@ def _page(sweep: HeadSweep, prompt: str, answer: str, wrong: str) -> str:
         f"<p>Each head was patched by itself into the {into} model ({sweep.direction}); everything "
         "after it was computed anew. The effect is the metric with the head patched minus the "
         f"metric of the {into} model; normalised is its share of the difference between the two "
-        "models. random_effect is that of random keys in the same place: one draw, whose size "
-        "says what mere disturbance can do. "
-        f"The {len(shown)} largest effects:</p>"
+        "models. random_effect and random_spread are the mean and the standard deviation of the "
+        f"effect of random keys in the same place, over {sweep.arguments['controls']} draws: what "
+        f"mere disturbance does. {notes} The {len(shown)} largest effects:</p>"
         f"{shown.to_html(float_format='{:.4f}'.format, border=0)}</html>"
     )

@@ -28,6 +28,8 @@ from sat_lens.patching.side_by_side import side_by_side_logits
 SHARE_CHECKED = 1 / 20
 # Two float32 routes to the same logits differ by rounding, in proportion to the largest of them.
 TOLERANCE = 1e-5
+# So many rows use the unembedding's matrix at the full speed of the processor.
+ROWS_UNEMBEDDED = 64
 
 Route = Literal["replay", "generic"]
 
@@ -145,24 +147,48 @@ def _by_replay(
     if replay is None:
         raise _RoutesPartError
     measured.route = "replay"
-    proof = _one_of_each_kind(replay, tasks)
+    chunks = list(_chunks(replay, tasks))
+    proof = _one_of_each_kind(replay, chunks)
+    rest = [chunk for chunk in chunks if chunk not in proof]
+    proven = [chunk[0] for chunk in proof]
     n_checked = max(round(SHARE_CHECKED * len(tasks)), 1)
-    others = [i for i in range(len(tasks)) if i not in proof]
-    drawn = random.Random(seed).sample(others, min(max(n_checked - len(proof), 0), len(others)))
-    for i in proof:
-        _store(setting, replay, [tasks[i]], measured.values)
-    _check(setting, patch, [tasks[i] for i in proof], measured, replay)
-    for chunk in _chunks(replay, tasks):
-        _store(setting, replay, chunk, measured.values)
-        bar.update(len(chunk))
-    _check(setting, patch, [tasks[i] for i in drawn], measured, replay)
+    others = [task for task in tasks if task not in proven]
+    drawn = random.Random(seed).sample(others, min(max(n_checked - len(proven), 0), len(others)))
+    _store(setting, replay, proof, measured.values, bar)
+    _check(setting, patch, proven, measured, replay)
+    _store(setting, replay, rest, measured.values, bar)
+    _check(setting, patch, drawn, measured, replay)
 
 
-def _store(setting: Setting, replay: Replay, tasks: list[Task], values: Tensor) -> None:
-    with _falling_back():
-        found = replay.logits([(task.item, task.position) for task in tasks])
-    for task, logits in zip(tasks, found, strict=True):
-        values[task.index] = setting.readout.value_at(logits)
+def _store(
+    setting: Setting, replay: Replay, chunks: list[list[Task]], values: Tensor, bar: Any
+) -> None:
+    """Replay chunk by chunk; the unembedding, a large matrix, serves several of them at once."""
+    tasks: list[Task] = []
+    streams: list[Tensor] = []
+
+    def unembed() -> None:
+        if not tasks:
+            return
+        with _falling_back():
+            found = replay.logits(torch.cat(streams))
+        for task, logits in zip(tasks, found, strict=True):
+            values[task.index] = setting.readout.value_at(logits)
+        bar.update(len(tasks))
+        tasks.clear()
+        streams.clear()
+
+    try:
+        for chunk in chunks:
+            with _falling_back():
+                streams.append(replay.streams([(task.item, task.position) for task in chunk]))
+            tasks += chunk
+            if sum(stream.shape[:2].numel() for stream in streams) >= ROWS_UNEMBEDDED:
+                unembed()
+    except KeyboardInterrupt:
+        unembed()
+        raise
+    unembed()
 
 
 @contextlib.contextmanager
@@ -196,11 +222,11 @@ def _whole(setting: Setting, patch: Patch, tasks: list[Task]) -> list[Tensor]:
     return [setting.readout.value_at(logits) for logits in found]
 
 
-def _one_of_each_kind(replay: Replay, tasks: list[Task]) -> list[int]:
-    """The first task of every kind of layer: its replay runs through all the layers above."""
-    first: dict[object, int] = {}
-    for i, task in enumerate(tasks):
-        first.setdefault(replay.kind(task.item), i)
+def _one_of_each_kind(replay: Replay, chunks: list[list[Task]]) -> list[list[Task]]:
+    """The first chunk of every kind of layer: its replay runs through all the layers above."""
+    first: dict[object, list[Task]] = {}
+    for chunk in chunks:
+        first.setdefault(replay.kind(chunk[0].item), chunk)
     return list(first.values())
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sat_lens.patching.items import Item
@@ -39,20 +40,84 @@ def as_file(sweep: HeadSweep) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def fields_from_file(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the fields of a sweep, without its checks."""
+    """Give the fields of a sweep, without its checks.
+
+    Raises:
+        KeyError, TypeError, ValueError: An entry is missing, or does not fit the others.
+    """
     positions = meta["positions"]
-    return {
+    fields = {
         "provenance": Provenance(**meta["provenance"]),
-        "arguments": meta["arguments"],
+        "arguments": dict(meta["arguments"]),
         "inputs": _under(tensors, "inputs/"),
         "corrupted": _under(tensors, "corrupted/") or None,
         "items": tuple(Item(**{**item, "heads": tuple(item["heads"])}) for item in meta["items"]),
-        "shapes": {stack: tuple(shape) for stack, shape in meta["shapes"].items()},
-        "positions": None if positions is None else tuple(positions),
-        "complete": meta["complete"],
+        "shapes": {stack: (int(n), int(m)) for stack, (n, m) in meta["shapes"].items()},
+        "positions": None if positions is None else tuple(int(p) for p in positions),
+        "complete": bool(meta["complete"]),
         **{name: tensors[name] for name in _TENSORS},
         **{name: tensors.get(name) for name in _OPTIONAL},
     }
+    _check_arguments(fields)
+    _check_items(fields)
+    _check_tensors(fields)
+    return fields
+
+
+def _check_arguments(fields: Mapping[str, Any]) -> None:
+    known = {
+        "method": ("exact", "attribution", "screen"),
+        "direction": ("noising", "denoising"),
+        "source": ("local", "run"),
+    }
+    for name, choices in known.items():
+        if fields["arguments"][name] not in choices:
+            raise ValueError(f"{name} is {fields['arguments'][name]!r}")
+    for name in ("component", "transform"):
+        if not isinstance(fields["arguments"][name], (str, type(None))):
+            raise TypeError(f"{name} is {fields['arguments'][name]!r}")
+
+
+def _check_items(fields: Mapping[str, Any]) -> None:
+    items: tuple[Item, ...] = fields["items"]
+    if not all(isinstance(text, str) for item in items for text in (item.label, item.stack)):
+        raise TypeError("a label is no text")
+    if len({item.is_group for item in items}) != 1 or len({item.label for item in items}) != len(
+        items
+    ):
+        raise ValueError("items are none, repeat, or mix heads with groups")
+    for item in items:
+        layers, heads = (0, 0) if item.is_group else fields["shapes"][item.stack]
+        if not item.is_group and not (item.layer < layers and 0 <= item.head < heads):
+            raise ValueError(f"{item.label} is no head of {layers} layers of {heads}")
+
+
+def _check_tensors(fields: Mapping[str, Any]) -> None:
+    """Every tensor must have the shape that the others give it, and be of the right kind."""
+    prompts = list(fields["soft"].shape)
+    positions = fields["positions"]
+    items = [len(fields["items"])]
+    whole = [*items, *([] if positions is None else [len(positions)]), *prompts]
+    if len(prompts) > 1:
+        raise ValueError(f"soft has shape {prompts}")
+    random = fields["random_values"]
+    shapes = {
+        "soft": prompts,
+        "saturated": prompts,
+        "item_values": whole,
+        "confirmed": items,
+        "random_values": [*(() if random is None else random.shape[:1]), *whole],
+        "corrupted_soft": prompts,
+        "corruption_values": whole,
+    }
+    for name, shape in shapes.items():
+        tensor = fields[name]
+        if tensor is None:
+            continue
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, and {shape} was needed")
+        if (tensor.dtype != torch.bool) if name == "confirmed" else not tensor.is_floating_point():
+            raise TypeError(f"{name} holds {tensor.dtype}")
 
 
 def read_checks(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 from sat_lens.errors import ArgumentError, HeadSelectionError
 from sat_lens.sites import AttentionSite, Heads, Selection, labels_of, select_heads
@@ -77,7 +77,7 @@ def check_positions(positions: Positions) -> None:
         return
     if isinstance(positions, str) or not isinstance(positions, Sequence) or not len(positions):
         found = repr(positions)
-    elif not all(_is_integer(p) for p in positions):
+    elif not all(is_integer(p) for p in positions):
         found = repr(list(positions))
     elif len(set(positions)) != len(positions):
         found = f"{list(positions)}, in which one repeats"
@@ -161,5 +161,6 @@ def _single_heads(sites: list[AttentionSite], selection: Selection) -> list[Item
     ]
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Say whether something is an integer; truth values are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -143,7 +143,7 @@ class Readout:
 
 def check_not_padding(positions: list[int] | None, batch: Batch) -> None:
     """Raise an ArgumentError if the metric reads a position at which a prompt is padded."""
-    real = batch.real
+    real = batch.output_real
     if positions is None or real is None or max(positions) >= real.shape[1]:
         return
     padded = [p for p in positions if not bool(real[:, p].all())]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.intervention import attached
@@ -84,8 +85,10 @@ class Replay:
         site = self.setting.site(f"blocks.{item.layer}.attn")
         return makes, reach, site.level, site.n_heads
 
-    def logits(self, patches: list[tuple[Item, int | None]]) -> list[Tensor]:
-        """Give the logits of patches in one layer, each ``[batch, read position, vocab]``."""
+    def streams(
+        self, patches: list[tuple[Item, int | None]]
+    ) -> Float[Tensor, "row read_position d_model"]:
+        """Give the last residual stream of patches in one layer, prompts of one after another."""
         layer = patches[0][0].layer
         path = f"blocks.{layer}.attn"
         site = self.setting.site(path)
@@ -102,11 +105,15 @@ class Replay:
         assert here.resid_pre is not None
         before = torch.cat([here.resid_pre] * len(patches)) if len(patches) > 1 else here.resid_pre
         with self._base_above(layer), self._quick_gelu():
-            logits = self._rest(before + output, layer, len(patches))
-        return list(logits.split(self.patch.batch.size))
+            return self._rest(before + output, layer, len(patches))
+
+    def logits(self, streams: Tensor) -> list[Tensor]:
+        """Give the logits of each patch, ``[batch, read position, vocab]``."""
+        model = self.setting.model
+        return list(model.unembed(model.ln_final(streams)).split(self.patch.batch.size))
 
     def _rest(self, x: Tensor, layer: int, copies: int) -> Tensor:
-        """Run everything after the attention of ``layer``."""
+        """Run every layer after the attention of ``layer``."""
         read = self.setting.readout.positions
         for i in range(layer, len(self.layers)):
             if i > layer:
@@ -115,8 +122,7 @@ class Replay:
                 x = x[:, read]
             parts = self.layers[i].parts
             x = x + _first(parts["mlp"](parts["ln2"](x)))
-        model = self.setting.model
-        return model.unembed(model.ln_final(x))
+        return x
 
     def _attend(self, i: int, x: Tensor, copies: int) -> Tensor:
         here = self.layers[i]

@@ -12,15 +12,19 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.errors import ArgumentError
 from sat_lens.patching.files import as_file, fields_from_file, read_checks
 from sat_lens.patching.items import Item
-from sat_lens.results import Provenance, as_grid, read_result, write_result
+from sat_lens.patching.table import notes_of, random_size, spread, table_of, title_of
+from sat_lens.results import Provenance, as_grid, read_entries, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "head sweep"
+QUANTITIES = ("effect", "normalised", "random_effect", "random_spread", "corruption_effect")
+# What soft and saturated must differ by for a share of it: in proportion, and beyond rounding.
+LEAST_GAP, LEAST_DIFFERENCE = 1e-3, 1e-6
 Grid = Tensor | dict[str, Tensor]
 
 
@@ -62,7 +66,8 @@ class HeadSweep:
         saturated: That of the run with every head transformed.
         item_values: ``[item, position?, prompt?]``; axes that were not asked for are absent.
         confirmed: ``[item]``: whether the value is exact; else it is a first-order estimate.
-        random_values: Like ``item_values``, with random keys in place of the patched-in values.
+        random_values: Like ``item_values`` with random keys in place of the patched-in values, and
+            with an axis of draws before the others.
         corrupted_soft: The metric of the soft run on the corrupted prompts.
         corruption_values: Like ``item_values``, with z taken from the other prompts' soft run.
         checks: How the values were made and checked.
@@ -117,24 +122,36 @@ class HeadSweep:
     @property
     def effect(self) -> Grid:
         """``values`` minus the metric of the run that is patched."""
-        return self._grid(self._effects(self.item_values))
+        return self._grid(self.item_effects)
 
     @property
     def normalised(self) -> Grid:
         """The effect as a share of the difference of the two runs: 1 if one head makes all of it.
 
-        NaN where the soft and the saturated run do not differ in the metric.
+        NaN where the two runs differ by less than a thousandth of the larger, or by less than 1e-6:
+        a share of so little is a ratio of rounding errors. :attr:`notes` then says so.
         """
-        return self._grid(self._normalised())
+        return self._grid(_share(self.item_effects, self.base, self._other))
 
     @property
     def random_effect(self) -> Grid:
-        """The effect of random keys in the same place: what mere disturbance does.
+        """The mean effect of random keys in the same place over their draws.
 
         Raises:
             ArgumentError: It was not measured.
         """
-        return self._grid(_measured(self._effects(self.random_values), 'baseline="random"'))
+        return self._grid(_measured(self.random_effects, 'baseline="random"').nanmean(0))
+
+    @property
+    def random_spread(self) -> Grid:
+        """The standard deviation of that effect over draws; NaN for a single draw.
+
+        What mere disturbance does to the metric is of the size of the two together.
+
+        Raises:
+            ArgumentError: It was not measured.
+        """
+        return self._grid(spread(_measured(self.random_effects, 'baseline="random"')))
 
     @property
     def corruption_effect(self) -> Grid:
@@ -143,56 +160,67 @@ class HeadSweep:
         Raises:
             ArgumentError: No corrupted prompts were given.
         """
-        return self._grid(_measured(self._corruption_effects(), "corrupted=..."))
+        return self._grid(_measured(self.corruption_effects, "corrupted=..."))
+
+    @property
+    def item_effects(self) -> Tensor:
+        """``effect`` in the shape of ``item_values``."""
+        return self.item_values - _aligned(self.base, self.item_values)
+
+    @property
+    def random_effects(self) -> Tensor | None:
+        """The effect of every draw of random keys, in the shape of ``random_values``."""
+        values = self.random_values
+        return None if values is None else values - _aligned(self.base, values)
+
+    @property
+    def corruption_effects(self) -> Tensor | None:
+        """``corruption_effect`` in the shape of ``item_values``."""
+        base = self.soft if self.direction == "noising" else self.corrupted_soft
+        values = self.corruption_values
+        return None if values is None or base is None else values - _aligned(base, values)
+
+    @property
+    def mean_normalised(self) -> Tensor:
+        """``normalised`` in the shape of ``item_values``, taken of means over prompts."""
+        effects = self.item_effects.mean(-1) if self.soft.dim() else self.item_effects
+        return _share(effects, self.base.mean(), self._other.mean())
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting the numbers, in sentences; often nothing."""
+        return notes_of(self)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per head (and position), indexed by label; prompts are averaged.
 
-        Columns: ``stack``, ``layer``, ``head`` (-1 for groups), ``position`` where each was patched
-        by itself; ``value`` of the metric, ``effect``, ``normalised``; ``random_effect`` and
-        ``corruption_effect``, NaN where not measured; ``effect_se`` over prompts, where kept;
-        ``method`` and ``confirmed``: where that is False, the row is a first-order estimate.
+        Columns: ``position`` where each was patched by itself; ``effect``; ``effect_se`` over
+        prompts, where kept; ``normalised``; ``random_effect`` and ``random_spread``, where random
+        keys were asked for: the mean and the standard deviation over their draws;
+        ``corruption_effect``, where corrupted prompts were given; ``value`` of the metric;
+        ``method`` and ``confirmed``: where that is False, the row is a first-order estimate;
+        ``stack``, ``layer``, ``head`` (-1 for groups).
         """
-        effects = self._effects(self.item_values)
-        columns = {
-            "value": self.item_values,
-            "effect": effects,
-            "normalised": _share(self._averaged(effects), (self._other - self.base).mean()),
-            "random_effect": self._effects(self.random_values),
-            "corruption_effect": self._corruption_effects(),
-        }
-        rows = []
-        for i, item in enumerate(self.items):
-            for j, position in enumerate(self.positions or [None]):
-                at = (i,) if position is None else (i, j)
-                row: dict[str, Any] = {"label": item.label, "stack": item.stack}
-                row |= {"layer": item.layer, "head": item.head}
-                if position is not None:
-                    row["position"] = position
-                for name, values in columns.items():
-                    row[name] = math.nan if values is None else float(values[at].mean())
-                if self.soft.dim():
-                    row["effect_se"] = _standard_error(effects[at])
-                row |= {"method": self.method, "confirmed": bool(self.confirmed[i])}
-                rows.append(row)
-        return pd.DataFrame(rows).set_index("label")
+        return table_of(self)
 
     def plot(self, quantity: str = "effect", title: str | None = None) -> Figure:
         """Draw a map of heads: layers down, heads across, colours centred on 0.
 
         Args:
-            quantity: ``"effect"``, ``"normalised"``, ``"random_effect"`` or
+            quantity: ``"effect"``, ``"normalised"``, ``"random_effect"``, ``"random_spread"`` or
                 ``"corruption_effect"``.
-            title: The title; None writes one.
+            title: The title; None says what was done to which model.
 
         Raises:
-            ArgumentError: The quantity is unknown or was not measured, groups were swept, or the
-                model has several stacks (select the heads of one).
+            ArgumentError: The quantity is unknown, was not measured or is NaN everywhere, groups
+                were swept, or the model has several stacks (select the heads of one).
         """
         from sat_lens.figures import sweep_map
 
-        if quantity not in ("effect", "normalised", "random_effect", "corruption_effect"):
-            raise ArgumentError(f"There is no quantity {quantity!r} to draw; try 'effect'.")
+        if quantity not in QUANTITIES:
+            raise ArgumentError(
+                f"There is no quantity {quantity!r} to draw; try one of {', '.join(QUANTITIES)}."
+            )
         grid = getattr(self, quantity)
         if not isinstance(grid, Tensor) or self.items[0].is_group:
             raise ArgumentError(
@@ -205,10 +233,13 @@ class HeadSweep:
         if self.positions is not None:
             largest = grid.nan_to_num().abs().argmax(-1, keepdim=True)
             grid = grid.gather(-1, largest).squeeze(-1)
-            what = f"largest {what} of {len(self.positions)} positions"
+            what = f"{what}, of {len(self.positions)} positions the largest in absolute value"
+        if not bool(grid.isfinite().any()):
+            raise ArgumentError(f"No {what} is finite. {' '.join(self.notes)}")
         if not bool(self.confirmed.all()):
             what += f", {self.method}: approximate where not confirmed"
-        return sweep_map(grid, title or f"{self.direction.capitalize()}: {self.provenance}", what)
+        reference = random_size(self) if quantity == "effect" else None
+        return sweep_map(grid, title or title_of(self), what, reference=reference)
 
     def save(self, path: str | Path) -> None:
         """Write the result as one safetensors file with a JSON header."""
@@ -223,31 +254,12 @@ class HeadSweep:
             FileFormatError: The file is missing, broken, foreign, or holds something else.
         """
         tensors, meta = read_result(path, KIND)
-        try:
+        with read_entries(path):
             return cls(**fields_from_file(tensors, meta), checks=Checks(**read_checks(meta)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
-
-    def _effects(self, values: Tensor | None) -> Any:
-        return None if values is None else values - _aligned(self.base, values)
-
-    def _normalised(self) -> Tensor:
-        room = _aligned(self._other - self.base, self.item_values)
-        return _share(self._effects(self.item_values), room)
-
-    def _averaged(self, values: Tensor) -> Tensor:
-        """Average over prompts, where they are kept apart."""
-        return values.mean(-1) if self.soft.dim() else values
 
     @property
     def _other(self) -> Tensor:
         return self.saturated if self.direction == "noising" else self.soft
-
-    def _corruption_effects(self) -> Tensor | None:
-        if self.corruption_values is None or self.corrupted_soft is None:
-            return None
-        base = self.soft if self.direction == "noising" else self.corrupted_soft
-        return self.corruption_values - _aligned(base, self.corruption_values)
 
     def _grid(self, values: Tensor) -> Grid:
         if self.items[0].is_group:
@@ -265,17 +277,16 @@ class HeadSweep:
         return as_grid(values[chosen], layers, heads, places)
 
 
-def _share(effects: Tensor, room: Tensor) -> Tensor:
-    return (effects / room).masked_fill(room == 0, math.nan)
+def _share(effects: Tensor, base: Tensor, other: Tensor) -> Tensor:
+    base, other = _aligned(base, effects), _aligned(other, effects)
+    room = other - base
+    least = (LEAST_GAP * base.abs().maximum(other.abs())).clamp(min=LEAST_DIFFERENCE)
+    return (effects / room).masked_fill(room.abs() < least, math.nan)
 
 
 def _aligned(base: Tensor, values: Tensor) -> Tensor:
     """Give one number, or one per prompt, the axes of the values."""
     return base if base.dim() == 0 else base.view(*[1] * (values.dim() - 1), -1)
-
-
-def _standard_error(effects: Tensor) -> float:
-    return float(effects.std() / math.sqrt(len(effects))) if len(effects) > 1 else math.nan
 
 
 def _measured(values: Tensor | None, needed: str) -> Tensor:

@@ -10,8 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from sat_lens.errors import FileFormatError
-from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.results import Provenance, read_entries, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,9 +108,9 @@ class SaturableHeads:
             FileFormatError: The file is missing, broken, foreign, or holds something else.
         """
         tensors, meta = read_result(path, KIND)
-        try:
+        with read_entries(path):
             known = {**meta, "order": tuple(meta["order"])}
             known["provenance"] = Provenance(**meta["provenance"])
-            return cls(**known, values=tensors["values"])
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+            found = cls(**known, values=tensors["values"].reshape(len(known["order"])))
+            found.frame()
+            return found

@@ -24,8 +24,11 @@ from sat_lens.errors import ArgumentError
 from sat_lens.models import model_name
 from sat_lens.patching.arguments import (
     check_choice,
+    check_metric,
     check_no_dropout,
     check_tolerance,
+    name_of,
+    provenance_of,
     read_batch,
 )
 from sat_lens.patching.baselines import check_depends, make_baseline
@@ -36,8 +39,8 @@ from sat_lens.patching.recording import BaseRun
 from sat_lens.patching.runs import Local, Patch, Setting, patched_logits
 from sat_lens.patching.saturable import SaturableHeads
 from sat_lens.patching.state import SearchState
-from sat_lens.results import Provenance
 from sat_lens.sites import Heads, attention_sites
+from sat_lens.sites.discovery import check_is_lens
 
 
 def saturable_heads(
@@ -86,13 +89,15 @@ def saturable_heads(
         >>> import sat_lens as sl
         >>> model = sl.load_model("demo")
         >>> metric = sl.metrics.logit_difference(answer=5, wrong=6)
-        >>> found = saturable_heads(model, "x = 1", metric, tolerance=1e3, heads=["L0H0", "L0H1"],
-        ...                         progress=False)
+        >>> found = sl.saturable_heads(model, "x = 1", metric, tolerance=1e3,
+        ...                            heads=["L0H0", "L0H1"], progress=False)
         >>> sorted(found.heads)
         ['L0H0', 'L0H1']
     """
     check_choice("direction", direction, ("noising", "denoising"))
+    check_metric(metric)
     check_tolerance(tolerance, candidates)
+    check_is_lens(model, "saturable_heads")
     check_no_dropout(model)
     items = read_items(attention_sites(model), heads)
     if items[0].is_group:
@@ -109,7 +114,7 @@ def saturable_heads(
     asked = {
         "model": model_name(model),
         "direction": direction,
-        "transform": repr(new),
+        "transform": name_of(new),
         "heads": [item.label for item in items],
         "candidates": candidates,
         "soft": float(soft.value),
@@ -129,7 +134,7 @@ def saturable_heads(
     finally:
         kept.write()
     return SaturableHeads(
-        provenance=Provenance(model_name(model), scale=repr(new)),
+        provenance=provenance_of(model, new),
         direction=direction,
         tolerance=tolerance,
         soft=float(soft.value),

@@ -36,22 +36,26 @@ class SearchState:
         """Read the file if there is one, and start afresh if not.
 
         Raises:
-            ArgumentError: The file belongs to another search.
-            FileFormatError: It cannot be read.
+            ArgumentError: The file belongs to another search, or the path is none.
+            FileFormatError: It cannot be read, or not be written.
         """
         if path is None:
             return cls(None, asked)
+        if not isinstance(path, (str, Path)):
+            raise ArgumentError(f"state is the path of a file, or None; {path!r} was given.")
         file = Path(path)
         if not file.exists():
-            return cls(file, asked)
+            fresh = cls(file, asked)
+            fresh.write()  # what cannot be written is better known before the work
+            return fresh
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["kind"] != _KIND:
                 raise KeyError("kind")
-            kept = found["asked"]
+            kept = dict(found["asked"])
             steps = [(str(label), float(value)) for label, value in found["steps"]]
             known = {str(label): float(value) for label, value in found["known"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise FileFormatError(f"{file} holds no search of sat_lens ({error}).") from error
         differing = [name for name in asked if not _same(asked[name], kept.get(name))]
         if differing:
@@ -59,6 +63,7 @@ class SearchState:
                 f"{file} belongs to another search: it differs in {', '.join(differing)}. Name "
                 "another file, or remove this one."
             )
+        _check_heads(file, asked["heads"], steps, known)
         return cls(file, asked, steps, known)
 
     def add(self, label: str, value: float) -> None:
@@ -81,6 +86,20 @@ class SearchState:
             "known": self.known,
         }
         write_whole(self.path, json.dumps(content, indent=1).encode())
+
+
+def _check_heads(
+    file: Path, heads: list[str], steps: list[tuple[str, float]], known: Mapping[str, float]
+) -> None:
+    """Heads that were added are different ones of those asked for, and all were tried before."""
+    chosen = {label for label, _ in steps}
+    finite = all(math.isfinite(value) for _, value in (*steps, *known.items()))
+    tried = set(known) == set(heads) if known or steps else True
+    if not (finite and tried and len(chosen) == len(steps) and chosen <= set(heads)):
+        raise FileFormatError(
+            f"{file} is a search whose heads do not fit together, so somebody changed it. Remove "
+            "it, and search anew."
+        )
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -26,14 +26,17 @@ from torch import Tensor
 
 from sat_lens.attention import Limit, RandomKey, Transform
 from sat_lens.data import Data
-from sat_lens.models import model_name
 from sat_lens.patching.activations import COMPONENTS, Component
 from sat_lens.patching.arguments import (
     check_choice,
     check_combination,
+    check_draws,
+    check_metric,
     check_no_dropout,
     check_same_shape,
     heads_argument,
+    name_of,
+    provenance_of,
     read_batch,
     shapes_of,
 )
@@ -44,8 +47,8 @@ from sat_lens.patching.methods import Job, Method
 from sat_lens.patching.readout import Metric, Readout, check_not_padding
 from sat_lens.patching.result import HeadSweep
 from sat_lens.patching.runs import FromRun, Local, Patch, Setting, activations_of, n_queries
-from sat_lens.results import Provenance
 from sat_lens.sites import Heads, attention_sites
+from sat_lens.sites.discovery import check_is_lens
 
 Direction = Literal["noising", "denoising"]
 Source = Literal["local", "run"]
@@ -66,6 +69,7 @@ def sweep_heads(
     reduce: Literal["mean"] | None = "mean",
     *,
     baseline: Literal["random"] | None = None,
+    controls: int = 5,
     confirm: float = 0.2,
     fast: bool = True,
     seed: int = 0,
@@ -97,10 +101,13 @@ def sweep_heads(
             step; or ``"screen"``, which computes exactly the heads that the estimate ranks highest.
         reduce: ``"mean"`` for one value per head, None to keep one per prompt.
         baseline: ``"random"`` measures beside each effect that of random keys in the same place,
-            which tells an effect from mere disturbance. It doubles the work.
+            which tells an effect from mere disturbance.
+        controls: How many draws of random keys that takes; their mean and spread are given. Each
+            costs as much as the sweep itself.
         confirm: For a screen, the share of the heads that is computed exactly.
         fast: Whether to run only what comes after a head, where that is proven to give the same.
-        seed: Seed of random keys and of the values that are drawn to be checked.
+        seed: Seed of the values that are drawn to be checked, and of the first draw of random keys;
+            further draws count up from it.
         progress: Whether to show a progress bar. An interrupt keeps what is done.
 
     Returns:
@@ -119,7 +126,8 @@ def sweep_heads(
         >>> import sat_lens as sl
         >>> model = sl.load_model("demo")
         >>> metric = sl.metrics.logit_difference(answer=5, wrong=6)
-        >>> sweep = sweep_heads(model, "def f(x):", metric, heads=["L0H0", "L1H3"], progress=False)
+        >>> sweep = sl.sweep_heads(model, "def f(x):", metric, heads=["L0H0", "L1H3"],
+        ...                        progress=False)
         >>> sweep.frame().index.tolist(), sweep.values.shape
         (['L0H0', 'L1H3'], torch.Size([4, 8]))
     """
@@ -130,7 +138,10 @@ def sweep_heads(
     check_choice("reduce", reduce, ("mean", None))
     check_choice("baseline", baseline, ("random", None))
     check_combination(source, component, method, transform, confirm)
+    check_metric(metric)
+    check_draws(controls, seed)
     check_positions(positions)
+    check_is_lens(model, "sweep_heads")
     check_no_dropout(model)
     sites = attention_sites(model)
     items = read_items(sites, heads)
@@ -168,14 +179,19 @@ def sweep_heads(
         patch = filled_from(new if noising else None, other_run.taken)
         main = job.run(patch, base.value, base.record, f"sweep, {direction}")
         complete = main.measured.complete
-        random = corrupted_soft = corruption = None
-        if baseline == "random" and complete:
-            keys = RandomKey(seed)
+        corrupted_soft = corruption = None
+        draws: list[Tensor] = []
+        for draw in range(controls if baseline == "random" else 0):
+            if not complete:
+                break
+            keys = RandomKey(seed + draw)
             patch = filled_from(
                 keys, activations_of(setting, batch, keys, taken, items) if taken else {}
             )
-            control = job.run(patch, base.value, base.record, "random keys", main).measured
-            random, complete = control.values, control.complete
+            name = f"random keys, {draw + 1} of {controls}"
+            control = job.run(patch, base.value, base.record, name, main).measured
+            draws.append(control.values)
+            complete = control.complete
         if other is not None and complete:
             corrupted_run = make_baseline(setting, other, None, items, record=fast and not noising)
             corrupted_soft = corrupted_run.value
@@ -187,17 +203,18 @@ def sweep_heads(
             axis = job.run(patch, base.value, base.record, "corruption", main).measured
             corruption, complete = axis.values, axis.complete
     return HeadSweep(
-        provenance=Provenance(model_name(model), scale=repr(new)),
+        provenance=provenance_of(model, new),
         arguments={
             "heads": heads_argument(items),
             "direction": direction,
             "source": source,
             "component": component,
             "positions": positions if positions is None or positions == "each" else [*positions],
-            "transform": None if transform is None else repr(transform),
+            "transform": None if transform is None else name_of(transform),
             "method": method,
             "reduce": reduce,
             "baseline": baseline,
+            "controls": controls,
             "confirm": confirm,
             "seed": seed,
             "metric": repr(metric),
@@ -211,7 +228,7 @@ def sweep_heads(
         saturated=saturated.value,
         item_values=main.measured.values,
         confirmed=main.confirmed,
-        random_values=random,
+        random_values=torch.stack(draws) if draws else None,
         corrupted_soft=corrupted_soft,
         corruption_values=corruption,
         checks=main.checks,
