@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EDITABLE := --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help bench notebooks report test test-notebooks test-browser test-old docs lint types clean pictures
+.PHONY: help bench notebooks report test test-notebooks test-browser test-kernels test-old docs lint types clean pictures
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,10 @@ test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
 
 test-browser: $(VENV)/.installed-dev ## Open the report in a real browser (needs Debian's chromium).
 	$(BIN)/python -m pytest -q -m browser tests/browser
+
+test-kernels: $(VENV)/.installed-dev ## Test the Triton kernel, on a GPU or in Triton's interpreter.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt triton
+	$(BIN)/python -m pytest -q -n 2 tests/gpu
 
 # Version 2 comes with a beartype that does not know all that tests/conftest.py asks of it. On
 # version 3 the tests of the newest version run as well, as far as tests/old/differences.py says.

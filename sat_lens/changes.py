@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.attention import Limit, Scale, Transform, Uniform, transform_scores
-from sat_lens.kernels import limit_is_exact
+from sat_lens.kernels import limit_is_exact, limit_kernel
 from sat_lens.sites import AttentionSite
 from sat_lens.sites.door import NewScores
 
@@ -71,16 +71,23 @@ def change_of(site: AttentionSite, groups: Groups) -> Change:
 
 def why_not_fused(model: Any, site: AttentionSite, change: Change) -> str:
     """Say why a fused kernel cannot make this change; empty if it can, or there is no kernel."""
-    if site.level != "kernel" or site.why_not:
-        return site.why_not if site.level == "kernel" else ""
+    if site.level != "kernel":
+        return ""
     c = change.factors(site.n_heads)
     if bool(c.isnan().any()):
         return "ties other than exact ones, and transforms other than a factor, need the scores"
     weight = next(model.get_submodule(site.path).parameters(), None)
-    if weight is None or not bool((c > LARGE).any()):
-        return ""
-    if weight.dtype != torch.float32:
+    if weight is None:
+        return site.why_not
+    has_own_kernel = c.isinf() & (limit_kernel(weight.device) is not None)
+    rescaled = c[~has_own_kernel]
+    if site.why_not and bool((rescaled != 1).any()):
+        return site.why_not
+    is_sharp = bool((rescaled > LARGE).any())
+    if is_sharp and weight.dtype != torch.float32:
         return f"ties are judged in float32, and the kernel would judge them in {weight.dtype}"
+    if not is_sharp and not bool(has_own_kernel.any()):
+        return ""
     return "" if limit_is_exact(weight.device, weight.dtype) else "its kernel misses the limit"
 
 

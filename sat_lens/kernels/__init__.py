@@ -20,8 +20,14 @@ one's own), where something is added to them, and for exact ties in half precisi
 kernels differ. The eager path serves there.
 """
 
-from sat_lens.kernels.attention import rescaled_attention
+from sat_lens.kernels.attention import limit_kernel, rescaled_attention
 from sat_lens.kernels.call import AttentionCall, FusedAttention
 from sat_lens.kernels.check import limit_is_exact
 
-__all__ = ["AttentionCall", "FusedAttention", "limit_is_exact", "rescaled_attention"]
+__all__ = [
+    "AttentionCall",
+    "FusedAttention",
+    "limit_is_exact",
+    "limit_kernel",
+    "rescaled_attention",
+]
