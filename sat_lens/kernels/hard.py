@@ -7,8 +7,8 @@ values of the winning keys. Scores are float32 whatever the inputs are.
 
 The kernel can be tried on a CPU by Triton's interpreter: set ``TRITON_INTERPRET=1`` before this
 file is imported. The interpreter knows no products in bfloat16, so there, and only there, such
-inputs are taken to float32 first, which changes no product. **So far this ran in the interpreter
-only.** It compiles to machine code for GPUs of compute capability 8.0 and 9.0; how fast it is there
+inputs are taken to float32 first, which changes no product. So far this ran in the interpreter
+only. It compiles to machine code for GPUs of compute capability 8.0 and 9.0; how fast it is there
 nobody has measured.
 
 When not to use it: for a finite inverse temperature, which fused kernels can do themselves.
