@@ -21,12 +21,16 @@
 # maximum (Merrill et al. 2021). At c = 0 it is uniform over all visible keys.
 #
 # We use the demo model that comes with the library: four layers of eight heads, trained on the
-# source of Python's standard library. Nothing is downloaded.
+# source of Python's standard library. Nothing is downloaded. (In Colab, first run `%pip install`
+# with the address of the repository that this notebook comes from.)
 
 # %%
 import math
 
+import pandas as pd
 import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
 
 import sat_lens as sl
 
@@ -77,6 +81,9 @@ for name, value in losses.items():
     print(f"{name:>12}: {value:.2f} nats")
 
 # %% [markdown]
+# It held, and by far: the saturated model is half a nat worse, while uniform attention and random
+# keys leave nothing of what it can do.
+#
 # ## One head at a time
 #
 # `saturate` takes heads by label. Inside the block every run of the model is saturated, whoever
@@ -89,6 +96,10 @@ hard, soft_neighbour = cache["pattern", 2][0, 1], cache["pattern", 2][0, 2]
 print("L2H1, weight of the winning key:", hard.amax(-1).min().item())
 print("L2H2, weight of the winning key:", round(soft_neighbour.amax(-1).mean().item(), 2))
 
+# %% [markdown]
+# **Prediction.** It hurts most to saturate the heads that are furthest from saturated now: those
+# with a large `tv_argmax`, the weight that would have to move to the winning key.
+
 # %%
 metric = sl.metrics.next_token_loss(tokens)
 effects = {}
@@ -97,9 +108,18 @@ for site in sl.attention_sites(model):
         with sl.saturate(model, heads=label):
             effects[label] = float(metric(model(tokens))) - losses["soft"]
 worst = sorted(effects, key=effects.get, reverse=True)[:3]
+distance = sl.head_roles(model, tokens, progress=False).frame()["tv_argmax"]
+correlation = distance.corr(pd.Series(effects))
+helped = [label for label, effect in effects.items() if effect < 0]
 print("it hurts most to saturate", {label: round(effects[label], 3) for label in worst})
+print(f"effect against tv_argmax: correlation {correlation:.2f}")
+print(f"{len(helped)} of {len(effects)} heads do better when saturated")
 
 # %% [markdown]
+# It did not hold: how much a pattern changes says nothing about how much that matters here. And on
+# this one short text many heads are better hard than soft, by a little. The notebook on patching
+# takes up both, with controls.
+#
 # ## From 0 to infinity
 #
 # **Prediction.** The loss has its minimum not far from c = 1, where the model was trained. S, the
@@ -113,28 +133,61 @@ curve.frame().round(3)
 curve.plot()
 
 # %% [markdown]
+# The points at 0 and infinity stand apart from the lines because no finite scale is near them.
+#
+# The part about S held. The loss has its minimum a little beyond 1: on this text the model would
+# gain from attention that is up to twice as sharp. Its predictions change all the same, as KL and
+# the most likely tokens show.
+#
 # ## Raw cosine misleads
 #
-# The cosine between soft and saturated activations looks high for any model, because a random key
-# gives a high cosine as well. So the control is always shown beside it.
+# The cosine between soft and saturated activations is not zero for attention that looks anywhere: a
+# random key gives some cosine as well. S counts only what is beyond that, and the control is always
+# shown beside it.
+#
+# **Prediction.** An untrained copy of the model has nothing to keep, so its S is about 0; its raw
+# cosine is as high as that of the trained model.
 
 # %%
 pair = sl.run_with_saturation_cache(model, tokens)
 similarity = pair.similarity("resid_post")
 similarity.frame().round(3)
 
+# %%
+torch.manual_seed(0)
+untrained = TransformerBridge.boot_transformers(
+    model.cfg.model_name,
+    hf_model=AutoModelForCausalLM.from_config(model.original_model.config),
+    tokenizer=model.tokenizer,
+).eval()
+untrained_similarity = sl.run_with_saturation_cache(untrained, tokens).similarity("resid_post")
+untrained_similarity.frame().round(3)
+
 # %% [markdown]
+# The part about S held, the other did not: in this model the untrained cosine is lower. But a
+# cosine of .3 or .4 would look like some similarity, and the control shows that it is none. How
+# high the control is depends on the model (with GPT-2's own initialisation it reaches .9), so
+# raw cosines of two models cannot be compared.
+#
 # ## A schedule through the forward pass
 #
-# The scale may differ by head: here early layers stay soft and late layers are saturated.
+# The scale may differ by head, so half of the layers can be saturated.
+#
+# **Prediction.** What goes wrong in the early layers passes through the late ones, so it costs more
+# to saturate the early half. Both halves together cost about the sum.
 
 # %%
-with sl.saturate(model, scale=lambda layer, head: 1.0 if layer < 2 else math.inf):
-    late_only = float(metric(model(tokens)))
-print(
-    f"soft {losses['soft']:.2f}, layers 2 and 3 saturated {late_only:.2f}, "
-    f"all saturated {losses['saturated']:.2f}"
-)
+halves = {"early": lambda layer, head: math.inf if layer < 2 else 1.0}
+halves["late"] = lambda layer, head: 1.0 if layer < 2 else math.inf
+costs = {"all": losses["saturated"] - losses["soft"]}
+for name, scale in halves.items():
+    with sl.saturate(model, scale=scale):
+        costs[name] = float(metric(model(tokens))) - losses["soft"]
+print({name: round(cost, 2) for name, cost in costs.items()})
+
+# %% [markdown]
+# Neither held. The two halves cost about the same, and together far more than their sum, as if a
+# soft half could make up for a hard one.
 
 # %% [markdown]
 # ## Exercises

@@ -58,7 +58,7 @@ roles = sl.head_roles(counter, test.tokens, progress=False)
 roles.frame()[["role", "tv_argmax", "tv_mean", "c_lo", "c_hi"]].round(2)
 
 # %% [markdown]
-# It holds. About 3% of a row's mass would have to move to make it uniform (`tv_mean`), 90% or more
+# It holds. About 3% of a row's mass would have to move to make it uniform (`tv_mean`), over 90%
 # to make it look at one key (`tv_argmax`). `c_hi` says how many times sharper the typical row must
 # be made to come within .1 of its limit.
 #
@@ -70,24 +70,30 @@ roles.frame()[["role", "tv_argmax", "tv_mean", "c_lo", "c_hi"]].round(2)
 
 # %%
 T = sl.transforms
-replaced = {
-    "soft": accuracy(counter, test),
-    "exact limit": accuracy(counter, test, T.Limit()),
-    "nearest saturated row": accuracy(counter, test, T.Limit("nearest")),
-    "uniform": accuracy(counter, test, T.Uniform()),
-    "one random key": accuracy(counter, test, T.RandomKey(seed=0)),
+REPLACEMENTS = {
+    "soft": None,
+    "exact limit": T.Limit(),
+    "nearest": T.Limit("nearest"),  # the saturated row nearest to the soft one
+    "uniform": T.Uniform(),
+    "random key": T.RandomKey(seed=0),
 }
-commonest = test.answers[test.counted].bincount().max() / test.counted.sum()
-print(pd.Series(replaced).round(3).to_string())
-print("always the commonest answer:", round(float(commonest), 3))
+
+
+def accuracies(model, task):
+    answers = task.answers[task.counted]
+    row = {name: accuracy(model, task, transform) for name, transform in REPLACEMENTS.items()}
+    return row | {"guess": float(answers.bincount().max() / len(answers))}
+
+
+replaced = accuracies(counter, test)
+print({name: round(value, 3) for name, value in replaced.items()})
 
 # %% [markdown]
-# The exact limit is no better than always giving the commonest answer, and worse than looking at
-# a random key: a counter that is lost altogether. Uniform attention keeps most of it, but not
-# all, which the prediction did not say.
+# `guess` is the share of the commonest answer. The exact limit is no better than that, and worse
+# than looking at a random key: the count is lost altogether. Uniform attention keeps most of it,
+# but not all, which the prediction did not say.
 #
-# Which keys win? A transform may look at scores and hand them on unchanged, so it serves as a
-# probe as well; but the saturated pattern in the cache says it already.
+# Which keys win? The saturated pattern says it.
 
 # %%
 with torch.no_grad(), sl.saturate(counter):
@@ -112,6 +118,8 @@ for head in range(2):
 # `ties=d` lets all keys share that are within d of the row's maximum. **Prediction.** The count
 # comes back when d reaches the *range* of the row's scores, because then every key shares, and a
 # tolerance for rounding (1e-5) does nothing.
+#
+# A transform may hand its scores on unchanged: then it is a probe.
 
 # %%
 ranges = []
@@ -138,19 +146,19 @@ axes.axvspan(*torch.cat(ranges).quantile(torch.tensor([0.05, 1.0])).tolist(), al
              label="range of a row's scores (5% to largest)")  # fmt: skip
 axes.set_xscale("symlog", linthresh=1e-2)
 axes.set(xlabel="tolerance d of ties (difference of scores)", ylabel="accuracy", ylim=(0, 1.02))
-axes.legend(fontsize=8)
+axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(0, 0.68))
 figure.tight_layout()
 
 # %% [markdown]
-# It holds: from the widest range on, the tolerance *is* uniform attention. Below it the count is
-# not simply bad, it passes through answers that are worse than the exact limit's, as kinds of
-# tokens join one after the other. So a tolerance is no small repair of the limit. It has to be as
-# large as the range of scores, which for a head that does not count would make it uniform too.
+# It holds: from the widest range on, the tolerance *is* uniform attention. Below it accuracy even
+# falls under that of the exact limit for a while, as kinds of tokens join one after the other. So a
+# tolerance is no small repair of the limit: it has to be as large as the range of scores, and a
+# tolerance of that size makes any head uniform, whether it counts or not.
 #
 # ## Where uniform attention errs
 #
-# **Prediction.** Uniform moves 3% of a row, which is about one key in 32. A count that is wrong by
-# one key changes the answer only where the lead is 0 or 1.
+# **Prediction.** Uniform moves 3% of a row, about one key in 32. A count that is wrong by one key
+# changes the answer only where the lead is 0 or 1.
 
 # %%
 lead = ((test.tokens == 2).long() - (test.tokens == 1).long()).cumsum(1)
@@ -160,8 +168,9 @@ by_lead = {k: float(right[test.counted & (lead.abs() == k)].float().mean()) for 
 print({k: round(share, 3) for k, share in by_lead.items()})
 
 # %% [markdown]
-# It holds: with a lead of 2 or more, uniform attention makes no mistake. This is worth keeping:
-# *the mass that a replacement moves has to be compared with the mass of one key.*
+# It holds: with a lead of two or more, uniform attention makes no mistake; what it misses are
+# ties. This is worth keeping: *the mass that a replacement moves has to be compared with the mass
+# of one key.*
 #
 # ## How many states?
 #
@@ -178,24 +187,22 @@ states = {}
 for name, scale in {"soft": 1, "uniform": 0, "exact limit": torch.inf}.items():
     with sl.saturate(counter, scale=scale):
         states[name] = tasks.distinct_states(counter, test.tokens, decimals=2)
-pairs = [
-    torch.stack([test.tokens[:, p], lead[:, p]]).unique(dim=1).shape[1] for p in range(48)
-]
+pairs = [torch.stack([test.tokens[:, p], lead[:, p]]).unique(dim=1).shape[1] for p in range(48)]
 
 figure, axes = plt.subplots(figsize=(6, 3))
 axes.plot(pairs, color="lightgrey", lw=6, label="pairs of token and lead that occur")
 for name, counts in states.items():
     axes.plot(counts, label=name, lw=1.2)
 axes.set(xlabel="position", ylabel="distinct states", ylim=(0, None))
-axes.legend(fontsize=8)
+axes.legend(fontsize=8, loc="center right")
 figure.tight_layout()
 print("at the last position:", {name: int(counts[-1]) for name, counts in states.items()},
       "of", pairs[-1], "pairs")  # fmt: skip
 
 # %% [markdown]
-# It holds, but for a state more or less where rounding cuts a state in two or merges two. The
-# number of states that the soft and the uniform model take grows with length; the exact limit stays
-# at two, so no readout, however good, could count from it.
+# It holds. (A line may be off by a state or two: states are told apart after rounding, which can
+# cut one in two.) The states of the soft and of the uniform model grow in number with length; those
+# of the exact limit do not, so no readout, however good, could count from them.
 #
 # ## A counter made by hand, whose ties are exact
 #
@@ -251,8 +258,8 @@ print(pd.Series(by_hair).round(3).to_string())
 
 # %% [markdown]
 # It holds. The theory's counter exists, and its weights are a point that training has no reason to
-# hit: the loss does not see a millionth, and the limit sees nothing else. Norms that grow during
-# training make scores differ more, not less.
+# hit: the loss does not see a millionth, and the limit sees nothing else. Norms that grow do not
+# help, for they multiply the differences between scores.
 #
 # ## Other tasks
 #
@@ -282,28 +289,14 @@ for name, (make, training) in recipes.items():
     tests[name] = make(256, seed=9)
 
 # %%
-TRANSFORMS = {
-    "soft": None,
-    "exact limit": T.Limit(),
-    "nearest": T.Limit("nearest"),
-    "uniform": T.Uniform(),
-}
-
-
-def row_of(model, task):
-    answers = task.answers[task.counted]
-    row = {name: accuracy(model, task, transform) for name, transform in TRANSFORMS.items()}
-    return row | {"guess": float(answers.bincount().max() / len(answers))}
-
-
-table = pd.DataFrame({name: row_of(models[name], tests[name]) for name in models}).T
+table = pd.DataFrame({name: accuracies(models[name], tests[name]) for name in models}).T
 table.round(2)
 
 # %% [markdown]
-# `guess` is the share of the commonest answer. The first two predictions hold. The third fails
-# for Dyck: uniform attention keeps about nine answers in ten. For a^n b^n uniform is barely above
-# guessing, as predicted, and the *nearest* saturated row, which by definition moves less mass, is
-# below it.
+# The first two predictions hold. The third is nearly right for a^n b^n: uniform is a little above
+# guessing, and the *nearest* saturated row, which by definition moves less mass, is even below it.
+# For Dyck it is wrong: uniform keeps about nine answers in ten. Token count is kept by no saturated
+# row at all.
 #
 # ## Why Dyck survives
 #
@@ -319,11 +312,13 @@ wrong_by = (said - brackets.answers)[brackets.counted].abs()
 print("wrong by:", {k: int((wrong_by == k).sum()) for k in range(1, 6)})
 
 blind = tasks.train_on(tasks.dyck_depth(1024), steps=300, positions=False)
-without_positions = row_of(blind, brackets)
+without_positions = accuracies(blind, brackets)
 print("without positions:", {name: round(value, 2) for name, value in without_positions.items()})
 
 # %% [markdown]
-# Both hold. Counting was rescued not by saturation but by a second source of the answer.
+# The first holds in the main: most errors are by two, some by one. The second holds: without
+# positions uniform attention is no better than guessing. What rescued the count was a second source
+# of the answer.
 #
 # ## What a label does not say
 #
@@ -343,33 +338,34 @@ for name in ("majority", "Dyck-1 depth", "a^n b^n", "token count"):
 pd.DataFrame(summary).T
 
 # %% [markdown]
-# All heads of the a^n b^n model are `mean`, like those of the majority model, and replacing them by
-# the mean is fatal in one and nearly harmless in the other. A label is a distance from a shape; a
-# count is spoiled by a distance of one key.
+# All heads of the a^n b^n model are `mean`, like those of the majority model, and uniform attention
+# in their place is fatal in one and nearly harmless in the other. A label says how far the row is
+# from a shape; a count is spoiled by one key.
 #
-# **What we learned.** Trained counting heads are near to uniform and not tied; exact saturation
-# removes them wholly, not a little. Tolerances mend it only when they amount to uniform attention.
-# How much uniform attention keeps depends on how far apart the answers are, in keys.
+# **What we learned.** Trained counting heads are near to uniform and not tied, and the exact limit
+# removes all that they count. A tolerance mends it only where it amounts to uniform attention. How
+# much uniform attention keeps depends on how far apart the answers are, in keys.
 #
 # ## Exercises
 #
-# 1. Sharpen instead of saturating: at which inverse temperature does the majority model fall below
-#    the halfway mark between soft and exact? Compare with the median `c_lo` and `c_hi` of its heads.
-# 2. Is the count gone from the a^n b^n model under uniform attention, or is it only misread? Compare
-#    its distinct states with the number of triples (token, number of a, number of b).
-# 3. Give the hand-made counter a bias of -0.3 on the score of token 0. What happens to the exact
-#    limit, and why is that no loss for the task?
+# 1. Sharpen instead of saturating: at which inverse temperature does the majority model fall
+#    below the halfway mark between soft and exact? Compare with `c_lo` and `c_hi` of its heads.
+# 2. Is the count gone from the a^n b^n model under uniform attention, or only misread? Compare its
+#    distinct states with the number of triples (token, number of a, number of b).
+# 3. Subtract 0.3 from the hand-made counter's score of token 0. What does the exact limit do now,
+#    and why is that no loss for the task?
 #
 # <details><summary>Solutions</summary>
 #
 # ```python
-# # 1: well above c_lo, where attention only begins to leave uniform, and well below c_hi.
+# # 1: between c_lo, where attention begins to leave uniform, and c_hi, for both heads.
 # halfway = (replaced["soft"] + replaced["exact limit"]) / 2
 # scales = [1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32]
 # by_scale = {c: accuracy(counter, test, T.Scale(float(c))) for c in scales}
-# print(next(c for c in scales if by_scale[c] < halfway), roles.frame()[["c_lo", "c_hi"]])
+# first_below = next(c for c in scales if by_scale[c] < halfway)
+# print(first_below, roles.frame()[["c_lo", "c_hi"]])
 #
-# # 2: hardly any state is missing: the count is there, and the readout expects other weights.
+# # 2: only misread. Hardly a state is missing; the readout expects other weights of the kinds.
 # words = tests["a^n b^n"].tokens
 # with sl.saturate(models["a^n b^n"], scale=0):
 #     kept = tasks.distinct_states(models["a^n b^n"], words)

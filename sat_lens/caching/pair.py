@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import Ties
+from sat_lens.caching.prefix import Prefix
 from sat_lens.caching.similarity import Similarity, mean_cosine
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
 from sat_lens.scales import ScaleLike
-from sat_lens.sites import Heads
+from sat_lens.sites import Heads, attention_sites, select_heads
 from sat_lens.sites.discovery import check_is_lens
 
 _INPUT_NAMES = ("input", "input_ids", "tokens", "pixel_values", "input_values")
@@ -138,7 +139,9 @@ def run_with_saturation_cache(
     Returns:
         A pair whose ``.soft`` and ``.saturated`` have ``.logits`` and ``.cache``. In the saturated
         cache ``pattern`` is the saturated pattern; ``attn_scores`` is what TransformerLens shows
-        there (what the softmax received, or its own substitute).
+        there (what the softmax received, or its own substitute). Layers below the first chosen
+        head are run once where that gives the same (without gradients, and without other hooks in
+        them), and the two caches then share the tensors of these layers.
 
     Raises:
         HeadSelectionError, ArgumentError, UnsupportedModelError, NotReachedError: As for
@@ -159,22 +162,45 @@ def run_with_saturation_cache(
         inputs = (kwargs.pop(name),)
     real = _real_positions(model, inputs, kwargs)
 
-    def run(intervention: contextlib.AbstractContextManager[Any]) -> CachedRun:
-        with intervention:
+    def run(*around: contextlib.AbstractContextManager[Any]) -> CachedRun:
+        with contextlib.ExitStack() as stack:
+            for context in around:
+                stack.enter_context(context)
             logits, cache = model.run_with_cache(*inputs, names_filter=names_filter, **kwargs)
         if device is not None:
             cache = cache.to(device)
         return CachedRun(logits, cache)
 
+    sites = attention_sites(model)
+    named = list(scale) if heads is None and isinstance(scale, Mapping) else heads
+    chosen = select_heads(sites, named)
+    prefix = Prefix.below(model, sites, chosen, kwargs) if len(inputs) == 1 else Prefix({})
+    soft, saturated = _both(run, prefix, lambda: saturate(model, heads, scale, ties))
     return SaturationPair(
-        soft=run(contextlib.nullcontext()),
-        saturated=run(saturate(model, heads, scale, ties)),
+        soft=soft,
+        saturated=saturated,
         provenance=Provenance(model_name(model), scale=_shown(scale), ties=str(ties)),
         real=real,
         decoder_real=_decoder_positions(real, kwargs),
         _run_random=lambda seed: run(replace_attention(model, RandomKey(seed), heads)),
         _sliced=kwargs.get("pos_slice") is not None,
     )
+
+
+def _both(
+    run: Callable[..., CachedRun],
+    prefix: Prefix,
+    changing: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> tuple[CachedRun, CachedRun]:
+    """Run as it is and changed, the second time without the blocks that nothing changes."""
+    soft = run(prefix.recording())
+    changed = run(changing(), prefix.replay())
+    if prefix.replayed:
+        entries = prefix.completed(changed.cache.cache_dict, soft.cache.cache_dict)
+        if entries is None:
+            return soft, run(changing())
+        changed.cache.cache_dict = entries
+    return soft, changed
 
 
 def _names_of(cache: Any, activation: str) -> list[str]:

@@ -13,6 +13,7 @@ how a model that was trained on prose behaves on prose.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def source_files() -> list[Path]:
         DataError: This Python has no standard library as source files (an embedded or zipped one).
     """
     root = _stdlib_root()
-    files = sorted(path for path in root.rglob("*.py") if _belongs(path.relative_to(root)))
+    files = sorted(_files_below(root))
     if not files:
         raise DataError(
             f"The bundled corpus is the standard library's source, and {root} holds no .py file. "
@@ -79,9 +80,13 @@ def _stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _belongs(relative: Path) -> bool:
-    generated = relative.name.startswith("_sysconfigdata")
-    return not generated and EXCLUDED_FOLDERS.isdisjoint(relative.parts)
+def _files_below(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        # Installed packages can be many times what is wanted: do not even look at them.
+        subfolders[:] = set(subfolders) - EXCLUDED_FOLDERS
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                yield Path(folder, name)
 
 
 def _texts(*, held_out: bool) -> Iterator[str]:

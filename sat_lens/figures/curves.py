@@ -16,16 +16,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
+from sat_lens.figures.layout import measure_groups, scale_places, scale_text, tick_scales
 from sat_lens.figures.shown import ShownFigure, check_frame
 
 INK, QUIET = "#222222", "#666666"
-WORDS = {
-    "loss": "loss (nats per token)",
-    "S": "similarity S, by layer",
-    "kl": "KL from the soft model (nats)",
-    "top1": "same most likely token (share)",
-    "metric": "metric",
-}
 
 
 def scaling_curve_figure(frame: pd.DataFrame, title: str) -> Figure:
@@ -147,61 +141,6 @@ def _scale_steps(axes: Axes, steps: pd.Series[Any], log: bool) -> None:
     first = float(positive.min())
     axes.set_xscale("symlog", linthresh=first, linscale=0.4)
     axes.set_xlim(-0.15 * first, float(positive.max()) * 1.3)
-
-
-def measure_groups(columns: Sequence[str]) -> dict[str, list[str]]:
-    """Group the measures of a curve into panels: one a measure, with all its layers.
-
-    Example:
-        >>> measure_groups(["kl", "S_L0", "S_L1"])["similarity S, by layer"]
-        ['S_L0', 'S_L1']
-    """
-    groups: dict[str, list[str]] = {words: [] for words in WORDS.values()}
-    for name in columns:
-        layered = name.rpartition("_L")[2].isdigit() and name.startswith("S")
-        words = WORDS["S"] if layered else WORDS.get(name, name.replace("_", " "))
-        groups.setdefault(words, []).append(name)
-    return {words: names for words, names in groups.items() if names}
-
-
-def scale_places(scales: Sequence[float]) -> list[float]:
-    """Place scales on an axis: log2 inside, 0 and infinity one and a half units beyond the ends.
-
-    Example:
-        >>> scale_places([0.0, 0.5, 1.0, 2.0, math.inf])
-        [-2.5, -1.0, 0.0, 1.0, 2.5]
-    """
-    inside = [math.log2(c) for c in scales if 0 < c < math.inf] or [0.0]
-    ends = {0.0: min(inside) - 1.5, math.inf: max(inside) + 1.5}
-    return [ends[c] if c in ends else math.log2(c) for c in scales]
-
-
-def tick_scales(scales: Sequence[float], most: int) -> list[float]:
-    """Choose which scales get a tick: the ends, 1, and others as far as they keep apart.
-
-    Example:
-        >>> tick_scales([0.0, 1.0, 1.1, 4.0, math.inf], most=4)
-        [0.0, 1.0, 4.0, inf]
-    """
-    places = dict(zip(scales, scale_places(scales), strict=True))
-    span = max(places.values()) - min(places.values()) or 1.0
-    whole = [c for c in scales if c < math.inf and c > 0 and float(math.log2(c)).is_integer()]
-    first = [c for c in (0.0, math.inf, 1.0) if c in places]
-    chosen: list[float] = []
-    for c in [*first, *whole, *scales]:
-        if all(abs(places[c] - places[other]) >= 0.8 * span / most for other in chosen):
-            chosen.append(c)
-    return sorted(chosen)
-
-
-def scale_text(c: float) -> str:
-    """Write a scale for an axis.
-
-    Example:
-        >>> scale_text(math.inf), scale_text(0.5), scale_text(32.0)
-        ('∞', '0.5', '32')
-    """
-    return "∞" if math.isinf(c) else f"{c:g}"
 
 
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:

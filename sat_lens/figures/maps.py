@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
+from sat_lens.figures.layout import head_stacks, records_of
 from sat_lens.figures.sheet import INK, LEFT, LINE, MARGIN, QUIET, Sheet
 from sat_lens.figures.shown import check_frame
 from sat_lens.vocabulary import DESCRIPTIONS, ROLES
@@ -265,23 +266,6 @@ def _check(frame: pd.DataFrame, needed: tuple[str, ...]) -> None:
             f"Needed a table with a row a head and the columns {', '.join(needed)}; found "
             f"{len(frame)} rows and no column {', '.join(missing) or '(none missing)'}."
         )
-
-
-def head_stacks(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Part a table of heads by stack, in the model's order; without the column it is one part."""
-    if "stack" not in frame.columns:
-        return [("", frame)]
-    return [(str(name), part) for name, part in frame.groupby("stack", sort=False)]
-
-
-def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Give each row of a table as a dict by column name.
-
-    Example:
-        >>> records_of(pd.DataFrame({"head": [3]}))
-        [{'head': 3}]
-    """
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def _size(part: pd.DataFrame) -> tuple[int, int]:

@@ -10,8 +10,14 @@ from typing import Any
 import pandas as pd
 
 from sat_lens.figures import marks
-from sat_lens.figures.curves import measure_groups, scale_places, scale_text, tick_scales
-from sat_lens.figures.maps import head_stacks, records_of
+from sat_lens.figures.layout import (
+    head_stacks,
+    measure_groups,
+    records_of,
+    scale_places,
+    scale_text,
+    tick_scales,
+)
 from sat_lens.vocabulary import DESCRIPTIONS
 
 CELL = 34

@@ -12,7 +12,7 @@ import pandas as pd
 from sat_lens.caching import SaturationPair
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
-from sat_lens.figures.maps import records_of
+from sat_lens.figures.layout import records_of
 from sat_lens.results import csv_text, write_whole
 from sat_lens.roles.result import HeadRoles
 from sat_lens.viz import maps

@@ -10,14 +10,14 @@ import dataclasses
 import html
 import io
 from pathlib import Path
-from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from sat_lens.errors import ArgumentError
 from sat_lens.results import write_whole
 from sat_lens.viz.page import render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -87,6 +87,8 @@ def component_view(title: str, note: str, data: dict[str, Any], *, height: int) 
 
 def drawn(figure: Figure, ending: str) -> bytes:
     """Draw a figure; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
     date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(ending, {})
     with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "sat_lens"}):
