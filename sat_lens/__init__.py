@@ -46,7 +46,7 @@ _PLACES = {
     "sweep_heads": "sat_lens.patching",
     "write_report": "sat_lens.viz",
 }
-_ROOMS = ("metrics", "norms", "tasks", "training", "viz")
+_ROOMS = ("metrics", "norms", "paper", "patching", "roles", "tasks", "theory", "training", "viz")
 
 __all__ = [
     "HeadRoles",

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from sat_lens.attention import Limit, Scale, Transform, Uniform, transform_scores
 from sat_lens.kernels import limit_is_exact, limit_kernel
+from sat_lens.kernels.attention import LARGE
 from sat_lens.sites import AttentionSite
 from sat_lens.sites.door import NewScores
 
 # For one module: groups of heads and the transform of each group.
 Groups = list[tuple[list[int], Transform]]
-# A kernel's rounding does not show below this inverse temperature.
-LARGE = 1024.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def why_not_fused(model: Any, site: AttentionSite, change: Change) -> str:
 
 def _inverse_temperature(transform: Transform) -> float:
     if type(transform) is Scale:
-        return transform.c
+        return transform.c if transform.limit is None else _inverse_temperature(transform.limit)
     if type(transform) is Uniform:
         return 0.0
     return math.inf if transform == Limit() else math.nan

@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import check_scale
-from sat_lens.caching import NO_ROOM, mean_cosine, normalised_similarity
+from sat_lens.caching import NO_ROOM, normalised_similarity
 from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import replace_attention, saturate
-from sat_lens.metrics import metric_value
 from sat_lens.models import model_name
+from sat_lens.readings import Mean, Reading, SoftRun
 from sat_lens.results import Provenance, read_entries, read_result, write_result
 from sat_lens.sites import Heads
 from sat_lens.sites.discovery import check_is_lens
@@ -128,9 +128,9 @@ def scaling_curve(
     Args:
         model: A TransformerLens model.
         data: Tokens, texts or batches; see :func:`sat_lens.data.batches`. One forward pass per
-            batch and scale is made, and two more per batch. For a model whose logits see the next
-            token (a masked language model, tested on the first batch) the loss is left out, with a
-            warning in the log.
+            batch and scale other than 1 is made, and two more per batch. For a model whose logits
+            see the next token (a masked language model, tested on the first batch) the loss is left
+            out, with a warning in the log.
         scales: Inverse temperatures, in a list; 0 is uniform, ``math.inf`` the limit.
         heads: Which heads; None is all.
         metric: A function of the logits of one batch, measured besides.
@@ -163,7 +163,7 @@ def scaling_curve(
             for batch in batches(model, data, batch_size):
                 if predicts is None and _has_next_token(batch):
                     predicts = _predicts_next(model, batch)
-                read = _Reading(batch, streams, metric, bool(predicts))
+                read = Reading(batch, streams, metric, bool(predicts))
                 part = _one_batch(model, read, scales, heads, bar)
                 for name, (values, weight) in part.items():
                     totals[name] = totals.get(name, torch.zeros(())) + values * weight
@@ -207,77 +207,35 @@ def _has_next_token(batch: Batch) -> bool:
     return batch.output_tokens is not None and batch.output_tokens.shape[1] > 1
 
 
-# A mean, and how many positions or sequences it is over.
-_Mean = tuple[float, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """What is read from runs on one batch."""
-
-    batch: Batch
-    streams: dict[str, str]
-    metric: Callable[[Any], Tensor] | None
-    predicts: bool
-
-    def outputs(self, soft: Tensor, logits: Tensor) -> dict[str, _Mean]:
-        """Compare logits with the soft ones."""
-        real = self.batch.output_real
-        positions = slice(None) if real is None or real.shape != soft.shape[:-1] else real
-        before, after = soft[positions].float(), logits[positions].float()
-        same = before.argmax(-1) == after.argmax(-1)
-        p, q = before.log_softmax(-1), after.log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1)
-        found = {"top1": _mean(same.float()), "kl": _mean(kl)}
-        if self.predicts and self.batch.output_tokens is not None:
-            found["loss"] = _mean(_losses(self.batch.output_tokens, real, logits))
-        if self.metric is not None:
-            found["metric"] = metric_value(self.metric, logits), self.batch.size
-        return {name: mean for name, mean in found.items() if mean[1]}
-
-    def cosines(self, soft: dict[str, Tensor], changed: dict[str, Tensor]) -> dict[str, _Mean]:
-        """Compare residual streams with the soft ones."""
-        found = {}
-        for name, label in self.streams.items():
-            in_decoder = name.startswith("decoder")
-            real = self.batch.output_real if in_decoder else self.batch.real
-            count = soft[name].shape[:2].numel() if real is None else int(real.sum())
-            found[label] = float(mean_cosine(soft[name], changed[name], real)), count
-        return found
-
-
-def _mean(values: Tensor) -> _Mean:
-    return (float(values.mean()), values.numel()) if values.numel() else (math.nan, 0)
-
-
-def _losses(tokens: Tensor, real: Tensor | None, logits: Tensor) -> Tensor:
-    kept = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
-    both = (kept[:, 1:] & kept[:, :-1]).to(logits.device)
-    wanted = tokens[:, 1:].to(logits.device)[both]
-    return torch.nn.functional.cross_entropy(logits[:, :-1][both].float(), wanted, reduction="none")
-
-
 def _one_batch(
-    model: Any, read: _Reading, scales: Sequence[float], heads: Heads, bar: Any
+    model: Any, read: Reading, scales: Sequence[float], heads: Heads, bar: Any
 ) -> dict[str, tuple[Tensor, int]]:
     """Measure one batch: for each column a value per scale, and what it is a mean over."""
-    soft, soft_stream = _run(model, read)
+    soft = read.soft(*_run(model, read))
     with replace_attention(model, RandomKey(), heads):
         random_stream = _run(model, read)[1]
-    found: dict[str, list[_Mean]] = {}
+    found: dict[str, list[Mean]] = {}
     for c in scales:
-        with saturate(model, heads, c):
-            logits, stream = _run(model, read)
-        at_c = read.outputs(soft, logits) | read.cosines(soft_stream, stream)
+        logits, stream = _at_scale(model, read, heads, c, soft)
+        at_c = read.outputs(soft, logits) | read.cosines(soft, stream)
         for name, mean in at_c.items():
             found.setdefault(name, []).append(mean)
         bar.update()
-    for label, cosine in read.cosines(soft_stream, random_stream).items():
+    for label, cosine in read.cosines(soft, random_stream).items():
         found[_control(label)] = [cosine] * len(scales)
     return {
         name: (torch.tensor([value for value, _ in means]), means[0][1])
         for name, means in found.items()
     }
+
+
+def _at_scale(
+    model: Any, read: Reading, heads: Heads, c: float, soft: SoftRun
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if c == 1:
+        return soft.logits, soft.stream
+    with saturate(model, heads, c):
+        return _run(model, read)
 
 
 def _control(label: str) -> str:
@@ -293,7 +251,7 @@ def _residual_streams(model: Any) -> dict[str, str]:
     return dict(zip(names, labels, strict=True))
 
 
-def _run(model: Any, read: _Reading) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(model: Any, read: Reading) -> tuple[Tensor, dict[str, Tensor]]:
     batch, names = read.batch, list(read.streams)
     logits, cache = model.run_with_cache(batch.inputs, names_filter=names, **batch.kwargs)
     return logits, {name: cache[name] for name in names}

@@ -6,7 +6,7 @@ ROLES = ("argmax", "subset", "argmax-lean", "soft", "mean-lean", "mean")
 # A head of which no row was counted has no role; its name is the empty string.
 DESCRIPTIONS = {
     "argmax": "attends to one key at a time",
-    "subset": "attends equally to some keys, hardly to the rest",
+    "subset": "attends to some keys equally",
     "argmax-lean": "nearer to one key than to all",
     "soft": "between one key and all",
     "mean-lean": "nearer to all keys than to one",

@@ -330,6 +330,13 @@ def test_help_and_import_cost_next_to_nothing(code):
     assert out.splitlines()[-1] == "[]"
 
 
+def test_a_report_needs_no_matplotlib():
+    arguments = ["report", "--sequences", "2", "--context", "16", "--quiet"]
+    code = f"import sys, sat_lens.cli as c\nc.main({arguments})\n"
+    out = python(code + "print(sorted({'matplotlib', 'sat_lens.viz'} & sys.modules.keys()))")
+    assert out.splitlines()[-1] == "['sat_lens.viz']"
+
+
 PRINTING = "import sys, sat_lens.cli as c, sat_lens.cli.check as k\nk.run = lambda _: {}\n"
 LONG = PRINTING.format("print('x' * 10**6) or 0") + "sys.exit(c.main(['check']))"
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +83,22 @@ def test_corpus_is_split_by_path_and_leaves_tests_out():
     digest = int.from_bytes(hashlib.sha256(b"bisect.py").digest()[:8], "big")
     assert corpus.is_held_out("bisect.py") == (digest < 0.05 * 2**64)
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in corpus.corpus_name()
+
+
+def test_corpus_is_every_source_file_and_no_excluded_folder_is_entered(monkeypatch):
+    root = Path(sysconfig.get_path("stdlib"))
+    below = [(path, path.relative_to(root)) for path in root.rglob("*.py")]
+    wanted = sorted(
+        path
+        for path, inside in below
+        if not inside.name.startswith("_sysconfigdata")
+        and not set(inside.parts) & corpus.EXCLUDED_FOLDERS
+    )
+    entered, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(path) or scandir(path))
+    assert corpus.source_files() == wanted
+    assert str(root) in map(str, entered)
+    assert not any(Path(path).name in corpus.EXCLUDED_FOLDERS for path in entered)
 
 
 def test_batches_depend_on_seed_and_step_alone_and_open_with_bos():

@@ -229,7 +229,9 @@ def test_titles_are_data(text, tmp_path):
 
 def test_importing_leaves_matplotlib_alone():
     code = (
-        "import sys, matplotlib; before = matplotlib.rcParams.copy(); import sat_lens.figures;"
+        "import sys, sat_lens.figures; assert 'matplotlib' not in sys.modules;"
+        "import matplotlib; before = matplotlib.rcParams.copy();"
+        "from sat_lens.figures import growth_figure, role_map;"
         "assert matplotlib.rcParams.copy() == before;"
         "assert 'matplotlib.pyplot' not in sys.modules;"
         "assert 'transformer_lens' not in sys.modules"

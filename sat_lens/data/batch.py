@@ -55,11 +55,15 @@ class Batch:
         return int(self.inputs.shape[0])
 
 
+_PROBE_TOKENS = 16
+
+
 def predicts_next(model: Any, batch: Batch) -> bool:
     """Say whether the model's logits predict the next token, so that a next-token loss means much.
 
     Logits that depend on later tokens have seen what they would predict (a masked language model).
-    Two runs are compared before the middle of the text that differ in the tokens from there on.
+    Two runs are compared before the middle of the text that differ in the tokens from there on; a
+    few tokens of one sequence are enough, where the batch is made of tokens alone.
 
     Example:
         >>> import torch
@@ -69,6 +73,7 @@ def predicts_next(model: Any, batch: Batch) -> bool:
         >>> predicts_next(model, Batch(tokens, {}, tokens=tokens))
         True
     """
+    batch = _start_of(batch)
     tokens = batch.output_tokens
     if tokens is None or tokens.shape[1] < 2:
         return False
@@ -83,3 +88,14 @@ def predicts_next(model: Any, batch: Batch) -> bool:
     # A mixture of experts rounds a token differently beside other tokens.
     tolerance = min(64 * torch.finfo(first.dtype).eps, 0.05)
     return bool((first - second).abs().max() <= tolerance * first.abs().max())
+
+
+def _start_of(batch: Batch) -> Batch:
+    """Give the first tokens of the first sequence; the batch itself where it cannot be cut."""
+    named = batch.kwargs.keys()
+    if batch.tokens is None or named - {"attention_mask"} or (named and batch.real is None):
+        return batch
+    if batch.real is not None and not bool(batch.real[0, :_PROBE_TOKENS].all()):
+        return batch
+    tokens = batch.tokens[:1, :_PROBE_TOKENS]
+    return Batch(tokens, {}, tokens=tokens)

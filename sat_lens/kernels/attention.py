@@ -26,10 +26,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sat_lens.errors import UnsupportedModelError
+from sat_lens.errors import NonFiniteError, UnsupportedModelError
 from sat_lens.kernels.call import AttentionCall
 
 TARGET_EXPONENT = 100
+# A kernel's rounding does not show below this inverse temperature.
+LARGE = 1024.0
 
 
 def rescaled_attention(
@@ -46,6 +48,7 @@ def rescaled_attention(
     Raises:
         UnsupportedModelError: The heads are others, or something but a mask is added to scores of
             which not all in the limit have a kernel of their own.
+        NonFiniteError: Queries or keys hold NaN, or are so large that scores may overflow.
 
     Example:
         >>> import torch
@@ -100,9 +103,7 @@ def _by_queries(
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
     wide = dataclasses.replace(call, query=query, key=key, value=value, attn_mask=visible)
-    c = c.to(dtype)
-    factor = torch.minimum(c, _limit_factor(wide)).where(c != 1, 1.0)
-    new = dataclasses.replace(wide, query=query * factor).run().to(call.query.dtype)
+    new = _with_factors(wide, c.to(dtype)).to(call.query.dtype)
     if visible is None or visible is call.attn_mask:
         return new
     # Under a finite mask, a row without a visible key attends to masked ones; it keeps doing so.
@@ -110,13 +111,46 @@ def _by_queries(
     return torch.where(dead, call.run(), new) if bool(dead.any()) else new
 
 
+def _with_factors(
+    call: AttentionCall, c: Float[Tensor, "head row 1"]
+) -> Float[Tensor, "batch head query dv"]:
+    limit_factor = _limit_factor(call)
+    factor = torch.minimum(c, limit_factor).where(c != 1, 1.0)
+    rescaled = dataclasses.replace(call, query=call.query * factor)
+    if not torch.is_grad_enabled() or not (call.query.requires_grad or call.key.requires_grad):
+        return rescaled.run()
+    # In the limit scores have no gradient, and a kernel's rounding of 0 would be blown up.
+    saturated = (c >= limit_factor) & (c != 1)
+    fixed = dataclasses.replace(rescaled, query=rescaled.query.detach(), key=call.key.detach())
+    soft = dataclasses.replace(call, query=call.query * factor.masked_fill(saturated, 1.0))
+    # Fused kernels round a gradient more than softmax does, which large factors would show.
+    large = bool((factor.masked_fill(saturated, 1.0) > LARGE).any())
+    out = _unfused(soft) if large else soft.run()
+    return torch.where(saturated, fixed.run(), out) if bool(saturated.any()) else out
+
+
+def _unfused(call: AttentionCall) -> Float[Tensor, "batch head query dv"]:
+    n_batches, n_heads, n_queries = call.query.shape[:3]
+    rows = torch.arange(n_queries, device=call.query.device).expand(n_batches, -1)
+    scores = call.scores(rows)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    pattern = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return pattern @ call.value.repeat_interleave(n_heads // call.value.shape[1], 1)
+
+
 def _limit_factor(call: AttentionCall) -> Float[Tensor, "head 1 1"]:
     """Give, per head, the power of two that makes the limit."""
     query, key = call.query.detach(), call.key.detach()
-    largest_key = key.abs().amax() * abs(call.factor) * key.shape[-1]
-    largest_query = query.abs().amax((0, 2, 3))
+    if query.numel() == 0 or key.numel() == 0:
+        return query.new_ones(query.shape[1], 1, 1)
+    largest_key = key.abs().amax().double() * abs(call.factor) * key.shape[-1]
     # Queries alone must not overflow either.
-    bound = largest_query * largest_key.clamp(min=1.0)
+    bound = query.abs().amax((0, 2, 3)).double() * largest_key.clamp(min=1.0)
+    if not bool(bound.float().isfinite().all()):
+        raise NonFiniteError(
+            "The model's own queries or keys hold NaN before saturation, or are so large that "
+            "their products overflow, so there is no limit to take. Check the weights and inputs."
+        )
     exponent = TARGET_EXPONENT - torch.frexp(bound).exponent
-    factor = torch.ldexp(torch.ones_like(bound), exponent.clamp(0, TARGET_EXPONENT))
+    factor = torch.ldexp(query.new_ones(len(bound)), exponent.clamp(0, TARGET_EXPONENT))
     return factor[:, None, None]

@@ -133,5 +133,5 @@ def _bias(call: AttentionCall) -> str:
     try:
         call.visible()
     except UnsupportedModelError:
-        return "it adds a bias to its scores, which a factor would scale as well"
+        return "it adds a bias to its scores, which a factor on its queries does not reach"
     return ""

@@ -1,1 +1,1 @@
-"""Tests of kernels for GPUs, run by `make test-kernels`: in Triton's interpreter if there is none."""
+"""Kernels for GPUs, tested by `make test-kernels`: in Triton's interpreter where there is none."""

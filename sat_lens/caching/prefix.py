@@ -1,0 +1,261 @@
+"""The blocks below every changed head, which a second run of a model need not compute again.
+
+While one run goes, the inputs and outputs of these blocks are kept. In the next, a block that is
+called with equal inputs gives what it gave before; a block that is not, and all above it, are
+computed. So that nothing but inputs and outputs can matter, no block is kept of which the first run
+drew random numbers or which has a hook of somebody else, and key-value caches, which blocks fill on
+the way, are brought to the state in which the block left them.
+
+When not to use it: for a run that differs in anything but the attention above these blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_lens.sites import AttentionSite, Selection
+
+# Arguments of a run that change nothing besides its blocks' inputs and what it gives back.
+_HARMLESS = frozenset(
+    {
+        "attention_mask",
+        "labels",
+        "loss_per_token",
+        "one_zero_attention_mask",
+        "padding_side",
+        "pos_slice",
+        "position_ids",
+        "prepend_bos",
+        "remove_batch_dim",
+        "return_type",
+        "stop_at_layer",
+        "token_type_ids",
+    }
+)
+_LIBRARIES = ("transformer_lens.", "transformers.")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of a block, and what it left behind."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    versions: list[int]
+    kv_layers: list[list[Any]]
+
+
+class Prefix:
+    """Runs of some blocks of a model, kept by :meth:`recording` and given again by :meth:`replay`.
+
+    Attributes:
+        replayed: The paths of the blocks that the last replay did not compute.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+        self.replayed: list[str] = []
+        self._blocks = blocks
+        self._calls: list[tuple[str, _Call]] = []
+
+    @classmethod
+    def below(
+        cls, model: Any, sites: list[AttentionSite], chosen: Selection, run: Mapping[str, Any]
+    ) -> Prefix:
+        """Find the blocks below the chosen attention modules; none where it cannot be done.
+
+        Args:
+            model: A TransformerLens model.
+            sites: Its attention modules.
+            chosen: The heads that the second run changes.
+            run: The keyword arguments of both runs.
+        """
+        safe = run.keys() <= _HARMLESS and run.get("return_type") != "logits_and_cache"
+        blocks = _blocks_below(model, sites, chosen) if safe else {}
+        if _is_hooked(model, blocks):
+            blocks = {}
+        return cls(blocks)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what the blocks do in one run that is made in the block."""
+        before = _random_states() if self._blocks else []
+        with contextlib.ExitStack() as stack:
+            for path, block in self._blocks.items():
+                handle = block.register_forward_hook(self._keeper(path), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+        in_order = [path for path, _ in self._calls] == list(self._blocks)[: len(self._calls)]
+        if not in_order or any(map(_differ, before, _random_states())):
+            self._calls.clear()
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Let blocks give what they gave, where they are called with equal inputs."""
+        self.replayed = []
+        modules = [(self._blocks[path], path, call) for path, call in self._calls]
+        try:
+            for place, (block, path, call) in enumerate(modules):
+                block.__dict__["forward"] = self._player(block.forward, place, path, call)
+            yield
+        finally:
+            for block, _, _ in modules:
+                block.__dict__.pop("forward", None)
+
+    def completed(
+        self, own: Mapping[str, Tensor], soft: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        """Give a replayed run's activations with those that it did not compute, in the run's order.
+
+        None if the first run's activations are not the same ones by name.
+        """
+        starts = tuple(f"{path}." for path in self.replayed)
+        missing = [name for name in soft if name not in own]
+        if not all(name.startswith(starts) for name in missing):
+            return None
+        if [name for name in soft if name in own] != list(own):
+            return None
+        return {name: own.get(name, value) for name, value in soft.items()}
+
+    def _keeper(self, path: str) -> Callable[..., None]:
+        def keep(_block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if _can_be_kept(output):
+                kv_layers = [_copied(cache.layers) for cache in _kv_caches(args, kwargs)]
+                self._calls.append(
+                    (path, _Call(args, kwargs, output, _versions(output), kv_layers))
+                )
+
+        return keep
+
+    def _player(
+        self, forward: Callable[..., Any], place: int, path: str, call: _Call
+    ) -> Callable[..., Any]:
+        def play(*args: Any, **kwargs: Any) -> Any:
+            untouched = call.versions == _versions(call.output)
+            same = _same(call.args, args) and _same(call.kwargs, kwargs)
+            if not (untouched and same and len(self.replayed) == place):
+                return forward(*args, **kwargs)
+            for cache, layers in zip(_kv_caches(args, kwargs), call.kv_layers, strict=True):
+                cache.layers[:] = _copied(layers)
+            self.replayed.append(path)
+            return call.output
+
+        return play
+
+
+def _blocks_below(
+    model: Any, sites: list[AttentionSite], chosen: Selection
+) -> dict[str, nn.Module]:
+    """Give the first blocks of the model's one stack, up to the first that has a chosen module."""
+    blocks = {site.path: site.path.rpartition(".")[0] for site in sites}
+    stacks = {path.rpartition(".")[0] for path in blocks.values()}
+    stack = stacks.pop()
+    modules = model.get_submodule(stack) if stack and not stacks else None
+    if not isinstance(modules, nn.ModuleList):
+        return {}
+    names = [f"{stack}.{i}" for i in range(len(modules))]
+    first = min(names.index(blocks[path]) for path in chosen)
+    return dict(zip(names[:first], modules, strict=False))
+
+
+def _is_hooked(model: Any, blocks: Mapping[str, nn.Module]) -> bool:
+    """Whether somebody else can see or change what runs before the blocks end."""
+    if not blocks:
+        return False
+    torch_wide = nn.modules.module
+    if torch_wide._global_forward_hooks or torch_wide._global_forward_pre_hooks:
+        return True
+    inside = {id(module) for block in blocks.values() for module in block.modules()}
+    stack = model.get_submodule(next(iter(blocks)).rpartition(".")[0])
+    above = {id(module) for block in stack[len(blocks) :] for module in block.modules()} - inside
+    return any(_has_foreign_hook(module) for module in model.modules() if id(module) not in above)
+
+
+def _has_foreign_hook(module: nn.Module) -> bool:
+    if "forward" in module.__dict__ or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    own_points = [
+        getattr(handle, "user_hook", None)
+        for handle in getattr(module, "fwd_hooks", ())
+        if handle.is_permanent
+    ]
+    hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if hasattr(module, "fwd_hooks"):
+        # TransformerLens wraps what is hooked to its points, and links some of them by itself.
+        return len(hooks) > len(own_points) or not all(map(_is_of_a_library, own_points))
+    return not all(map(_is_of_a_library, hooks))
+
+
+def _is_of_a_library(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
+
+
+def _random_states() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return not torch.equal(one, other)
+
+
+def _parts(output: Any) -> tuple[Any, ...]:
+    return output if type(output) is tuple else (output,)
+
+
+def _can_be_kept(output: Any) -> bool:
+    """Whether changes of it would be noticed, and no gradient flows through it."""
+    return all(
+        part is None
+        or (isinstance(part, Tensor) and not part.requires_grad and not part.is_inference())
+        for part in _parts(output)
+    )
+
+
+def _versions(output: Any) -> list[int]:
+    return [part._version for part in _parts(output) if part is not None]
+
+
+def _is_kv_cache(value: Any) -> bool:
+    return type(value).__name__ == "DynamicCache" and isinstance(
+        getattr(value, "layers", None), list
+    )
+
+
+def _kv_caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    return [value for value in (*args, *kwargs.values()) if _is_kv_cache(value)]
+
+
+def _copied(layers: list[Any]) -> list[Any]:
+    """Copy a cache's layers, but not the tensors, which layers replace instead of changing them."""
+    copies = [copy.copy(layer) for layer in layers]
+    for layer in copies:
+        for name, value in vars(layer).items():
+            if isinstance(value, (dict, list)):
+                setattr(layer, name, copy.copy(value))
+    return copies
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal beyond doubt; what is neither plain nor a tensor never is."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one is other or (
+            one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+        )
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    return _is_kv_cache(one) or (isinstance(one, _PLAIN) and one == other)
