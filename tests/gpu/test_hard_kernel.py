@@ -17,7 +17,7 @@ N = 70
 
 
 def inputs(device, dtype=torch.float32, size=64, n_queries=N, groups=2, seed=0):
-    """Small whole numbers, half of the keys twice: all scores are exact, and most rows have ties."""
+    """Small whole numbers, half of the keys twice: exact scores, and ties in most rows."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randint(-2, 3, (2, 4, n_queries, size), generator=generator)
     key = torch.randint(-2, 3, (2, groups, N, size), generator=generator)
