@@ -187,10 +187,57 @@ def test_a_tokenised_dataset_reads_like_its_texts(demo, streamed, side):
     same_batches(read(demo, dataset), read(demo, TEXTS))
 
 
-def test_a_dataset_of_tensors_is_read_too(demo):
-    dataset = datasets.Dataset.from_dict({"input_ids": [ids(demo, text) for text in TEXTS]})
-    found = read(demo, dataset.with_format("torch"))
-    assert [batch.inputs[0].tolist() for batch in found] == [ids(demo, text) for text in TEXTS]
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("column", ["input_ids", "tokens", "input"])
+@pytest.mark.parametrize("kind", [None, "torch"])
+def test_a_dataset_of_tokens_is_read_in_batches(demo, streamed, column, kind):
+    dataset = datasets.Dataset.from_dict({column: [ids(demo, text) for text in TEXTS]})
+    dataset = dataset.to_iterable_dataset() if streamed else dataset
+    found = read(demo, dataset.with_format(kind), batch_size=2)
+    same_batches(found, read(demo, TEXTS, batch_size=2))
+
+
+@pytest.mark.parametrize("columns", [("text",), ("input_ids", "attention_mask"), ("tokens",)])
+def test_batches_of_a_dataset_are_read_one_by_one(demo, columns):
+    made = {
+        "text": TEXTS,
+        "input_ids": [[*ids(demo, text), 2] for text in TEXTS],
+        "attention_mask": [[1] * len(ids(demo, text)) + [0] for text in TEXTS],
+        "tokens": [ids(demo, text) for text in TEXTS],
+    }
+    dataset = datasets.Dataset.from_dict({name: made[name] for name in columns})
+    same_batches(read(demo, dataset.iter(2)), read(demo, TEXTS))
+
+
+def test_what_a_tokenizer_gives_is_a_batch(demo):
+    encoded = demo.tokenizer(TEXTS, padding=True)
+    same_batches(read(demo, [encoded]), read(demo, TEXTS))
+    tensors = demo.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    (batch,) = read(demo, [{n: tensors[n] for n in ("input_ids", "attention_mask")}])
+    assert torch.equal(batch.inputs, read(demo, TEXTS)[0].inputs)
+
+
+def test_a_tensor_with_more_beside_it_than_a_mask_stays_a_batch_of_its_own(demo):
+    items = [{"input_ids": torch.tensor([0, 5, 6]), "use_cache": False}] * 2
+    found = read(demo, items)
+    assert [batch.kwargs for batch in found] == [{"use_cache": False}] * 2
+
+
+def test_one_sequence_for_an_encoder_and_a_decoder_is_a_batch_of_one():
+    model = tiny.pair("bart", "Bart", tiny.BART).build()
+    item = {"input": tiny.tokens(1, 9)[0], "decoder_input": tiny.tokens(1, 7, seed=1)[0]}
+    (batch,) = read(model, [item])
+    assert logits_of(model, batch).shape[:2] == (1, 7)
+    assert batch.decoder_tokens.shape == (1, 7)
+
+
+def test_several_datasets_at_once_are_refused(demo):
+    whole = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": TEXTS}))
+    with refusal("choose one", r"data\['train'\]", "found DatasetDict"):
+        read(demo, whole)
+    numbers = datasets.Dataset.from_dict({"input_ids": [[5, 6]]}).with_format("numpy")
+    with refusal("as a tensor", "input_ids is a ndarray"):
+        read(demo, numbers)
 
 
 def test_a_stream_is_read_no_further_than_it_is_needed(demo):
@@ -202,9 +249,13 @@ def test_a_stream_is_read_no_further_than_it_is_needed(demo):
     assert [next(stream).size for _ in range(3)] == [4, 4, 4]
 
 
-def test_roles_take_a_dataset(demo):
-    texts = ["import os, sys, re, json, math, itertools"] * 2
-    dataset = datasets.Dataset.from_dict({"text": texts})
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("column", ["text", "input_ids", "tokens"])
+def test_roles_take_a_dataset(demo, streamed, column):
+    texts = ["import os, sys, re, json, math, itertools", "for x in range(10): print(x, x ** 2)"]
+    rows = texts if column == "text" else [ids(demo, text) for text in texts]
+    dataset = datasets.Dataset.from_dict({column: rows, "id": [1, 2]})
+    dataset = dataset.to_iterable_dataset() if streamed else dataset
     found = sl.head_roles(demo, dataset, progress=False).frame()
     expected = sl.head_roles(demo, texts, progress=False).frame()
     assert found.equals(expected)

@@ -24,6 +24,13 @@ _log = logging.getLogger(__name__)
 
 Data = Tensor | str | Iterable[Any]
 _INPUT_NAMES = (*TOKEN_NAMES, "pixel_values", "input_values")
+_OF_SEQUENCES = (
+    "attention_mask",
+    "decoder_input",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+)
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
@@ -35,8 +42,9 @@ def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
             (tokenised, cut to the context, padded on the right and masked), an iterable of
             batches, each a tensor or a dict of the model's own forward arguments (``input``,
             ``attention_mask``, ...), or a Hugging Face dataset, streamed or not, with a column
-            ``text`` or ``input_ids``: an item that is a dict with a text is a text, one whose
-            ``input_ids`` are a list is a sequence of tokens.
+            ``text``, ``tokens`` or ``input_ids``: an item that is a dict with a text is a text, one
+            whose tokens are a list, or a one-dimensional tensor with nothing beside it but a mask,
+            is a sequence of tokens. Lists of these are read one by one.
         batch_size: Sequences in a batch, for texts and for tokens that come without batches.
 
     A text or a row of tokens that is longer than the model's context is cut at its end; how many
@@ -90,45 +98,68 @@ def _from_items(
     context = int(getattr(getattr(model, "cfg", None), "n_ctx", 0) or 0)
     rows: list[list[int]] = []
     for item in items:
-        row = _row(model, item)
-        if row is not None and 0 < context < len(row):
-            cuts.append(len(row) - context)
-            row = row[:context]
-        if row is not None:
-            rows.append(row)
-        if rows and (row is None or len(rows) == batch_size):
+        found = _rows(model, item)
+        for row in found or ():
+            if 0 < context < len(row):
+                cuts.append(len(row) - context)
+            rows.append(row[:context] if context > 0 else row)
+            if len(rows) == batch_size:
+                yield _padded(model, rows)
+                rows = []
+        if found is not None:
+            continue
+        if rows:
             yield _padded(model, rows)
             rows = []
         if isinstance(item, Tensor):
             yield _from_tensor(model, _sequences(item))
-        elif row is None and isinstance(item, Mapping):
+        elif isinstance(item, Mapping):
             yield _from_mapping(model, item)
-        elif row is None:
+        else:
             raise _unreadable(item)
     if rows:
         yield _padded(model, rows)
 
 
-def _row(model: Any, item: Any) -> list[int] | None:
-    """Read one sequence without padding: a text or a row of a data set; None if it is neither."""
+def _rows(model: Any, item: Any) -> list[list[int]] | None:
+    """Read sequences without padding: texts or rows of a data set; None if it is neither."""
     if isinstance(item, str):
-        return text_row(model, item)
+        return [text_row(model, item)]
     if not isinstance(item, Mapping):
         return None
-    if isinstance(item.get("text"), str):
-        return text_row(model, item["text"])
-    ids, mask = item.get("input_ids"), item.get("attention_mask")
-    if not _is_list_of_ints(ids):
+    texts = item.get("text")
+    if isinstance(texts, str):
+        return [text_row(model, texts)]
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return [text_row(model, text) for text in texts]
+    name = next((name for name in TOKEN_NAMES if name in item), "")
+    ids, mask = item.get(name), item.get("attention_mask")
+    if item.keys() <= {name, "attention_mask"}:
+        ids, mask = _as_list(ids), _as_list(mask)
+    if _is_list_of_ints(ids):
+        return [_unpadded(ids, mask)]
+    if not isinstance(ids, list) or not all(map(_is_list_of_ints, ids)):
         return None
+    masks = mask if isinstance(mask, list) and len(mask) == len(ids) else [None] * len(ids)
+    return [_unpadded(*pair) for pair in zip(ids, masks, strict=True)]
+
+
+def _as_list(value: Any) -> Any:
+    """Turn one sequence of whole numbers into a list; what is anything else stays what it is."""
+    is_one = isinstance(value, Tensor) and value.dim() == 1 and value.dtype in _WHOLE
+    return value.tolist() if is_one else value
+
+
+def _is_list_of_ints(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(isinstance(entry, int) for entry in value)
+
+
+def _unpadded(ids: list[int], mask: Any) -> list[int]:
     if not _is_list_of_ints(mask):
         return list(ids)
     if len(mask) != len(ids):
         raise DataError(f"Needed one mask entry per token; found {len(mask)} for {len(ids)}.")
     return [token for token, real in zip(ids, mask, strict=True) if real]
-
-
-def _is_list_of_ints(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(isinstance(entry, int) for entry in value)
 
 
 def _padded(model: Any, rows: list[list[int]]) -> Batch:
@@ -168,14 +199,16 @@ def _from_mapping(model: Any, item: Mapping[str, Any]) -> Batch:
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}
     name = next((name for name in _INPUT_NAMES if name in moved), None)
     if name is None or not isinstance(moved[name], Tensor):
+        kind = "" if name is None else f", and {name} is a {type(moved[name]).__name__}"
         raise DataError(
-            f"A batch as a dict needs the model's input under one of {', '.join(_INPUT_NAMES)}; "
-            f"found the keys {', '.join(map(str, item)) or 'none'}."
+            f"A batch as a dict needs the model's input as a tensor under one of "
+            f"{', '.join(_INPUT_NAMES)}; found the keys "
+            f"{', '.join(map(str, item)) or 'none'}{kind}."
         )
     plain = _from_tensor(model, _sequences(moved.pop(name)), name)
-    mask = moved.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 1:
-        moved["attention_mask"] = mask[None]
+    for other in _OF_SEQUENCES:
+        if isinstance(moved.get(other), Tensor):
+            moved[other] = _sequences(moved[other])
     decoder = moved.get("decoder_input", moved.get("decoder_input_ids"))
     if isinstance(decoder, Tensor):
         check_whole(decoder)
@@ -194,9 +227,13 @@ def _as_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def _unreadable(data: object) -> DataError:
-    alone = " A batch goes into a list: [batch]." if isinstance(data, Mapping) else ""
+    alone = (
+        " A batch goes into a list: [batch]; of several data sets choose one, data['train'] say."
+        if isinstance(data, Mapping)
+        else ""
+    )
     return DataError(
         "Data is a token tensor [batch, position], a list of texts, an iterable of batches "
-        "(tensors or dicts of the model's arguments) or a data set with a column text or "
+        "(tensors or dicts of the model's arguments) or a data set with a column text, tokens or "
         f"input_ids; found {type(data).__name__}.{alone}"
     )
