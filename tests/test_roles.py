@@ -15,7 +15,6 @@ from sat_lens.attention.critical import N_BINS, critical_bins, scale_of_bin
 from sat_lens.errors import ArgumentError, DataError, FileFormatError
 from sat_lens.roles import HeadRoles, merge
 from sat_lens.roles.rule import Targets, Thresholds, lean, offset_name, role_of, target_of
-from sat_lens.roles.sums import resampling_weights
 from sat_lens.vocabulary import ROLES
 
 NUMBERS = ["tv_argmax", "tv_mean", "tv_nearest", "lean", "lean_se", "c_lo", "c_hi", "sink_mass"]
@@ -177,6 +176,8 @@ def test_an_interrupt_before_anything_was_read_passes_on(demo):
         ({"query_positions": []}, ArgumentError, r"at least one position.* found \[\]"),
         ({"min_keys": 99}, DataError, "No query row has 99"),
         ({"metric": "accuracy"}, ArgumentError, '"loss" or a function'),
+        ({"metric": lambda logits: logits[:, 3].sum()}, DataError, "depends on no query row"),
+        ({"shard": (4, 5)}, DataError, r"Shard \(4, 5\) holds no batch"),
         ({"metric": lambda logits: logits}, ArgumentError, "scalar tensor"),
         ({"metric": lambda logits: torch.zeros(())}, ArgumentError, "depends on the logits"),
     ],
@@ -264,14 +265,6 @@ def test_bootstrap_error_shrinks_with_more_sequences(demo):
     data = torch.randint(3, demo.cfg.d_vocab, (48, 16), generator=generator)
     few, many = (sl.head_roles(demo, part, progress=False) for part in (data[:6], data))
     assert many.frame()["lean_se"].mean() < few.frame()["lean_se"].mean()
-
-
-@given(st.integers(0, 2**31), st.integers(1, 6))
-def test_resampling_depends_on_content_alone(seed, n):
-    rows = torch.randint(0, 9, (n, 5), generator=torch.Generator().manual_seed(seed))
-    whole = resampling_weights(rows)
-    assert torch.equal(whole, torch.cat([resampling_weights(row[None]) for row in rows]))
-    assert bool((whole[:, 0] == 1).all())
 
 
 @given(

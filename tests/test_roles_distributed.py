@@ -30,18 +30,41 @@ def measure(rank, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    roles = sl.head_roles(sl.load_model(), tokens(), batch_size=2, progress=False)
-    roles.save(f"{folder}/{rank}.st")
+    model = sl.load_model()
+    whole = sl.head_roles(model, tokens(), batch_size=2, progress=False)
+    whole.save(f"{folder}/whole{rank}.st")
+    shard = sl.head_roles(model, tokens(), batch_size=1, shard=(2, 3), progress=False)
+    shard.save(f"{folder}/shard{rank}.st")
+    stopped = sl.head_roles(model, stopped_in_second(rank), progress=False)
+    stopped.save(f"{folder}/stopped{rank}.st")
     dist.destroy_process_group()
+
+
+def stopped_in_second(rank):
+    """Give both processes a batch to measure; the second is then interrupted."""
+    yield from tokens()[:2].split(1)
+    if rank == 1:
+        raise KeyboardInterrupt
+    yield from tokens()[2:3].split(1)
+
+
+def same(found, wanted):
+    pd.testing.assert_frame_equal(found.frame(), wanted.frame(), rtol=1e-9)
 
 
 def test_two_gloo_processes_both_return_the_result_of_one(demo, tmp_path):
     mp.spawn(measure, (free_port(), str(tmp_path)), nprocs=2)
-    alone = sl.head_roles(demo, tokens(), batch_size=2, progress=False)
-    for rank in range(2):
-        found = HeadRoles.load(tmp_path / f"{rank}.st")
-        assert found.n_sequences == 6
-        pd.testing.assert_frame_equal(found.frame(), alone.frame(), rtol=1e-9)
+    alone = {
+        "whole": sl.head_roles(demo, tokens(), batch_size=2, progress=False),
+        "shard": sl.head_roles(demo, tokens()[[1, 4]], batch_size=1, progress=False),
+        "stopped": sl.head_roles(demo, tokens()[:3], batch_size=1, progress=False),
+    }
+    for name, wanted in alone.items():
+        for rank in range(2):
+            found = HeadRoles.load(tmp_path / f"{name}{rank}.st")
+            assert found.n_sequences == wanted.n_sequences
+            assert found.complete == (name != "stopped")
+            same(found, wanted)
 
 
 def test_torchrun_takes_the_shards_by_rank(tmp_path, capsys):
@@ -52,7 +75,7 @@ def test_torchrun_takes_the_shards_by_rank(tmp_path, capsys):
     assert main([*options, str(tmp_path / "one.st")]) == 0
     two, one = (HeadRoles.load(tmp_path / f"{name}.st") for name in ("two", "one"))
     assert two.n_sequences == 16
-    pd.testing.assert_frame_equal(two.frame(), one.frame(), rtol=1e-9)
+    same(two, one)
 
 
 def test_shards_of_the_command_line_merge_and_a_broken_one_is_left_out(tmp_path, capsys):
@@ -64,7 +87,7 @@ def test_shards_of_the_command_line_merge_and_a_broken_one_is_left_out(tmp_path,
     parts = [str(tmp_path / "1.st"), str(tmp_path / "2.st")]
     assert main(["merge", *parts, "--out", str(tmp_path / "merged.st")]) == 0
     merged, whole = (HeadRoles.load(tmp_path / f"{n}.st") for n in ("merged", "whole"))
-    pd.testing.assert_frame_equal(merged.frame(), whole.frame(), rtol=1e-9)
+    same(merged, whole)
 
     (tmp_path / "2.st").write_bytes(b"not a result")
     capsys.readouterr()

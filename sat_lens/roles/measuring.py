@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from sat_lens.roles.merging import all_reduced, fingerprint, shard_of_rank
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, BatchReader, Rows, special_ids
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import Thresholds
+from sat_lens.roles.sparing import newest_logits, without_key_value_cache
 from sat_lens.roles.statistics import measure
 from sat_lens.roles.sums import Sums
 from sat_lens.sites import AttentionSite, attention_sites
@@ -73,7 +73,8 @@ def head_roles(
         data_name: What the data is called in the result.
 
     Raises:
-        DataError: The data is empty, or no row has ``min_keys`` visible keys.
+        DataError: The data or the shard is empty, or no row has ``min_keys`` visible keys, or the
+            metric depends on none that has.
         ArgumentError: A number is out of range, or the metric is unusable; the loss is for a model
             whose logits see the next token.
         UnsupportedModelError: The attention cannot be reached.
@@ -92,7 +93,7 @@ def head_roles(
     limits = thresholds or Thresholds()
     sums = {site.path: Sums.empty(site.n_heads) for site in sites}
     special = special_ids(model)
-    index, count = shard or shard_of_rank()
+    index, count = _of_this_process(shard or (1, 1))
     mine = _share(batches(model, data, batch_size), (index, count))
     sizes = batch_sizes(data, batch_size)
     total = None if sizes is None else sum(sizes[index - 1 :: count])
@@ -114,15 +115,18 @@ def head_roles(
                 n_sequences += batch.size
                 bar.update(batch.size)
         except KeyboardInterrupt:
-            if n_sequences == 0:
-                raise
             complete = False
-    sums, n_sequences = all_reduced(sums, n_sequences)
-    if all(float(part.counted.sum()) == 0 for part in sums.values()):
+    # Also after an interrupt: the other processes wait for this one's part.
+    sums, n_sequences, complete = all_reduced(sums, n_sequences, complete)
+    if n_sequences == 0 and not complete:
+        raise KeyboardInterrupt
+    if n_sequences == 0:
         raise DataError(
-            f"No query row has {min_keys} visible keys, so there is nothing to judge heads by. "
-            "Give longer sequences, or lower min_keys."
+            f"Shard {shard} holds no batch: there are fewer batches than shards. Take fewer "
+            "shards, or a smaller batch_size."
         )
+    if all(float(part.counted.sum()) == 0 for part in sums.values()):
+        raise DataError(_nothing_counted(min_keys, metric))
     return HeadRoles(
         provenance=Provenance(model_name(model), data_name),
         sites=tuple(sites),
@@ -161,19 +165,11 @@ def _one_batch(
         positions = reader.positions(site, shape_of(call))
         measure_fused(sums[site.path], call, positions, min_keys, thresholds)
 
-    with torch.no_grad(), observe_attention(model, observe, observe_call):
-        batch.run(model, **_sparing(model))
+    with torch.no_grad(), newest_logits(model), observe_attention(model, observe, observe_call):
+        batch.run(model, **without_key_value_cache(model))
     for module in holders:
         module._pattern = None
     return sums
-
-
-def _sparing(model: Any) -> dict[str, Any]:
-    """Arguments that spare the model work whose result nobody reads: most logits, the KV cache."""
-    original = getattr(model, "original_model", model)
-    taken = inspect.signature(original.forward).parameters
-    wanted = {"logits_to_keep": 1, "use_cache": False}
-    return {name: value for name, value in wanted.items() if name in taken}
 
 
 def _check_predicts_next(model: Any, batch: Batch) -> None:
@@ -182,6 +178,24 @@ def _check_predicts_next(model: Any, batch: Batch) -> None:
             "The next-token loss means nothing for this model and data: its logits do not predict "
             "the next token (a masked language model sees it). Pass a metric of your own."
         )
+
+
+def _nothing_counted(min_keys: int, metric: Metric | None) -> str:
+    if metric is None:
+        return (
+            f"No query row has {min_keys} visible keys, so there is nothing to judge heads by. "
+            "Give longer sequences, or lower min_keys."
+        )
+    return (
+        f"The metric depends on no query row with {min_keys} visible keys or more, so every row "
+        "has the weight 0. Give a metric of later positions, or lower min_keys."
+    )
+
+
+def _of_this_process(shard: tuple[int, int]) -> tuple[int, int]:
+    """Divide a shard among the processes of torch.distributed, where it is running."""
+    (index, count), (rank, processes) = shard, shard_of_rank()
+    return index + count * (rank - 1), count * processes
 
 
 def _share(batched: Iterable[Batch], shard: tuple[int, int]) -> Iterable[Batch]:

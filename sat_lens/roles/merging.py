@@ -115,13 +115,18 @@ def shard_of_rank() -> tuple[int, int]:
     return 1, 1
 
 
-def all_reduced(sums: dict[str, Sums], n_sequences: int) -> tuple[dict[str, Sums], int]:
-    """Add the sums of all processes; without torch.distributed they are what they were."""
+def all_reduced(
+    sums: dict[str, Sums], n_sequences: int, complete: bool
+) -> tuple[dict[str, Sums], int, bool]:
+    """Add the sums of all processes; without torch.distributed they are what they were.
+
+    The whole is complete if every process has read all of its share.
+    """
     if shard_of_rank()[1] == 1:
-        return sums, n_sequences
+        return sums, n_sequences, complete
     # NCCL reduces tensors on a GPU only, gloo those of the CPU.
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor([n_sequences], device=device)
+    total = torch.tensor([n_sequences, int(not complete)], device=device)
     dist.all_reduce(total)
     reduced = {}
     for path, part in sums.items():
@@ -131,7 +136,7 @@ def all_reduced(sums: dict[str, Sums], n_sequences: int) -> tuple[dict[str, Sums
         reduced[path] = Sums.from_tensors(
             {name: t.cpu() for name, t in tensors.items()}, len(part.counted)
         )
-    return reduced, int(total)
+    return reduced, int(total[0]), int(total[1]) == 0
 
 
 def _shown(value: object) -> str:

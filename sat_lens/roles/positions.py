@@ -13,8 +13,8 @@ from torch import Tensor
 from sat_lens.attention import mask_threshold
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError
+from sat_lens.roles.sampling import NOT_DRAWN, content_seeds, drawn_order, resampling_weights
 from sat_lens.roles.sequences import Positions
-from sat_lens.roles.sums import resampling_weights
 from sat_lens.sites import AttentionSite
 
 Rows = int | Literal["all"]
@@ -39,13 +39,15 @@ class BatchReader:
         self.query_positions = query_positions
         self.rows = rows
         self.importance = importance
-        self.resampling = resampling_weights(batch.inputs)
+        self.seeds = content_seeds(batch)
+        self.resampling = resampling_weights(self.seeds)
         self._made: dict[tuple[object, ...], Positions] = {}
 
     def positions(self, site: AttentionSite, scores: Tensor) -> Positions:
         """Describe the positions behind these scores; modules of one kind share the answer."""
         own = site.path if self.importance is not None else site.stack
-        key = (own, tuple(scores.shape))
+        # The layers of a large model are spread over devices.
+        key = (own, tuple(scores.shape), scores.device)
         if key not in self._made:
             self._made[key] = self._make(site, scores)
         return self._made[key]
@@ -63,9 +65,10 @@ class BatchReader:
         special = torch.zeros(batch, n_keys, dtype=torch.bool, device=device)
         tokens = None
         if whole and key_tokens is not None:
-            special[:, : n_keys - n_sinks] = torch.isin(key_tokens, self.special.to(device))
-            if aligned and n_queries == length:
-                tokens = torch.nn.functional.pad(key_tokens.to(device), (0, n_sinks), value=-1)
+            # A learned sink stands behind the tokens, and is none; -1 is no token.
+            behind = torch.nn.functional.pad(key_tokens.to(device), (0, n_sinks), value=-1)
+            special = torch.isin(behind, self.special.to(device)) & (behind >= 0)
+            tokens = behind if aligned and n_queries == length else None
         counted = self._counted(query_real, length, (batch, n_queries), device)
         weight = counted[:, None].float()
         if self.importance is not None:
@@ -78,7 +81,7 @@ class BatchReader:
             first=fitting_mask(key_real, (batch, n_keys - n_sinks), device).int().argmax(-1),
             special=special,
             tokens=tokens,
-            sample=_sampled_rows(counted, self.rows),
+            sample=_sampled_rows(counted, self._order(query_real, length, counted), self.rows),
             n_searched=n_queries if self.rows == "all" else SEARCHED_ROWS,
             resampling=self._resampling(batch),
             # A model may be asked for its newest rows only; they are the last of the positions.
@@ -106,6 +109,15 @@ class BatchReader:
                 f"sequences of {length}. Leave query_positions out."
             )
         return torch.ones(shape, dtype=torch.bool, device=device)
+
+    def _order(
+        self, real: Tensor | None, length: int, counted: Bool[Tensor, "batch query"]
+    ) -> Float[Tensor, "batch query"]:
+        """Say in which order rows are sampled."""
+        batch, n_queries = counted.shape
+        positions = fitting_mask(real, (self.batch.size, length), counted.device)
+        order = as_rows(drawn_order(self.seeds, positions), (batch, n_queries))
+        return drawn_order([0] * batch, torch.ones_like(counted)) if order is None else order
 
     def _side(self, *, decoder: bool) -> tuple[Tensor | None, Tensor | None]:
         if decoder and self.batch.decoder_tokens is not None:
@@ -159,14 +171,12 @@ def special_ids(model: Any) -> Int[Tensor, " token"]:
     return torch.tensor(sorted(getattr(tokenizer, "all_special_ids", None) or [-1]))
 
 
-def _sampled_rows(counted: Bool[Tensor, "batch query"], rows: Rows) -> Int[Tensor, "batch row"]:
-    """Choose rows of each sequence, the same for every head and run; -1 where there are fewer."""
-    n_queries = counted.shape[1]
-    wanted = n_queries if rows == "all" else min(rows, n_queries)
-    generator = torch.Generator().manual_seed(n_queries)
-    order = torch.rand(n_queries, generator=generator).to(counted.device)
-    # Counted rows come first, in the drawn order; what is left over is marked.
-    ranked = torch.where(counted, order, 2.0).argsort(-1)[:, :wanted]
+def _sampled_rows(
+    counted: Bool[Tensor, "batch query"], order: Float[Tensor, "batch query"], rows: Rows
+) -> Int[Tensor, "batch row"]:
+    """Choose rows of each sequence, the same for every head; -1 where there are fewer."""
+    wanted = counted.shape[1] if rows == "all" else min(rows, counted.shape[1])
+    ranked = order.masked_fill(~counted, NOT_DRAWN).argsort(-1)[:, :wanted]
     return ranked.masked_fill(~counted.gather(-1, ranked), -1)
 
 

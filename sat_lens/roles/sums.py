@@ -7,7 +7,6 @@ merge, and a bootstrap over sequences is the same sums under other weights.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 
 import torch
 from jaxtyping import Float
@@ -134,25 +133,3 @@ def _shapes(n_heads: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"sum.{n}": (1 + BOOTSTRAPS, n_heads) for n in ALL_SUMS}
     shapes |= {f"histogram.{name}": (n_heads, n_bins) for name, n_bins in HISTOGRAMS.items()}
     return shapes | {"counted": (n_heads,)}
-
-
-def resampling_weights(
-    contents: Tensor, count: int = BOOTSTRAPS
-) -> Float[Tensor, "batch resample"]:
-    """Draw Poisson(1) weights for each sequence, seeded by the sequence's content.
-
-    The first column is 1: the data as it is. Seeding by content makes the weights the same in
-    whichever shard or order a sequence comes.
-
-    Example:
-        >>> weights = resampling_weights(torch.tensor([[5, 6], [5, 6]]))
-        >>> weights.shape, bool((weights[0] == weights[1]).all())
-        (torch.Size([2, 101]), True)
-    """
-    columns = []
-    for row in contents.detach().cpu():
-        digest = hashlib.sha256(row.contiguous().numpy().tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        columns.append(torch.poisson(torch.ones(count), generator=generator))
-    drawn = torch.stack(columns)
-    return torch.cat([torch.ones(len(drawn), 1), drawn], dim=1).double()
