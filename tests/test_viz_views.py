@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import json
 import re
@@ -169,7 +168,7 @@ def test_arguments_of_another_kind(call, words, pair, roles, types_unchecked):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_shown(dtype):
-    model = copy.deepcopy(zoo.model_of("llama")).to(dtype)
+    model = zoo.case("llama").build().to(dtype)
     torch.manual_seed(0)
     pair = sl.run_with_saturation_cache(model, torch.randint(3, 96, (1, 12)), ties="nearest")
     group = data_of(viz.attention(pair, "L0H1"))["groups"][0]

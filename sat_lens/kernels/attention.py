@@ -81,6 +81,7 @@ def limit_kernel(device: torch.device) -> Callable[[AttentionCall], Tensor] | No
 
     Example:
         >>> import torch
+        >>> from sat_lens.kernels import limit_kernel
         >>> limit_kernel(torch.device("meta")) is None
         True
     """
