@@ -6,8 +6,10 @@ from typing import Any, get_args
 
 import pandas as pd
 import torch
+from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from sat_lens.figures import marks
 from sat_lens.figures.curves import INK, QUIET
@@ -17,7 +19,7 @@ from sat_lens.paper.claims import Claim, Reproduction, verdict
 from sat_lens.paper.drawing import logarithmic, panels
 from sat_lens.paper.language import LanguageRun, trained_run
 from sat_lens.paper.measures import MIN_KEYS
-from sat_lens.paper.network import Mask
+from sat_lens.paper.network import Mask, SmallTransformer
 from sat_lens.roles import head_roles
 
 MANY, FEW = 0.25, 2.0
@@ -31,13 +33,8 @@ def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Repr
     """Count positions per saturated head, in the language model and under either mask."""
     run = trained_run(quick, seed, progress)
     setting = masks.QUICK if quick else masks.FULL
-    tokens = masks.held_out_windows(setting, seed)
     networks = {mask: masks.trained_network(setting, mask, seed, progress) for mask in MASKS}
-    tables = [masks.mask_table(network, mask, tokens) for mask, network in networks.items()]
-    table = pd.concat([language_heads(run), *tables], ignore_index=True)
-    visible = {LANGUAGE: run.setting.context} | dict.fromkeys(MASKS, setting.shape.context)
-    table["visible"] = table["trained_with"].map(visible).add(MIN_KEYS) / 2
-    losses = {mask: masks.future_losses(network, tokens) for mask, network in networks.items()}
+    table, losses = measured(run, networks, masks.held_out_windows(setting, seed))
     return Reproduction(
         name="heads",
         title="Positions that saturated heads attend to, and the mask",
@@ -50,6 +47,31 @@ def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Repr
         "and tokeniser. Multiplying by zero suffices for such heads in small models; it does not "
         "follow that every published head that averages is made by it.",
     )
+
+
+def measured(
+    run: LanguageRun,
+    networks: dict[Mask, SmallTransformer],
+    tokens: Int[Tensor, "batch position"],
+) -> tuple[pd.DataFrame, dict[Mask, tuple[float, float]]]:
+    """Count positions per saturated head, and try whether either mask hides the future.
+
+    Args:
+        run: The language model's run; its last checkpoint is measured on its own text.
+        networks: A network trained with each mask.
+        tokens: Held-out windows for these networks.
+
+    Returns:
+        One row a head of the language model, and one a head of each network and way of masking it
+        (:func:`sat_lens.paper.masks.mask_table`), with ``visible``, the mean number of visible
+        keys; and by mask the losses of :func:`sat_lens.paper.masks.future_losses`.
+    """
+    tables = [masks.mask_table(network, mask, tokens) for mask, network in networks.items()]
+    table = pd.concat([language_heads(run), *tables], ignore_index=True)
+    visible = {LANGUAGE: run.setting.context} | dict.fromkeys(MASKS, tokens.shape[1])
+    table["visible"] = table["trained_with"].map(visible).add(MIN_KEYS) / 2
+    losses = {mask: masks.future_losses(network, tokens) for mask, network in networks.items()}
+    return table, losses
 
 
 @torch.no_grad()
