@@ -170,6 +170,25 @@ def test_step_0_stands_at_the_left_end(first):
     assert overlaps(figure) == outside(figure) == []
 
 
+@pytest.mark.parametrize(
+    ("largest", "words"),
+    [(4.0, {"1", "2", "3"}), (1e3, {"1", "20", "500"}), (1e6, {"1", "1000"}), (1e15, {"1"})],
+)
+def test_a_logarithmic_axis_has_enough_numbers_to_be_read(largest, words):
+    frame = growth().assign(norm=[0.9, 1.0, 2.0, largest], mlp=1.0)
+    figure = figures.growth_figure(frame, "t")
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    inside = {
+        label.get_text()
+        for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+        if low <= place <= high and label.get_text()
+    }
+    assert len(inside) >= 3
+    assert words <= inside
+    assert overlaps(figure) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_drawn(dtype):
     values = torch.tensor([[1.0, -0.5], [0.0, math.nan]], dtype=dtype)

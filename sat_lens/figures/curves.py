@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sat_lens.errors import ArgumentError
 from sat_lens.figures import marks
@@ -116,6 +116,10 @@ def growth_figure(
         axes.plot(*drawn, "-o", color=color, lw=1.6, ms=3, label=name.replace("_", " "))
     _scale_steps(axes, steps, log_x)
     axes.set_yscale("log" if log_y else "linear")
+    low, high = axes.get_ylim()
+    if log_y and high < 1e4 * low:
+        multiples = range(1, 10) if high < 10 * low else (1, 2, 5)
+        axes.yaxis.set_major_locator(LogLocator(subs=multiples))
     for axis, log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
         if log:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
