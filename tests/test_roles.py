@@ -59,7 +59,7 @@ def test_rows_read_in_blocks_agree_with_plain_arithmetic():
     settings = tiny.GPT | {"n_positions": 256}
     model = tiny.of_class("GPT2LMHeadModel", "GPT2Config", **settings)()
     tokens = torch.randint(3, 40, (2, 150), generator=torch.Generator().manual_seed(3))
-    frame = sl.head_roles(model, tokens, progress=False).frame()
+    frame = sl.head_roles(model, tokens, rows="all", progress=False).frame()
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
     query, key = torch.arange(150)[:, None], torch.arange(150)
@@ -83,9 +83,14 @@ def test_rows_read_in_blocks_agree_with_plain_arithmetic():
         for name, value in wanted.items():
             assert found[name] == pytest.approx(float(value), abs=1e-6), name
         assert (found["next"], found["n_rows"]) == (0, 2 * 143)
-        offsets = (p.argmax(-1) - key)[:, 7:].clamp(min=-64).flatten()
-        most = int(torch.unique(offsets, return_counts=True)[1].max())
+        offsets = (p.argmax(-1) - key)[:, 7:].flatten()
+        near = offsets[offsets >= -64]
+        most = int(torch.unique(near, return_counts=True)[1].max())
         assert found["modal_share"] == pytest.approx(most / len(offsets), abs=1e-9)
+        at = int(found["modal_offset"])
+        assert int((near == at).sum()) == most
+        mass = torch.cat([torch.zeros(2, -at), p.diagonal(at, 1, 2)], -1)[:, 7:].mean()
+        assert found["modal_mass"] == pytest.approx(float(mass), abs=1e-6)
 
 
 @given(cut=st.integers(1, 5))

@@ -18,7 +18,7 @@ from sat_lens.roles.sums import Sums
 from sat_lens.sites import AttentionSite
 from sat_lens.vocabulary import DESCRIPTIONS
 
-DISTANCES = ["modal_offset", "modal_share", "previous", "self", "next", "first"]
+DISTANCES = ["modal_offset", "modal_share", "modal_mass", "previous", "self", "next", "first"]
 SHAPES = ["tv_argmax", "tv_mean", "tv_nearest", "lean", "n_eff_share"]
 PAIR = {"input": tiny.tokens(3, 12), "decoder_input": tiny.tokens(3, 9, seed=1)}
 
@@ -30,7 +30,7 @@ def frame_of(model, data, **kwargs):
 def test_a_head_without_a_counted_row_has_no_role_and_no_numbers():
     site = AttentionSite("blocks.0.attn", "", 0, "self", 1, "scores")
     row = head_row(site, 0, Sums.empty(1), Thresholds())
-    named = {"label", "stack", "layer", "head", "role", "target", "saturated", "n_rows"}
+    named = {"label", "stack", "layer", "head", "role", "target", "saturated", "sink", "n_rows"}
     assert (row["role"], row["target"], row["saturated"], row["n_rows"]) == ("", "", False, 0)
     assert all(math.isnan(value) for name, value in row.items() if name not in named)
     assert DESCRIPTIONS[role_of(math.nan, math.nan, math.nan, math.nan)] == "no row counted"
@@ -147,3 +147,70 @@ def test_a_row_uniform_over_most_keys_is_a_subset_of_more_than_a_few():
     assert float(found.tv_mean) == pytest.approx(0.3, abs=1e-5)
     assert (role, int(found.m)) == ("subset", 14)
     assert "few" not in DESCRIPTIONS[role]
+
+
+def looking(model, keys_of_rows):
+    """Measure a causal model of which each row of every head looks at a key that is given."""
+    length = len(keys_of_rows)
+
+    def transform(scores):
+        wanted = torch.nn.functional.one_hot(keys_of_rows, length) * 100.0
+        return scores.clamp(max=0) * 0 + wanted
+
+    with sl.replace_attention(model, transform):
+        return frame_of(model, tiny.tokens(3, length), rows="all")
+
+
+def test_maxima_far_away_have_no_common_offset():
+    model = tiny.native(n_ctx=200)
+    rows = torch.arange(200)
+    # Seven eighths of the rows look at many places more than 64 away, the rest at the last token.
+    places = torch.rand(200, generator=torch.Generator().manual_seed(1)) * (rows - 64)
+    far = torch.where((rows < 70) | (rows % 8 == 0), rows - 1, places.long()).clamp(min=0)
+    row = looking(model, far).loc["L0H0"]
+    previous = float((far[1:] == rows[1:] - 1).float().mean())
+    assert (row["role"], row["target"], row["modal_offset"]) == ("argmax", "", -1)
+    assert row["modal_share"] == pytest.approx(previous, abs=1e-6)
+    assert row["modal_mass"] == pytest.approx(previous, abs=1e-6)
+    assert 0.3 < previous < 0.5
+    everywhere = looking(model, torch.where(rows < 65, rows - 64, places.long()).clamp(min=0))
+    assert everywhere.loc["L0H0", "modal_share"] < 0.5
+    assert everywhere.loc["L0H0", "target"] in ("", "first")
+
+
+def test_the_mass_at_the_modal_offset_is_that_of_the_pattern():
+    rows = torch.arange(24)
+    row = looking(tiny.native(), (rows - 3).clamp(min=0)).loc["L1H2"]
+    assert (row["target"], row["modal_offset"]) == ("offset -3", -3)
+    assert row["modal_share"] == row["modal_mass"] == pytest.approx(21 / 23)
+
+
+def test_a_learned_sink_is_at_no_offset():
+    model = zoo.case("gpt_oss_sink").build()
+    with torch.no_grad():
+        for name, parameter in model.original_model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(50.0)
+    frame = frame_of(model, tiny.tokens(2, 12))
+    assert set(frame["role"]) == {"argmax"}
+    assert set(frame["target"]) == {""}
+    assert frame["modal_offset"].isna().all()
+    assert frame["modal_mass"].isna().all()
+    assert (frame["modal_share"] == 0).all()
+    assert frame[["previous", "self", "next", "first"]].abs().max(axis=None) < 1e-6
+
+
+def test_mass_on_sinks_is_flagged_at_the_threshold():
+    rows = torch.arange(12)
+    model = tiny.native()
+    first = looking(model, torch.zeros_like(rows))
+    assert first["sink"].all()
+    assert (first["sink_mass"] > 0.99).all()
+    assert not looking(model, (rows - 1).clamp(min=0))["sink"].any()
+    roles = sl.head_roles(model, tiny.tokens(2, 12), progress=False)
+    mass = roles.frame()["sink_mass"]
+    limit = float(mass.median())
+    flagged = sl.head_roles(
+        model, tiny.tokens(2, 12), thresholds=Thresholds(sink=limit), progress=False
+    ).frame()["sink"]
+    assert flagged.tolist() == (mass >= limit).tolist()

@@ -51,10 +51,15 @@ def measure_fused(
     for b in range(batch):
         kept = sample[b] >= 0
         if bool(kept.any()):
-            sequence = OneSequence.of(_of_rows(positions, sample[b, :1]), b, 1, n_keys)
-            sequence = dataclasses.replace(sequence, n_searched=positions.n_searched)
-            weight = weights[b][:, sample[b, kept]]
-            picked = scores[b][:, kept]
+            rows = sample[b, kept]
+            sequence = OneSequence.of(_of_rows(positions, rows[:1]), b, 1, n_keys)
+            sequence = dataclasses.replace(
+                sequence,
+                sample=rows,
+                query_positions=positions.first_query + torch.arange(n_queries, device=rows.device),
+                n_searched=positions.n_searched,
+            )
+            picked, weight = scores[b][:, kept], weights[b][:, rows]
             measure_sample(sums, picked, sequence, weight, EXTREME, min_keys, thresholds)
 
 

@@ -86,6 +86,7 @@ class BatchReader:
             resampling=self._resampling(batch),
             # A model may be asked for its newest rows only; they are the last of the positions.
             first_query=n_keys - n_sinks - n_queries,
+            n_sinks=n_sinks,
         )
 
     def _counted(

@@ -77,10 +77,12 @@ class HeadRoles:
         m_share         mean of that number over the number of visible keys (sampled)
         n_eff_share     mean of effective keys over visible keys
         sink_mass       mean probability on the first and the special tokens, where known
+        sink            whether that mass reaches the threshold
         lean_no_sink    lean with those keys left out (sampled)
-        modal_offset    commonest place of the row's maximum: key minus query, in positions, at most
-                        64 away
-        modal_share     share of rows with their maximum there
+        modal_offset    commonest place of the row's maximum among those at most 64 away: key minus
+                        query, in positions; NaN if all maxima lie farther away
+        modal_share     share of all rows with their maximum there
+        modal_mass      mean probability there (sampled)
         previous, self, mean probability on the previous, the same and the next position and on the
         next, first     first real token
         special         mean probability on the special tokens
@@ -100,10 +102,11 @@ class HeadRoles:
         n_rows          number of counted rows
         =============== ========================================================================
 
-        Distances between query and key (modal_offset, modal_share, previous, self, next, first,
-        induction, duplicate) are NaN where rows and keys do not count the positions of one
-        sequence: in cross-attention, in attention within blocks, and where a decoder's keys and
-        those of its encoder share a softmax. No target is given from them there.
+        Distances between query and key (modal_offset, modal_share, modal_mass, previous, self,
+        next, first, induction, duplicate) are NaN where rows and keys do not count the positions of
+        one sequence: in cross-attention, in attention within blocks, and where a decoder's keys and
+        those of its encoder share a softmax. No target is given from them there. A learned sink is
+        a key without a position.
         """
         rows = [
             head_row(site, head, self.sums[site.path], self.thresholds)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sat_lens.attention.critical import N_BINS, scale_of_bin
 from sat_lens.roles.rule import IDEAL, Targets, Thresholds, lean, role_of, target_of
-from sat_lens.roles.sums import DAMAGES, FARTHEST_OFFSET, M_BINS_PER_OCTAVE, Sums
+from sat_lens.roles.sums import DAMAGES, M_BINS_PER_OCTAVE, OFFSET_BINS, Sums
 from sat_lens.sites.naming import AttentionSite
 from sat_lens.vocabulary import ROLES
 
@@ -27,6 +27,7 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
     offset, share = _mode(histograms["offsets"])
     leaning = lean(tv_argmax, tv_mean)
     targets = Targets(mean.masses(), offset, share, mean.of("argmax_first", "aligned_rows"))
+    sink_mass = mean.of("mass_sink", "sink_rows")
     # Without a sink that is known there is nothing to leave out.
     rest = "sampled_rows" if mean.sums["sink_rows"] else "sink_rows"
     return {
@@ -45,10 +46,12 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "median_m": median_m,
         "m_share": mean.of("m_share", "sampled_rows"),
         "n_eff_share": mean.of("n_eff_share"),
-        "sink_mass": mean.of("mass_sink", "sink_rows"),
+        "sink_mass": sink_mass,
+        "sink": sink_mass >= thresholds.sink,
         "lean_no_sink": lean(mean.of("tv_argmax_no_sink", rest), mean.of("tv_mean_no_sink", rest)),
         "modal_offset": offset,
         "modal_share": share,
+        "modal_mass": _at_offset(histograms["offset_mass"], offset),
         **mean.masses(),
         "c_lo": _median_scale(histograms["c_lo"]),
         "c_hi": _median_scale(histograms["c_hi"]),
@@ -89,10 +92,15 @@ def _damage(mean: _Means, role: str) -> dict[str, float]:
 
 
 def _mode(offsets: Tensor) -> tuple[float, float]:
-    best = int(offsets.argmax())
+    """Give the commonest offset and its share; the bins at both ends are of no one offset."""
+    best = int(offsets[1:-1].argmax()) + 1
     if not float(offsets[best]):
-        return math.nan, math.nan
-    return best - FARTHEST_OFFSET, _share_of(offsets, best)
+        return math.nan, 0.0 if float(offsets.sum()) else math.nan
+    return float(best - OFFSET_BINS // 2), _share_of(offsets, best)
+
+
+def _at_offset(histogram: Tensor, offset: float) -> float:
+    return math.nan if math.isnan(offset) else _share_of(histogram, int(offset) + OFFSET_BINS // 2)
 
 
 def _share_of(histogram: Tensor, place: int) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 RELATIONS = ("induction", "duplicate")
 NEAR_OFFSETS = {"previous": -1, "self": 0, "next": 1}
+# What a learned sink has for a position: one that is far from all.
+NO_POSITION = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Positions:
     told; a sink has -1. Where rows and keys are not ``aligned``, that is do not count the positions
     of one sequence (cross-attention, attention within blocks), distances and the first key mean
     nothing; where ``tokens_known`` is False, no key is known to be special. The first row belongs
-    to position ``first_query``.
+    to position ``first_query``; the last ``n_sinks`` keys are learned sinks and have no position.
     """
 
     weight: Float[Tensor, "batch #head query"]
@@ -36,6 +38,7 @@ class Positions:
     n_searched: int
     resampling: Float[Tensor, "batch resample"]
     first_query: int
+    n_sinks: int
 
     @functools.cached_property
     def sequences(self) -> list[OneSequence]:
@@ -72,6 +75,7 @@ class OneSequence:
     relations: dict[str, tuple[Float[Tensor, "query key"], Bool[Tensor, " query"]]]
     keys_near: dict[str, tuple[Int[Tensor, " query"], Bool[Tensor, " query"]]]
     query_positions: Int[Tensor, " query"]
+    key_positions: Int[Tensor, " key"]
     sample: Int[Tensor, " row"]
     n_searched: int
     resampling: Float[Tensor, " resample"]
@@ -90,6 +94,7 @@ class OneSequence:
                 for name, (keys, inside) in self.keys_near.items()
             },
             query_positions=self.query_positions[queries],
+            key_positions=self.key_positions[:n_keys],
         )
 
     @classmethod
@@ -97,17 +102,19 @@ class OneSequence:
         """Take the positions of sequence b."""
         # No key and no winner is at -1.
         first = positions.first[b] if positions.aligned else torch.full_like(positions.first[b], -1)
-        at_first = torch.arange(n_keys, device=first.device) == first
         special = positions.special[b]
         start = positions.first_query
         queries = torch.arange(start, start + n_queries, device=first.device)
+        keys = torch.arange(n_keys, device=first.device)
+        n_places = n_keys - positions.n_sinks
         near = {}
         for name, distance in NEAR_OFFSETS.items():
             at = queries + distance
-            near[name] = (at.clamp(0, n_keys - 1), (at >= 0) & (at < n_keys) & positions.aligned)
+            near[name] = (at.clamp(0, n_keys - 1), (at >= 0) & (at < n_places) & positions.aligned)
         tokens = positions.tokens
         targets = {} if tokens is None else token_relations(tokens[b], queries)
         relations = {name: (target.float(), target.any(-1)) for name, target in targets.items()}
+        at_first = keys == first
         looked_at = torch.stack([at_first, special, at_first | special], dim=-1).float()
         sample = positions.sample[b]
         known = {
@@ -122,6 +129,7 @@ class OneSequence:
             relations,
             near,
             queries,
+            keys.masked_fill(keys >= n_places, NO_POSITION),
             sample[sample >= 0],
             positions.n_searched,
             positions.resampling[b],

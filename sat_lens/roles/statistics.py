@@ -21,7 +21,7 @@ from sat_lens.attention.distances import distance_to_uniform, distances_to_satur
 from sat_lens.attention.masks import EXTREME, mask_threshold
 from sat_lens.errors import NonFiniteError
 from sat_lens.roles.rule import Thresholds
-from sat_lens.roles.sequences import RELATIONS, OneSequence, Positions
+from sat_lens.roles.sequences import NO_POSITION, RELATIONS, OneSequence, Positions
 from sat_lens.roles.sums import (
     FARTHEST_OFFSET,
     M_BINS,
@@ -36,6 +36,7 @@ BLOCK_ELEMENTS = 2**18
 # Eight pieces leave out seven sixteenths of a causal pattern; short ones would cost more than that.
 PIECES = 8
 LEAST_ROWS = 64
+FARTHER = FARTHEST_OFFSET + 1
 
 
 def measure(
@@ -124,8 +125,8 @@ def _read_block(
         mass = None if relation is None else torch.linalg.vecdot(pattern, relation)
         rows[f"mass_{name}"] = torch.zeros_like(top) if mass is None else mass
         rows[f"{name}_rows"] = torch.zeros_like(top) if exists is None else exists.expand_as(top)
-    offset = (winner - sequence.query_positions).clamp(-FARTHEST_OFFSET, FARTHEST_OFFSET)
-    return rows, offset + FARTHEST_OFFSET, n_visible
+    offset = sequence.key_positions[winner] - sequence.query_positions
+    return rows, offset.clamp(-FARTHER, FARTHER) + FARTHER, n_visible
 
 
 def measure_sample(
@@ -158,10 +159,29 @@ def measure_sample(
     roles = _roles_of_rows(soft.tv_argmax, soft.tv_mean, soft.tv_nearest, soft.m, thresholds)
     _count(sums.histograms["m_keys"], m_bins, weight)
     _count(sums.histograms["row_roles"], roles, weight)
+    if sequence.known["aligned_rows"]:
+        by_offset = _mass_by_offset(scores, soft.tv_argmax, sequence)
+        sums.histograms["offset_mass"] += (by_offset * weight[..., None]).sum(1).double().cpu()
     searched = slice(sequence.n_searched)
     c_lo, c_hi = critical_bins(scores[:, searched])
     _count(sums.histograms["c_lo"], c_lo, weight[:, searched])
     _count(sums.histograms["c_hi"], c_hi, weight[:, searched])
+
+
+def _mass_by_offset(
+    scores: Float[Tensor, "head row key"],
+    tv_argmax: Float[Tensor, "head row"],
+    sequence: OneSequence,
+) -> Float[Tensor, "head row offset"]:
+    """Give the probability at each offset; the last bin has the rest, which lies farther away."""
+    n_places = int((sequence.key_positions < NO_POSITION).sum())
+    offsets = torch.arange(-FARTHEST_OFFSET, FARTHEST_OFFSET + 1, device=scores.device)
+    at = sequence.query_positions[sequence.sample][:, None] + offsets
+    near = scores.gather(-1, at.clamp(0, n_places - 1).expand(len(scores), -1, -1))
+    mass = (near - scores.amax(-1, keepdim=True)).exp_() * (1 - tv_argmax)[..., None]
+    mass *= (at >= 0) & (at < n_places)
+    rest = (1 - mass.sum(-1, keepdim=True)).clamp(min=0)
+    return torch.cat([torch.zeros_like(rest), mass, rest], dim=-1)
 
 
 def _roles_of_rows(

@@ -48,9 +48,12 @@ SAMPLE_SUMS = ("sampled_rows", "tv_nearest", "m_share", "tv_argmax_no_sink", "tv
 DAMAGES = ("argmax", "uniform", "nearest", "zero")
 DAMAGE_SUMS = ("damage_sequences", *(f"damage_{name}" for name in DAMAGES))
 ALL_SUMS = ROW_SUMS + SAMPLE_SUMS + DAMAGE_SUMS
-# Weighted counts of rows by a number of theirs, per head.
+# Offsets from -64 to 64, with a bin at both ends for all that lies farther away.
+OFFSET_BINS = 2 * (FARTHEST_OFFSET + 1) + 1
+# Weighted counts of rows by a number of theirs, per head; of offset_mass, the rows' probability.
 HISTOGRAMS = {
-    "offsets": 2 * FARTHEST_OFFSET + 1,
+    "offsets": OFFSET_BINS,
+    "offset_mass": OFFSET_BINS,
     "m_keys": M_BINS,
     "c_lo": N_BINS,
     "c_hi": N_BINS,
