@@ -53,14 +53,10 @@ def measure_fused(
         if bool(kept.any()):
             rows = sample[b, kept]
             sequence = OneSequence.of(_of_rows(positions, rows[:1]), b, 1, n_keys)
-            sequence = dataclasses.replace(
-                sequence,
-                sample=rows,
-                query_positions=positions.first_query + torch.arange(n_queries, device=rows.device),
-                n_searched=positions.n_searched,
-            )
+            sequence = dataclasses.replace(sequence, n_searched=positions.n_searched)
             picked, weight = scores[b][:, kept], weights[b][:, rows]
-            measure_sample(sums, picked, sequence, weight, EXTREME, min_keys, thresholds)
+            at = positions.first_query + rows
+            measure_sample(sums, picked, at, sequence, weight, EXTREME, min_keys, thresholds)
 
 
 def _of_rows(positions: Positions, rows: Int[Tensor, " row"]) -> Positions:

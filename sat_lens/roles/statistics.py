@@ -70,7 +70,8 @@ def measure(
         _spread(sums, ROW_SUMS, totals, sequence.resampling)
         if len(sequence.sample):
             picked, weight = raw[b][:, sequence.sample], weights[b][:, sequence.sample]
-            measure_sample(sums, picked, sequence, weight, threshold, min_keys, thresholds)
+            at = sequence.query_positions[sequence.sample]
+            measure_sample(sums, picked, at, sequence, weight, threshold, min_keys, thresholds)
 
 
 def _blocks(
@@ -132,13 +133,17 @@ def _read_block(
 def measure_sample(
     sums: Sums,
     raw: Float[Tensor, "head row key"],
+    queries: Int[Tensor, " row"],
     sequence: OneSequence,
     weights: Float[Tensor, "head row"],
     threshold: float,
     min_keys: int,
     thresholds: Thresholds,
 ) -> None:
-    """Add the statistics of the sampled rows of one sequence, which need a sort or a search."""
+    """Add the statistics of sampled rows of one sequence, those that need a sort or a search.
+
+    The rows belong to the positions ``queries``.
+    """
     scores = raw.masked_fill(raw <= threshold, -math.inf)
     n_visible = (scores != -math.inf).sum(-1)
     scores.masked_fill_((n_visible == 0)[..., None], 0.0)
@@ -160,7 +165,7 @@ def measure_sample(
     _count(sums.histograms["m_keys"], m_bins, weight)
     _count(sums.histograms["row_roles"], roles, weight)
     if sequence.known["aligned_rows"]:
-        by_offset = _mass_by_offset(scores, soft.tv_argmax, sequence)
+        by_offset = _mass_by_offset(scores, soft.tv_argmax, queries, sequence)
         sums.histograms["offset_mass"] += (by_offset * weight[..., None]).sum(1).double().cpu()
     searched = slice(sequence.n_searched)
     c_lo, c_hi = critical_bins(scores[:, searched])
@@ -171,12 +176,13 @@ def measure_sample(
 def _mass_by_offset(
     scores: Float[Tensor, "head row key"],
     tv_argmax: Float[Tensor, "head row"],
+    queries: Int[Tensor, " row"],
     sequence: OneSequence,
 ) -> Float[Tensor, "head row offset"]:
     """Give the probability at each offset; the last bin has the rest, which lies farther away."""
     n_places = int((sequence.key_positions < NO_POSITION).sum())
     offsets = torch.arange(-FARTHEST_OFFSET, FARTHEST_OFFSET + 1, device=scores.device)
-    at = sequence.query_positions[sequence.sample][:, None] + offsets
+    at = queries[:, None] + offsets
     near = scores.gather(-1, at.clamp(0, n_places - 1).expand(len(scores), -1, -1))
     mass = (near - scores.amax(-1, keepdim=True)).exp_() * (1 - tv_argmax)[..., None]
     mass *= (at >= 0) & (at < n_places)
