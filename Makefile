@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EDITABLE := --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help bench notebooks report test test-notebooks test-browser test-kernels test-old docs lint types clean pictures
+.PHONY: help bench bench-gpu notebooks report test test-notebooks test-browser test-kernels test-old docs lint types clean pictures
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -67,6 +67,10 @@ test-old: .venv-tl2/.installed .venv-tl3/.installed ## Run the core tests on Tra
 bench: $(VENV)/.installed-dev ## Measure time and memory into docs/performance.md (QUICK=1: only try).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=bench.json
 	$(if $(QUICK),,$(BIN)/python -m bench.table bench.json docs/performance.md)
+
+bench-gpu: $(VENV)/.installed-dev ## Measure the kernel for the limit on a GPU into docs/performance.md.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt triton
+	$(BIN)/python -m bench.gpu docs/performance.md
 
 docs: $(VENV)/.installed-docs ## Build the documentation into build/docs; a warning is an error.
 	rm -rf build/docs build/doctrees

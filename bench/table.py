@@ -54,7 +54,7 @@ def tables(record: Entry) -> str:
         if name.startswith(GROWTH):
             body = _growth(name.removeprefix(GROWTH), entries)
         else:
-            body = _markdown(HEADER, [row for entry in entries for row in _rows(entry)])
+            body = markdown(HEADER, [row for entry in entries for row in _rows(entry)])
         parts.append(f"### {name}\n\n{body}")
     grown = {
         name.removeprefix(GROWTH): e for name, e in sections.items() if name.startswith(GROWTH)
@@ -147,7 +147,7 @@ def _growth(axis: str, entries: list[Entry]) -> str:
             seconds.append(row["seconds"][0])
             cells.append(f"{row['forwards'][0]:.2f}" + ("" if peak is None else f", {peak:.1f}"))
         rows.append([name, *cells, f"{axis}^{_exponent(sizes, seconds):.2f}"])
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _exponent(sizes: list[int], seconds: list[float]) -> float:
@@ -166,7 +166,8 @@ def _spread(numbers: list[float] | None) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def _markdown(header: Any, rows: list[list[str]]) -> str:
+def markdown(header: Any, rows: list[list[str]]) -> str:
+    """Write a table, without the columns that are empty throughout."""
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     lines = [
         [header[i] for i in kept],
@@ -177,14 +178,18 @@ def _markdown(header: Any, rows: list[list[str]]) -> str:
 
 
 def write(record: Path, page: Path) -> None:
-    """Put the tables between the markers of a page, and leave its prose alone."""
+    """Put the tables of a record between the markers of a page."""
+    put_between(page, BEGIN, END, tables(json.loads(record.read_text(encoding="utf-8"))))
+
+
+def put_between(page: Path, begin: str, end: str, made: str) -> None:
+    """Replace what stands between two markers of a page, and leave the rest alone."""
     text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{page} lacks {BEGIN} or {END}, between which the tables go.")
-    made = tables(json.loads(record.read_text(encoding="utf-8")))
-    page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise SystemExit(f"{page} lacks {begin} or {end}, between which the tables go.")
+    page.write_text(f"{before}{begin}\n{made}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

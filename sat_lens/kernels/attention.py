@@ -69,11 +69,11 @@ def rescaled_attention(
     saturated = c == math.inf
     limit = limit_kernel(call.query.device)
     if limit is None or not bool(saturated.any()):
-        return _by_queries(call, c)
+        return by_queries(call, c)
     hard = limit(call)
     if bool(saturated.all()):
         return hard
-    return torch.where(saturated, hard, _by_queries(call, c.masked_fill(saturated, 1.0)))
+    return torch.where(saturated, hard, by_queries(call, c.masked_fill(saturated, 1.0)))
 
 
 def limit_kernel(device: torch.device) -> Callable[[AttentionCall], Tensor] | None:
@@ -94,9 +94,10 @@ def limit_kernel(device: torch.device) -> Callable[[AttentionCall], Tensor] | No
     return limit_of
 
 
-def _by_queries(
+def by_queries(
     call: AttentionCall, c: Float[Tensor, "head row 1"]
 ) -> Float[Tensor, "batch head query dv"]:
+    """Rescale by factors on the queries, whatever else might serve the limit on this device."""
     if bool((c == 1).all()):
         return call.run()
     visible = call.visible()
