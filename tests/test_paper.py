@@ -7,7 +7,9 @@ import math
 
 import pandas as pd
 import pytest
+import tiny
 import torch
+import transformers
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -22,6 +24,7 @@ from sat_lens.paper import (
     grids,
     heads,
     masks,
+    rescaling,
     saturation,
     scaling,
 )
@@ -245,6 +248,42 @@ def heads_table(own, repaired):
         for count in counts
     ]
     return pd.DataFrame(rows)
+
+
+def rescaling_table(raw, minimal):
+    table = pd.DataFrame({"raw": raw, "minimal": minimal}, index=pd.Index([0, 8], name="step"))
+    table["share"] = 1 - table["minimal"] / table["raw"]
+    return table.assign(share_qk=0.1, share_vo=0.1, share_mlp=0.1, share_of_model=0.01)
+
+
+@pytest.mark.parametrize(
+    ("raw", "minimal", "expected"),
+    [
+        ([10.0, 30.0], [9.0, 29.0], HOLDS),
+        ([10.0, 30.0], [10.0, 24.0], CORRECTED),
+        ([10.0, 30.0], [10.0, 10.0], FAILS),
+        ([10.0, 8.0], [9.0, 7.0], FAILS),
+    ],
+    ids=["balanced grows as well", "in part", "mere rescaling", "no growth"],
+)
+def test_growth_is_judged_by_what_balancing_leaves(raw, minimal, expected):
+    assert verdicts(rescaling.judged(rescaling_table(raw, minimal))) == [expected]
+
+
+def test_rescaling_a_pair_is_all_of_the_growth_that_it_makes():
+    config = transformers.LlamaConfig(**tiny.SIZE)
+    models = {step: tiny.hf_model("LlamaForCausalLM", config) for step in (0, 8)}
+    models[8].load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        for layer in models[8].model.layers:
+            layer.self_attn.v_proj.weight.mul_(8)
+            layer.self_attn.o_proj.weight.div_(8)
+    run = LanguageRun(Setting(), 0, models, tiny.tokens())
+    table = rescaling.measured(run)
+    assert table.loc[8, "minimal"] == pytest.approx(table.loc[0, "minimal"])
+    assert table.loc[8, "raw"] > 2 * table.loc[0, "raw"]
+    assert table.loc[8, "share_qk"] == pytest.approx(table.loc[0, "share_qk"])
+    assert verdicts(rescaling.judged(table)) == [FAILS]
 
 
 @pytest.mark.parametrize(

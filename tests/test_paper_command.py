@@ -14,7 +14,7 @@ from sat_lens.errors import ArgumentError
 from sat_lens.paper import VERDICTS, Claim, Reproduction
 from sat_lens.paper.grid import GrowthGrid
 
-FIGURES = ["norm-growth", "direction", "saturation", "scaling", "heads", "grid"]
+FIGURES = ["norm-growth", "direction", "saturation", "scaling", "heads", "grid", "rescaling"]
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,13 @@ def redone(tmp_path_factory):
 def test_every_figure_has_its_files_and_its_place_on_the_page(redone):
     page = (redone / "index.html").read_text()
     assert "interrupted" not in page
+    assert "trial run" in page
     for name in FIGURES:
         assert f'<section id="{name}">' in page
         assert (redone / f"{name}.svg").read_text().startswith("<?xml")
         assert len(pd.read_csv(redone / f"{name}.csv")) >= 5
     named = re.findall(r'<p><span class="verdict">(.*?)</span></p>', page)
-    assert len(named) >= 2 * len(FIGURES)
+    assert len(named) >= 15
     assert set(named) <= set(VERDICTS)
 
 
@@ -45,6 +46,16 @@ def test_no_number_is_missing_where_one_was_measured(redone):
     assert len(grid) == 24
     fine = grid[grid["outcome"] != "diverged"]
     assert not fine[["growth", "loss", "lean"]].isna().any().any()
+
+
+def test_what_balancing_removes_is_the_same_for_every_pair_together(redone):
+    table = pd.read_csv(redone / "rescaling.csv")
+    assert (table["minimal"] < table["raw"]).all()
+    assert (1 - table["minimal"] / table["raw"]).tolist() == pytest.approx(table["share"].tolist())
+    parts = table[["share_qk", "share_vo", "share_mlp"]]
+    assert (parts.min(axis=1) <= table["share"]).all()
+    assert (table["share"] <= parts.max(axis=1)).all()
+    assert (table["share_of_model"] < table["share"]).all()
 
 
 def test_the_mask_makes_the_heads_that_average(redone):
@@ -69,7 +80,9 @@ def test_an_interrupt_leaves_the_figures_that_were_done(monkeypatch, tmp_path, c
     monkeypatch.setattr(direction, "reproduce", interrupted)
     status = cli.main(["reproduce", "norm-growth", "direction", "--out", str(tmp_path)])
     assert status == 130
-    assert "interrupted" in (tmp_path / "index.html").read_text()
+    page = (tmp_path / "index.html").read_text()
+    assert "interrupted" in page
+    assert "trial run" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "index.html",
         "norm-growth.csv",

@@ -20,6 +20,7 @@ NAMES = (
     "scaling",
     "heads",
     "grid",
+    "rescaling",
     "threshold",
     "narrowing",
 )
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
         if not done:
             raise
         complete = False
-    print(f"\nThe page is {write_page(options.out, done, complete=complete)}")
+    page = write_page(options.out, done, complete=complete, quick=options.quick)
+    print(f"\nThe page is {page}")
     return status_of(complete)
 
 

@@ -76,10 +76,10 @@ class Narrowing:
 
     @property
     def boundary(self) -> int | None:
-        """The phase boundary: the first step from which narrowing is slow.
+        """The phase boundary: the step at which the fastest narrowing gives way to a slow one.
 
-        Slow is less than a quarter of the fastest narrowing, per doubling of steps, after that
-        fastest stretch; None where it never is, or where the entropy never falls.
+        Slow is less than a quarter of the fastest narrowing, per doubling of steps; None where it
+        never is, or where the entropy never falls. Narrowing may become faster again later.
         """
         return phase_boundary(self.steps, self.columns["entropy"].tolist())
 
@@ -118,13 +118,14 @@ class Narrowing:
         lines(speed, table, named, x=step)
         speed.set_title("per doubling of steps", size=8.5, color=INK, loc="left")
         shown = self.keys(self.queries[0], 6).drop(index="uniform").rename(index={0: 0.5})
-        words = {str(token): self._name(int(token)) for token in shown.columns}
+        words = {str(token): self.name(int(token)) for token in shown.columns}
         lines(keys, shown.rename(columns=str), words, x=step)
-        title = f"mass on keys, query {self._name(self.queries[0])}"
+        title = f"mass on keys, query {self.name(self.queries[0])}"
         keys.set_title(title, size=8.5, color=INK, loc="left").set_parse_math(False)
         return figure
 
-    def _name(self, token: int) -> str:
+    def name(self, token: int) -> str:
+        """Say what to call a token."""
         return marks.visible(self.names.get(token, f"token {token}"))
 
 
@@ -197,7 +198,7 @@ def doublings(steps: Sequence[int]) -> list[float]:
 
 
 def phase_boundary(steps: Sequence[int], entropy: Sequence[float]) -> int | None:
-    """Give the first step after the fastest narrowing from which narrowing is slow.
+    """Give the first step after the fastest narrowing at which narrowing has become slow.
 
     Example:
         >>> phase_boundary([1, 2, 4, 8, 16], [4.0, 3.9, 2.9, 2.8, 2.8])

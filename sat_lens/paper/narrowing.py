@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
+
 from sat_lens.demo.corpus import corpus_name
 from sat_lens.models import load_tokenizer
 from sat_lens.paper.claims import Claim, Reproduction, verdict
@@ -34,12 +36,19 @@ def reproduce(quick: bool, seed: int = 0, progress: bool = True) -> Reproduction
         name="narrowing",
         title="Scan and snap: attention by key token",
         claims=judged(result),
-        frame=result.frame(),
+        frame=result.frame().join(_masses(result)),
         figure=result.plot("Scan and snap: the attention of one layer, by key token"),
         note=f"Tian et al. 2023 used WikiText; measured here on {run.setting}. Their theorem is "
         "about one layer without positions or a feed-forward layer, trained by SGD with a decoder "
         "that learns faster than attention; this one has all of these and AdamW. One seed.",
     )
+
+
+def _masses(result: Narrowing) -> pd.DataFrame:
+    """Give what the figure shows of the most frequent query token: its masses on six key tokens."""
+    query = result.queries[0]
+    shown = result.keys(query, 6).drop(index="uniform")
+    return shown.rename(columns=lambda key: f"{result.name(query)!r} on {result.name(key)!r}")
 
 
 def judged(result: Narrowing) -> tuple[Claim, ...]:

@@ -25,13 +25,16 @@ def write_reproduction(folder: Path, figure: Reproduction) -> None:
     write_csv(folder / f"{figure.name}.csv", figure.frame)
 
 
-def write_page(folder: Path, figures: Sequence[Reproduction], *, complete: bool = True) -> Path:
+def write_page(
+    folder: Path, figures: Sequence[Reproduction], *, complete: bool = True, quick: bool = False
+) -> Path:
     """Write one page, self-contained, of all figures given; it replaces an earlier one.
 
     Args:
         folder: Where it goes.
         figures: The figures, in the order of the page.
         complete: False says on the page that figures are missing.
+        quick: True says on the page that its verdicts are those of a trial.
 
     Raises:
         FileFormatError: It cannot be written.
@@ -42,6 +45,7 @@ def write_page(folder: Path, figures: Sequence[Reproduction], *, complete: bool 
         scripts=[],
         title="Effects of parameter norm growth, redone",
         complete=complete and all(figure.complete for figure in figures),
+        quick=quick,
         versions=", ".join(f"{name} {version}" for name, version in library_versions().items()),
         figures=[_shown(figure) for figure in figures],
     )

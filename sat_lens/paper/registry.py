@@ -15,6 +15,7 @@ FIGURES = {
     "scaling": "sat_lens.paper.scaling",
     "heads": "sat_lens.paper.heads",
     "grid": "sat_lens.paper.grids",
+    "rescaling": "sat_lens.paper.rescaling",
     "threshold": "sat_lens.paper.threshold",
     "narrowing": "sat_lens.paper.narrowing",
 }

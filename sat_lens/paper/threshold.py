@@ -202,18 +202,21 @@ def constructed_claims(frame: pd.DataFrame) -> Iterator[Claim]:
     limited, full = frame[frame["accuracy"] < 1], frame[frame["accuracy"] == 1]
     ratios = limited["norm"] / limited["threshold"]
     at = float(((ratios - 1).abs() <= AT_THRESHOLD).mean())
-    stopped = float((limited["growth_per_doubling"].abs() <= STOPPED).mean())
+    rested = limited[limited["growth_per_doubling"].abs() <= STOPPED]
+    stopped = len(rested) / max(len(limited), 1)
     growing = float((full["growth_per_doubling"] > STOPPED).mean())
+    where = f"accuracy {rested['accuracy'].min():.2f} to {rested['accuracy'].max():.2f}, "
     yield Claim(
         "Gradient descent increases the norm up to a threshold (v1, abstract; homogeneous "
         "networks).",
         verdict(at == 1 and stopped == 1 and growing == 1, corrected=at >= 0.9 and growing == 1),
         f"Of {len(limited)} runs whose accuracy stayed below 1, {at:.0%} ended within "
         f"{AT_THRESHOLD:.0%} of the norm at which growth along their direction stops (norm over "
-        f"threshold {ratios.min():.3f} to {ratios.max():.3f}), and in {stopped:.0%} the norm moved "
-        f"by at most {STOPPED:.0%} while steps last doubled. Of {len(full)} runs with accuracy 1, "
-        f"{growing:.0%} still grew. Rule: holds if all three are 100%; with a correction if at "
-        "least 90% are at their threshold: it is reached, and moves on as the direction does.",
+        f"threshold {ratios.min():.3f} to {ratios.max():.3f}). In {stopped:.0%} growth had stopped "
+        f"({where if len(rested) else ''}at most {STOPPED:.0%} while steps last doubled). Of "
+        f"{len(full)} runs with accuracy 1, {growing:.0%} still grew. Rule: holds if all three are "
+        "100%; with a correction if at least 90% are at their threshold: it is reached, and moves "
+        "on as the direction does.",
     )
     ranks = {
         str(name): _rank_correlation(part["accuracy"], part["norm"])
@@ -246,8 +249,9 @@ def natural_claims(frame: pd.DataFrame) -> Iterator[Claim]:
             verdict(near and rank >= RISING and growth <= STOPPED, corrected=near and rank >= 0.5),
             f"From step {_EARLY} on the norm differed by {gap:.1%} (median) from that of least "
             f"loss along the ray, which rose with accuracy (rank correlation {rank:.2f}). At step "
-            f"{last['step']} accuracy was {last['accuracy']:.2f} and the norm still grew by "
-            f"{growth:.1%} while steps last doubled. {last['step_share']:.0%} of the growth of the "
+            f"{last['step']}, at an accuracy of {last['accuracy']:.2f}, growth had "
+            f"{'stopped' if growth <= STOPPED else 'not stopped'}: {growth:.1%} while steps last "
+            f"doubled. {last['step_share']:.0%} of the growth of the "
             "squared norm is the squared length of the steps, which gradient flow does not have. "
             f"Rule: holds if the first is at most {AT_THRESHOLD:.0%}, the second at least {RISING} "
             f"and growth at most {STOPPED:.0%}; with a correction if the second is at least 0.5, "
