@@ -16,9 +16,9 @@ from text_attacks import ATTACKS
 
 from sat_lens import figures
 from sat_lens.errors import ArgumentError
-from sat_lens.figures import curves, marks
+from sat_lens.figures import curves
 from sat_lens.figures.marks import visible
-from sat_lens.vocabulary import DESCRIPTIONS, ROLES
+from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES
 
 TARGETS = ["", "previous", "offset -3", "first", "induction", "self"]
 
@@ -85,6 +85,19 @@ def growth():
     )
 
 
+def training_run():
+    return pd.DataFrame(
+        {
+            "norm": [10.0, 10.1, 12, 20],
+            "cos_saturated": [0.6, math.nan, 0.9, 0.8],
+            "cos_random": [0.7, math.nan, 0.9, 0.5],
+            "S": [-0.3, math.nan, 0.0, 0.6],
+            "loss": [math.nan] * 4,
+        },
+        index=pd.Index([0, 1, 10, 100], name="step"),
+    )
+
+
 def curve():
     scales = pd.Index(
         [0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf], name="scale"
@@ -113,6 +126,7 @@ DRAWINGS = {
     ),
     "curve": lambda: figures.scaling_curve_figure(curve(), "Curve"),
     "growth": lambda: figures.growth_figure(growth(), "Growth"),
+    "a training run": lambda: figures.training_figure(training_run(), "A run"),
     "one line": lambda: figures.growth_figure(growth(), "Growth", columns=["norm"], log_y=False),
 }
 
@@ -136,7 +150,7 @@ def test_every_figure_can_be_kept(name, ending, tmp_path):
 def test_the_legend_says_every_role_in_words():
     texts = texts_of(figures.role_map(frame_of(4, 4), "t"))
     assert all(f"{role}: {DESCRIPTIONS[role]}" in texts for role in ROLES)
-    assert marks.CAUTION.split()[-1] in " ".join(texts)
+    assert CAUTION.split()[-1] in " ".join(texts)
 
 
 def test_a_head_without_a_counted_row_is_grey_and_named():
@@ -187,6 +201,16 @@ def test_a_logarithmic_axis_has_enough_numbers_to_be_read(largest, words):
     assert len(inside) >= 3
     assert words <= inside
     assert overlaps(figure) == []
+
+
+def test_a_training_run_shows_s_with_its_control_and_all_that_was_measured():
+    norms, saturation = figures.training_figure(training_run(), "t").axes
+    assert norms.get_yscale() == "log"
+    assert saturation.get_yscale() == "linear"
+    lines = {line.get_label(): line for line in saturation.lines}
+    assert set(lines) == {"cos saturated", "cos random", "S"}
+    assert lines["S"].get_ydata().tolist() == [-0.3, 0.0, 0.6]
+    assert lines["cos random"].get_linestyle() == "--"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -274,6 +298,7 @@ def test_scales_stand_in_order_with_the_ends_apart():
         (lambda: figures.sweep_map(torch.full((2, 2), math.nan), "t", "l"), r"\[2, 2\]"),
         (lambda: figures.scaling_curve_figure(pd.DataFrame(), "t"), "empty"),
         (lambda: figures.growth_figure(growth(), "t", columns=["nothing"]), "nothing"),
+        (lambda: figures.training_figure(pd.DataFrame({"mine": [1.0]}), "t"), "found mine"),
         (
             lambda: figures.grid_map(
                 torch.zeros(2, 2), "t", "l", rows=[1], columns=[1], row_name="r", column_name="c"

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sat_lens.figures.curves import growth_figure, scaling_curve_figure
+    from sat_lens.figures.curves import growth_figure, scaling_curve_figure, training_figure
     from sat_lens.figures.maps import grid_map, role_map, sweep_map
 
 # Imported when first used: pages need the marks and the layout beside them, and no matplotlib.
@@ -23,9 +23,17 @@ _PLACES = {
     "role_map": "maps",
     "scaling_curve_figure": "curves",
     "sweep_map": "maps",
+    "training_figure": "curves",
 }
 
-__all__ = ["grid_map", "growth_figure", "role_map", "scaling_curve_figure", "sweep_map"]
+__all__ = [
+    "grid_map",
+    "growth_figure",
+    "role_map",
+    "scaling_curve_figure",
+    "sweep_map",
+    "training_figure",
+]
 
 
 def __getattr__(name: str) -> Any:

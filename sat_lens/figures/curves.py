@@ -20,6 +20,13 @@ from sat_lens.figures.layout import measure_groups, scale_places, scale_text, ti
 from sat_lens.figures.shown import ShownFigure, check_frame
 
 INK, QUIET = "#222222", "#666666"
+# What is drawn of a training run. S can be negative, and its control belongs beside it.
+PANELS = {
+    "norms": ("norm", "norm_grown", "qk_product", "ov_product"),
+    "saturation": ("cos_saturated", "cos_random", "S", "lean"),
+    "loss (nats per token)": ("loss", "loss_saturated"),
+}
+CONTROLS = ("cos_random",)
 
 
 def scaling_curve_figure(frame: pd.DataFrame, title: str) -> Figure:
@@ -110,10 +117,66 @@ def growth_figure(
             f"found {len(frame)} rows and {', '.join(map(str, frame.columns)) or 'no columns'}."
         )
     figure, (axes,) = _panels(1, title)
-    for name, color in zip(names, _cycle(len(names)), strict=True):
-        keep = ((steps >= 0) | (not log_x)) & ((frame[name] > 0) | (not log_y))
-        drawn = (steps[keep].to_numpy(), frame[name][keep].to_numpy())
-        axes.plot(*drawn, "-o", color=color, lw=1.6, ms=3, label=name.replace("_", " "))
+    _draw(axes, steps, frame[names], log_x, log_y)
+    axes.set_xlabel(x, size=8, color=QUIET)
+    if len(names) > 1:
+        axes.legend(
+            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), borderpad=0
+        )
+    else:
+        axes.set_ylabel(names[0].replace("_", " "), size=8, color=QUIET)
+    return figure
+
+
+def training_figure(frame: pd.DataFrame, title: str) -> Figure:
+    """Draw a training run: norms, saturation with its control, and losses, a panel each.
+
+    Norms are on a logarithmic axis, the rest is not. What was not measured is left out.
+
+    Args:
+        frame: A row a step (the index), as ``NormGrowth.frame()``, ``SaturationTracker.frame()``
+            and ``read_training_log()`` give it.
+        title: What was measured on what.
+
+    Raises:
+        ArgumentError: The table has none of the columns that are drawn.
+
+    Example:
+        >>> import pandas as pd
+        >>> from sat_lens.figures import training_figure
+        >>> frame = pd.DataFrame({"norm": [1.0, 2.0], "S": [-0.1, 0.5], "cos_random": [0.9, 0.6]})
+        >>> [axes.get_title(loc="left") for axes in training_figure(frame, "t").axes]
+        ['norms', 'saturation']
+    """
+    check_frame(frame)
+    measured = set(frame.columns[frame.notna().any()])
+    found = {words: [name for name in names if name in measured] for words, names in PANELS.items()}
+    groups = {words: names for words, names in found.items() if names}
+    if not groups:
+        known = ", ".join(name for names in PANELS.values() for name in names)
+        raise ArgumentError(
+            f"Needed a table with some of the columns {known}; found "
+            f"{', '.join(map(str, frame.columns)) or 'none'}."
+        )
+    figure, panels = _panels(len(groups), title)
+    for axes, (words, names) in zip(panels, groups.items(), strict=True):
+        _draw(axes, frame.index.to_series(), frame[names], True, words == "norms")
+        axes.set_title(words, size=8.5, color=INK, loc="left")
+        axes.set_xlabel("step", size=8, color=QUIET)
+        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    return figure
+
+
+def _draw(
+    axes: Axes, steps: pd.Series[Any], columns: pd.DataFrame, log_x: bool, log_y: bool
+) -> None:
+    """Draw a line a column, dashed where it is a control; what has no value leaves no gap."""
+    for name, color in zip(columns, _cycle(len(columns.columns)), strict=True):
+        values = columns[name]
+        keep = values.notna() & ((steps >= 0) | (not log_x)) & ((values > 0) | (not log_y))
+        drawn = (steps[keep].to_numpy(), values[keep].to_numpy())
+        style = "--" if name in CONTROLS else "-o"
+        axes.plot(*drawn, style, color=color, lw=1.6, ms=3, label=str(name).replace("_", " "))
     _scale_steps(axes, steps, log_x)
     axes.set_yscale("log" if log_y else "linear")
     low, high = axes.get_ylim()
@@ -124,14 +187,6 @@ def growth_figure(
         if log:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(x, size=8, color=QUIET)
-    if len(names) > 1:
-        axes.legend(
-            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), borderpad=0
-        )
-    else:
-        axes.set_ylabel(names[0].replace("_", " "), size=8, color=QUIET)
-    return figure
 
 
 def _scale_steps(axes: Axes, steps: pd.Series[Any], log: bool) -> None:

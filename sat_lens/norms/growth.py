@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "norm growth"
-DRAWN = ("norm", "norm_grown", "qk_product", "loss", "loss_saturated", "S", "lean")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,18 +97,16 @@ class NormGrowth:
         return _fit(self.steps, self.columns[column], first, last)
 
     def plot(self, title: str | None = None, columns: str | Sequence[str] | None = None) -> Figure:
-        """Draw columns against the step; None draws the norms, and saturation where measured."""
-        from sat_lens.figures import growth_figure
+        """Draw columns against the step; None draws norms, saturation and losses, a panel each."""
+        from sat_lens.figures import growth_figure, training_figure
 
         if columns is not None and not isinstance(columns, (str, list, tuple)):
             raise ArgumentError(f"columns are names of columns of frame(); found {columns!r}.")
-        chosen = [columns] if isinstance(columns, str) else columns
-        chosen = chosen or [name for name in DRAWN if name in self._measured()]
         named = title or f"Norm growth: {self.provenance}"
+        if columns is None:
+            return training_figure(self.frame(), named)
+        chosen = [columns] if isinstance(columns, str) else columns
         return growth_figure(self.frame(), named, columns=chosen)
-
-    def _measured(self) -> set[str]:
-        return {name for name, values in self.columns.items() if not bool(values.isnan().all())}
 
     def save(self, path: str | Path) -> None:
         """Write the result as one safetensors file with a JSON header."""
