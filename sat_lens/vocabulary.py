@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Said wherever a role is shown.
+CAUTION = "A role describes the shape of attention only: an untrained model labels every head mean."
 ROLES = ("argmax", "subset", "argmax-lean", "soft", "mean-lean", "mean")
 # A head of which no row was counted has no role; its name is the empty string.
 DESCRIPTIONS = {

@@ -1,5 +1,6 @@
 """Two processes measure their shares of the data and both hold the whole result."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 import sat_lens as sl
 from sat_lens.cli import main
 from sat_lens.roles import HeadRoles
+from sat_lens.vocabulary import CAUTION
 
 
 def tokens():
@@ -100,3 +102,23 @@ def test_shards_of_the_command_line_merge_and_a_broken_one_is_left_out(tmp_path,
 def test_a_shard_that_is_none_is_refused(shard, capsys):
     assert main(["roles", "--shard", shard, "--sequences", "1", "--quiet"]) == 2
     assert "hard" in capsys.readouterr().err
+
+
+def test_merging_a_part_that_was_interrupted_says_so(demo, tmp_path, capsys):
+    parts = [sl.head_roles(demo, part, progress=False) for part in tokens().split(3)]
+    parts[1] = dataclasses.replace(parts[1], complete=False)
+    names = [str(tmp_path / f"{i}.st") for i in (1, 2)]
+    for part, name in zip(parts, names, strict=True):
+        part.save(name)
+    assert main(["merge", *names, "--out", str(tmp_path / "all.st")]) == 1
+    shown = capsys.readouterr()
+    assert f"{names[1]} is part of a shard" in shown.err
+    assert names[0] not in shown.err
+    assert CAUTION in shown.out
+    merged = HeadRoles.load(tmp_path / "all.st")
+    assert (merged.complete, merged.n_sequences) == (False, 6)
+
+
+def test_a_shard_without_a_batch_is_refused(capsys):
+    assert main(["roles", "--sequences", "4", "--context", "16", "--shard", "2/8", "--quiet"]) == 2
+    assert "holds no batch" in capsys.readouterr().err

@@ -21,20 +21,25 @@ def add(chosen: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Merge the files of shards; one that is broken is left out and named."""
+    """Merge the files of shards; one that is broken is left out, and it or part of one is named."""
     check_file(options.out)
     from sat_lens.roles import HeadRoles, merge
 
-    parts, broken = [], 0
+    parts, whole = [], True
     for path in options.files:
         try:
-            parts.append(HeadRoles.load(path))
+            part = HeadRoles.load(path)
         except FileFormatError as error:
             print(f"sat-lens: left out: {error}", file=sys.stderr)
-            broken += 1
+            whole = False
+            continue
+        if not part.complete:
+            print(f"sat-lens: {path} is part of a shard: it was interrupted", file=sys.stderr)
+            whole = False
+        parts.append(part)
     merged = merge(parts)
     if options.out:
         merged.save(options.out)
     print(short_table(merged.frame()))
     print(f"\n{len(parts)} files merged, {merged.n_sequences} sequences in all")
-    return 1 if broken else 0
+    return 0 if whole else 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from sat_lens.vocabulary import CAUTION
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -12,9 +14,9 @@ INTERRUPTED = 130
 
 
 def short_table(frame: pd.DataFrame) -> str:
-    """Give the columns of a table of roles that fit a terminal."""
+    """Give the columns of a table of roles that fit a terminal, and what to know of them."""
     shown = frame[["role", "target", "lean", "tv_argmax", "tv_mean", "tv_nearest", "agreement"]]
-    return shown.to_string(float_format="{:.2f}".format)
+    return f"{shown.to_string(float_format='{:.2f}'.format)}\n\n{CAUTION}"
 
 
 def status_of(complete: bool) -> int:

@@ -20,7 +20,7 @@ from sat_lens.figures import marks
 from sat_lens.figures.layout import head_stacks, records_of
 from sat_lens.figures.sheet import INK, LEFT, LINE, MARGIN, QUIET, Sheet
 from sat_lens.figures.shown import check_frame
-from sat_lens.vocabulary import DESCRIPTIONS, ROLES
+from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES
 
 _LEAST_SHADE = 0.3
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "weight": "bold"}
@@ -187,7 +187,7 @@ def _role_legend(sheet: Sheet, known: list[str], roles: set[str], targets: set[s
     sheet.write(
         MARGIN, len(known) + 0.4, "The stronger the colour, the more rows have the role.", QUIET
     )
-    for line, text in enumerate(textwrap.wrap(marks.CAUTION, int(sheet.width * 15))):
+    for line, text in enumerate(textwrap.wrap(CAUTION, int(sheet.width * 15))):
         sheet.write(MARGIN, len(known) + 1.3 + 0.9 * line, text, QUIET)
 
 

@@ -38,7 +38,6 @@ TARGET_WORDS = {
     "duplicate": "an earlier copy of this token",
     "offset": "a fixed distance, in tokens",
 }
-CAUTION = "A role describes the shape of attention only: an untrained model labels every head mean."
 
 
 def target_mark(target: str) -> str:

@@ -13,19 +13,22 @@ from torch import Tensor
 
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.roles.comparing import comparison
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, Rows
 from sat_lens.roles.rows import head_row
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.sums import Sums
 from sat_lens.sites.naming import AttentionSite
+from sat_lens.vocabulary import CAUTION, DESCRIPTIONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "head roles"
+INCOMPLETE = "The measurement was interrupted: these are the numbers of what was read."
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HeadRoles:
     """What every head does with its attention; made by :func:`sat_lens.head_roles`.
 
@@ -38,8 +41,8 @@ class HeadRoles:
     """
 
     provenance: Provenance
-    sites: tuple[AttentionSite, ...] = dataclasses.field(repr=False)
-    sums: Mapping[str, Sums] = dataclasses.field(repr=False)
+    sites: tuple[AttentionSite, ...]
+    sums: Mapping[str, Sums]
     thresholds: Thresholds
     min_keys: int
     n_sequences: int
@@ -64,7 +67,7 @@ class HeadRoles:
         stack           "" or the name of the stack
         layer, head     block index and head index, from 0
         role            the shape of the attention, see :mod:`sat_lens.roles.rule`; "" if no row was
-                        counted
+                        counted; in an untrained model ``mean`` throughout
         target          where it looks: previous, self, next, offset k, first, special, induction,
                         duplicate, or ""
         saturated       whether tv_nearest is within the threshold
@@ -119,50 +122,66 @@ class HeadRoles:
             table["lean_se"] = math.nan
         return table
 
+    @property
+    def notes(self) -> list[str]:
+        """What has to be said beside the labels."""
+        return [CAUTION] if self.complete else [INCOMPLETE, CAUTION]
+
+    def __repr__(self) -> str:
+        """Show how many heads have each role, and the notes."""
+        counts = self.frame()["role"].value_counts(sort=False)
+        named = {role or "none": int(counts[role]) for role in DESCRIPTIONS if role in counts}
+        line = ", ".join(f"{count} {role}" for role, count in named.items())
+        first = f"Head roles of {self.provenance}, {self.n_sequences} sequences: {line}"
+        return "\n".join([first, *self.notes])
+
     def plot(self, title: str | None = None) -> Figure:
         """Draw the head-role map: layers down, heads across, one colour a role."""
         from sat_lens.figures import role_map
 
-        return role_map(self.frame(), title or f"Head roles: {self.provenance}")
+        whole = "" if self.complete else " (interrupted)"
+        return role_map(self.frame(), title or f"Head roles: {self.provenance}{whole}")
 
     def compare(self, other: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
         """Say which heads changed, beyond the uncertainty.
 
         Returns:
             One row a head: ``role`` and ``role_other``, ``target`` and ``target_other``, ``lean``,
-            ``lean_other``, ``change`` (other minus this), ``change_se``, and ``changed``: whether
-            the lean moved by more than ``errors`` standard errors.
+            ``lean_other``, ``change`` (of the lean, other minus this), ``change_se``; ``moved``,
+            the names of what moved by more than ``errors`` standard errors: the lean, and where
+            the label is another also the numbers behind it (distances, the mass on a target); and
+            ``changed``, whether anything did.
 
         Raises:
-            ArgumentError: The other is no such result, or has different heads.
+            ArgumentError: The other is no such result, or has different heads; or ``errors`` is no
+                number of at least 0.
         """
         if not isinstance(other, HeadRoles):
             raise ArgumentError(
                 f"Needed another result of head_roles; found {type(other).__name__}."
             )
-        mine, theirs = self.frame(), other.frame()
-        if list(mine.index) != list(theirs.index):
+        if isinstance(errors, bool) or not isinstance(errors, (int, float)) or not errors >= 0:
             raise ArgumentError(
-                "Only results with the same heads can be compared; found "
-                f"{len(mine)} heads ({mine.index[0]}, ...) and {len(theirs)} "
-                f"({theirs.index[0]}, ...)."
+                f"errors is a number of standard errors, at least 0; found {errors!r}."
             )
-        table = pd.DataFrame(index=mine.index)
-        for name in ("role", "target", "lean"):
-            table[name], table[f"{name}_other"] = mine[name], theirs[name]
-        table["change"] = theirs["lean"] - mine["lean"]
-        table["change_se"] = (mine["lean_se"] ** 2 + theirs["lean_se"] ** 2) ** 0.5
-        table["changed"] = table["change"].abs() > errors * table["change_se"]
-        return table
+        return comparison(self, other, errors)
 
     def relative_to(self, initialisation: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
         """Compare with the untrained model: which labels were learned?
 
         Returns:
             One row a head: ``role``, ``target``, ``lean``, the same of the initialisation with the
-            suffix ``_initial``, and ``learned``: whether the lean moved beyond the uncertainty. An
-            unlearned ``mean`` is no finding.
+            suffix ``_initial``, the change of the lean, what ``moved``, and ``learned``: whether
+            anything did, beyond the uncertainty. An unlearned ``mean`` is no finding.
+
+        Raises:
+            ArgumentError: The initialisation is no such result, or has different heads.
         """
+        if not isinstance(initialisation, HeadRoles):
+            raise ArgumentError(
+                "Needed the result of head_roles for the untrained model; found "
+                f"{type(initialisation).__name__}."
+            )
         table = initialisation.compare(self, errors=errors)
         renamed = {name: f"{name}_initial" for name in ("role", "target", "lean")}
         renamed |= {f"{name}_other": name for name in ("role", "target", "lean")}

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.attention.critical import N_BINS, scale_of_bin
@@ -42,7 +43,7 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "tv_mean": tv_mean,
         "tv_nearest": tv_nearest,
         "lean": leaning,
-        "lean_se": _lean_error(sums, head),
+        "lean_se": lean_error(sums, head),
         "median_m": median_m,
         "m_share": mean.of("m_share", "sampled_rows"),
         "n_eff_share": mean.of("n_eff_share"),
@@ -51,7 +52,7 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "lean_no_sink": lean(mean.of("tv_argmax_no_sink", rest), mean.of("tv_mean_no_sink", rest)),
         "modal_offset": offset,
         "modal_share": share,
-        "modal_mass": _at_offset(histograms["offset_mass"], offset),
+        "modal_mass": share_at_offset(histograms["offset_mass"], offset),
         **mean.masses(),
         "c_lo": _median_scale(histograms["c_lo"]),
         "c_hi": _median_scale(histograms["c_hi"]),
@@ -59,6 +60,27 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "agreement": _share_of(histograms["row_roles"], ROLES.index(role)) if role else math.nan,
         "n_rows": int(sums.counted[head]),
     }
+
+
+def lean_error(sums: Sums, head: int) -> float:
+    """Give the standard deviation of the head's lean over resamples of the sequences."""
+    argmax, mean = (sums.by_name[name][1:, head] for name in ("tv_argmax", "tv_mean"))
+    leans = (mean / (argmax + mean))[sums.by_name["rows"][1:, head] > 0]
+    return float(leans.std()) if len(leans) > 1 else math.nan
+
+
+def share_at_offset(histogram: Float[Tensor, " offset"], offset: float) -> float:
+    """Give the share of a histogram over offsets that lies at one of them; NaN where there is none.
+
+    Example:
+        >>> histogram = torch.zeros(OFFSET_BINS)
+        >>> histogram[OFFSET_BINS // 2 - 1] = 3
+        >>> share_at_offset(histogram, -1), share_at_offset(histogram, 2)
+        (1.0, 0.0)
+    """
+    if math.isnan(offset):
+        return math.nan
+    return _share_of(histogram, int(offset) + OFFSET_BINS // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +121,6 @@ def _mode(offsets: Tensor) -> tuple[float, float]:
     return float(best - OFFSET_BINS // 2), _share_of(offsets, best)
 
 
-def _at_offset(histogram: Tensor, offset: float) -> float:
-    return math.nan if math.isnan(offset) else _share_of(histogram, int(offset) + OFFSET_BINS // 2)
-
-
 def _share_of(histogram: Tensor, place: int) -> float:
     total = float(histogram.sum())
     return float(histogram[place]) / total if total else math.nan
@@ -128,10 +146,3 @@ def _median_scale(histogram: Tensor) -> float:
     if middle == 0:
         return 0.0
     return math.inf if middle == N_BINS - 1 else float(scale_of_bin(torch.tensor(middle)))
-
-
-def _lean_error(sums: Sums, head: int) -> float:
-    """Give the standard deviation of the head's lean over resamples of the sequences."""
-    argmax, mean = (sums.by_name[name][1:, head] for name in ("tv_argmax", "tv_mean"))
-    leans = (mean / (argmax + mean))[sums.by_name["rows"][1:, head] > 0]
-    return float(leans.std()) if len(leans) > 1 else math.nan

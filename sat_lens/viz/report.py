@@ -26,7 +26,7 @@ from sat_lens.viz.checks import (
 from sat_lens.viz.page import render
 from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
 from sat_lens.viz.text import Tokens
-from sat_lens.vocabulary import DESCRIPTIONS
+from sat_lens.vocabulary import CAUTION, DESCRIPTIONS
 
 MOST_POSITIONS = 256
 _EFFECTS = ("effect", "random_effect", "random_spread")
@@ -102,7 +102,7 @@ def write_report(
         maps=maps.role_maps(frame),
         wide=_columns_across(frame) > 16,
         legend=_legend(frame),
-        caution=marks.CAUTION,
+        caution=CAUTION,
         start=clearest(frame),
         charts=maps.scale_charts(frame_of("curve", curve)) if curve is not None else [],
         bars=maps.scale_bars(frame),

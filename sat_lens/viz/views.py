@@ -20,6 +20,7 @@ from sat_lens.viz.page import render
 from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
 from sat_lens.viz.text import Tokens, inert
 from sat_lens.viz.view import FigureView, View, component_view, drawn
+from sat_lens.vocabulary import CAUTION
 
 MOST_HEADS = 8
 
@@ -113,6 +114,7 @@ def attention(
     data = {"groups": groups, "texts": texts, "limit": f"c = {c}, ties {pair.provenance.ties}"}
     title = f"Attention, soft and saturated: {', '.join(labels)}"
     note = "Rows are queries, columns keys. Soft patterns are kept in steps of 1/255."
+    note = note if roles is None else f"{note} {CAUTION}"
     return component_view(title, note, data, height=860 * len(groups))
 
 
