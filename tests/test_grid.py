@@ -180,8 +180,12 @@ def test_an_interrupt_keeps_the_steps_that_were_taken(monkeypatch):
         (([1e-3], [-1.0]), "weight decay"),
         (([1e-3, 1e-3], [0.0]), "given once"),
         (([math.nan], [0.0]), "nan"),
+        ((1e-3, [0.0]), "found 0.001"),
+        (([1e-3], ["high"]), "high"),
+        (("1e-3", [0.0]), "in a list"),
     ],
 )
+@pytest.mark.usefixtures("types_unchecked")
 def test_axes_that_cannot_be(arguments, words):
     with pytest.raises(ArgumentError, match=words):
         growth_grid(*arguments, steps=1, progress=False)
@@ -194,9 +198,20 @@ def test_axes_that_cannot_be(arguments, words):
         ({"optimiser": "lion"}, "'lion'"),
         ({"momentum": 0.9}, "SGD's alone"),
         ({"optimiser": "sgd", "momentum": 1.0}, "Momentum"),
-        ({"steps": 0}, "at least one step"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1.5}, "1.5"),
+        ({"seed": "a"}, "seed"),
+        ({"shape": (16, 2)}, "Shape"),
     ],
 )
 def test_options_that_cannot_be(options, words):
     with pytest.raises(ArgumentError, match=words):
         growth_grid([1e-3], [0.0], progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"), [({"width": 15}, "multiple"), ({"layers": 0}, "layer")]
+)
+def test_shapes_that_cannot_be(sizes, words):
+    with pytest.raises(ArgumentError, match=words):
+        Shape(**sizes)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
 from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.norms.arguments import check_count
 from sat_lens.paper.batched import SGD, AdamW, CellsRun, Stack, cell, stacked, train_cells
 from sat_lens.paper.measures import saturation
 from sat_lens.paper.network import (
@@ -148,24 +149,20 @@ def growth_grid(
 
     Raises:
         ArgumentError: An empty axis, a value that is out of range or given twice, an unknown
-            optimiser, AdamW with momentum, or less than one step.
+            optimiser, AdamW with momentum, less than one step, or a shape that is none.
 
     Example:
         >>> grid = growth_grid([1e-3, 1e-2], [0.0], steps=2, progress=False)
         >>> grid.frame()[["lr", "wd", "outcome"]].shape
         (2, 3)
     """
-    _check(learning_rates, weight_decays, optimiser, momentum, steps)
+    _check(optimiser, momentum, steps, seed)
     size = shape or Shape()
+    if not isinstance(size, Shape):
+        raise ArgumentError(f"shape is a sat_lens.paper.network.Shape; found {shape!r}.")
+    axes = _axis("learning rate", learning_rates), _axis("weight decay", weight_decays, least=0.0)
     model = new_network(size, seed=seed)
-    rates, decays = (
-        axis.flatten()
-        for axis in torch.meshgrid(
-            torch.tensor(learning_rates, dtype=torch.float64),
-            torch.tensor(weight_decays, dtype=torch.float64),
-            indexing="ij",
-        )
-    )
+    rates, decays = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
     single = rates.float(), decays.float()
     rule = AdamW(*single) if optimiser == "adamw" else SGD(*single, momentum)
     text = characters(held_out_texts(), CHARACTERS)
@@ -232,21 +229,28 @@ def _outcome(row: dict[str, Any]) -> str:
     return "grows" if row["growth"] > 1 else "shrinks"
 
 
-def _check(
-    rates: Sequence[float], decays: Sequence[float], optimiser: str, momentum: float, steps: int
-) -> None:
-    for name, axis, least in (("learning rate", rates, "above 0"), ("weight decay", decays, "0")):
-        fine = [math.isfinite(x) and (x > 0 or (x == 0 and least == "0")) for x in axis]
-        if not fine or not all(fine) or len(set(axis)) < len(axis):
-            raise ArgumentError(
-                f"Each {name} is a number, {least}{' or above' if least == '0' else ''}, given "
-                f"once, and there is at least one; found {list(axis)}."
-            )
+def _axis(name: str, values: Any, least: float | None = None) -> Float[Tensor, " value"]:
+    """Read an axis: numbers above 0, or from ``least`` on."""
+    try:
+        axis = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        axis = torch.zeros(())
+    in_range = axis > 0 if least is None else axis >= least
+    fine = axis.dim() == 1 and len(axis) and bool((in_range & axis.isfinite()).all())
+    if not fine or len(axis.unique()) < len(axis):
+        raise ArgumentError(
+            f"Each {name} is a number {'above 0' if least is None else f'from {least:g} on'}, "
+            f"given once, in a list of at least one; found {values!r}."
+        )
+    return axis
+
+
+def _check(optimiser: str, momentum: float, steps: int, seed: int) -> None:
+    check_count("steps", steps)
+    check_count("seed", seed, least=0)
     if optimiser not in get_args(Rule):
         raise ArgumentError(f"The optimiser is adamw or sgd; found {optimiser!r}.")
     if not 0 <= momentum < 1 or (momentum and optimiser == "adamw"):
         raise ArgumentError(
             f"Momentum is in [0, 1) and SGD's alone; found {momentum} with {optimiser}."
         )
-    if steps < 1:
-        raise ArgumentError(f"A grid needs at least one step; found {steps}.")

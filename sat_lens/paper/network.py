@@ -18,7 +18,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sat_lens.errors import DataError
+from sat_lens.errors import ArgumentError, DataError
+from sat_lens.norms.arguments import check_count
 
 Transform = Callable[[Tensor], Tensor]
 Mask = Literal["multiplied", "infinite"]
@@ -26,13 +27,26 @@ Mask = Literal["multiplied", "infinite"]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The size of a small transformer."""
+    """The size of a small transformer.
+
+    Raises:
+        ArgumentError: A size below 1, or a width that the heads cannot share.
+    """
 
     vocabulary: int = 128
     context: int = 32
     width: int = 32
     layers: int = 2
     heads: int = 4
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            check_count(name, size)
+        if self.width % self.heads:
+            raise ArgumentError(
+                f"The width must be a multiple of the number of heads; found {self.width} and "
+                f"{self.heads}."
+            )
 
 
 class Attention(nn.Module):
