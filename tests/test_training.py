@@ -169,6 +169,19 @@ def test_another_optimiser_does_not_count():
     assert tracker.frame().index.tolist() == [7, 8]
 
 
+def test_a_step_that_is_logged_again_has_one_row():
+    model = native()
+    tracker = SaturationTracker(every=1)
+    for step in (0, 2, 1):
+        tracker.step(model, step)
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(3)
+    again = tracker.step(model, 2)
+    frame = tracker.frame()
+    assert frame.index.tolist() == [0, 1, 2]
+    assert frame.loc[2, "norm"] == again["norm"] > frame.loc[1, "norm"]
+
+
 def test_the_budget_puts_measures_off_and_makes_them_later(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])

@@ -137,8 +137,10 @@ class SaturationTracker:
         return self._record(unwrapped(model), step, with_measures, began)
 
     def frame(self) -> pd.DataFrame:
-        """Return what was logged by this object, one row a step."""
-        return pd.DataFrame(self.rows).set_index("step") if self.rows else pd.DataFrame()
+        """Return what was logged by this object, one row a step, the last one where it repeats."""
+        by_step = {row["step"]: row for row in self.rows}
+        rows = [by_step[step] for step in sorted(by_step)]
+        return pd.DataFrame(rows).set_index("step") if rows else pd.DataFrame()
 
     @property
     def overhead(self) -> float:
