@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EDITABLE := --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu notebooks report test test-notebooks test-browser test-kernels test-old docs lint types clean pictures
+.PHONY: help bench bench-gpu notebooks report test test-slow test-notebooks test-browser test-kernels test-old docs lint types clean pictures
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ report: $(VENV)/.installed ## Saturate the demo model over the bundled corpus an
 
 test: $(VENV)/.installed-dev ## Run the everyday tests.
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-slow: $(VENV)/.installed-dev ## Run the tests that take long: MiniLM, a trial of the benchmarks.
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
 	$(BIN)/python -m pytest -q -m notebook

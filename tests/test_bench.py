@@ -86,6 +86,7 @@ def measured(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_row_in_time_and_memory(measured):
     found = {}
     peaks = {}
@@ -111,6 +112,7 @@ def test_a_run_measures_every_row_in_time_and_memory(measured):
                 assert known is None or set(known) >= names | {PLAIN}
 
 
+@pytest.mark.slow
 def test_the_tables_go_between_the_markers_of_the_page(measured, tmp_path):
     page = tmp_path / "performance.md"
     shutil.copy(PAGE, page)
@@ -129,6 +131,7 @@ def test_the_tables_go_between_the_markers_of_the_page(measured, tmp_path):
     assert str(REPOSITORY) not in made
 
 
+@pytest.mark.slow
 def test_a_page_without_markers_is_left_alone(measured, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("no place for tables")

