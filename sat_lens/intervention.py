@@ -30,6 +30,7 @@ from sat_lens.sites.discovery import check_is_lens
 from sat_lens.sites.eager import eager_attention
 from sat_lens.sites.hooks import pattern_hook, scores_hook
 from sat_lens.sites.selection import select_heads
+from sat_lens.sites.unseen import refusing_unseen_attention
 
 
 @contextlib.contextmanager
@@ -172,6 +173,8 @@ def attached(
     with contextlib.ExitStack() as stack:
         if why:
             sites = stack.enter_context(eager_attention(model, why))
+        if all(site.path in edits for site in sites):
+            stack.enter_context(refusing_unseen_attention(model))
         stack.enter_context(open_door(model, edits, sites))
         yield
 
@@ -196,6 +199,7 @@ def observe_attention(
         if any(reasons):
             sites = stack.enter_context(eager_attention(model, next(filter(None, reasons))))
         edits = {site.path: _Look(site, observer, of_calls) for site in sites}
+        stack.enter_context(refusing_unseen_attention(model))
         stack.enter_context(open_door(model, edits, sites))
         yield
 

@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import re
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
         UnsupportedModelError: TransformerLens knows no adapter for the architecture.
 
     Warns:
-        UserWarning: The files lack weights outside of the layers, and these are random.
+        UserWarning: The files lack weights outside of the layers, and these are random; or a
+            processor for images is left out, because torchvision is not installed.
 
     Example:
         >>> import sat_lens as sl
@@ -69,7 +71,7 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
     import torch
 
     options.setdefault("dtype", torch.float32)
-    with hub_or_cache(path), quiet_loading() as said:
+    with hub_or_cache(path), installing_nothing(), quiet_loading() as said:
         try:
             model = TransformerBridge.boot_transformers(path, device=device, **options)
         except Exception as error:
@@ -238,6 +240,32 @@ def _hub_answers() -> bool:
     except Exception:  # noqa: BLE001 - its client's errors differ by version, and all mean no
         return False
     return True
+
+
+@contextlib.contextmanager
+def installing_nothing() -> Iterator[None]:
+    """Refuse to run pip.
+
+    TransformerLens runs it for models that read images, to get torchvision, and torchvision brings
+    another PyTorch along.
+    """
+    check_call = subprocess.check_call
+
+    def refusing(command: Any, *args: Any, **kwargs: Any) -> int:
+        if {"pip", "install"} <= set(command):
+            warnings.warn(
+                f"TransformerLens wanted to run {' '.join(map(str, command))}, which was refused. "
+                "Without it the model has no processor for images; text is not affected.",
+                stacklevel=2,
+            )
+            raise PermissionError("pip is not run while a model is loaded")
+        return check_call(command, *args, **kwargs)
+
+    subprocess.check_call = refusing  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        subprocess.check_call = check_call
 
 
 @contextlib.contextmanager

@@ -168,6 +168,28 @@ def test_check_tells_by_its_status_what_cannot_be_touched(run, monkeypatch):
     assert out.count("cannot be saturated") == 2
 
 
+def test_check_tells_by_its_status_what_it_could_not_try(run, monkeypatch):
+    import zoo
+
+    monkeypatch.setattr("sat_lens.models.load_model", lambda name: zoo.case("mistral3").build())
+    status, out, _ = run("check", "mistral3")
+    assert status == 1
+    assert out.count("changes the output") == 2
+    assert "vision_encoder: not tried" in out
+
+
+def test_check_of_a_model_without_attention(run, monkeypatch):
+    import tiny
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)
+    model = tiny.bridge("MambaForCausalLM", config)
+    monkeypatch.setattr("sat_lens.models.load_model", lambda name: model)
+    status, out, error = run("check", "mamba")
+    assert (status, out) == (2, "")
+    one_line(error, "softmax attention", "none ran", "Mamba")
+
+
 @pytest.mark.parametrize("command", ["roles", "report", "check"])
 def test_a_model_directory_that_is_not_there(run, command):
     status, out, error = run(command, "./nowhere")

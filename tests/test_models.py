@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
+import tiny
 import torch
+import transformers
+import zoo
 from safetensors.torch import load_file, save_file
 
 import sat_lens as sl
@@ -99,6 +104,22 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capfd):
     assert constants.HF_HUB_OFFLINE is False
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_nothing_is_installed(tmp_path, monkeypatch):
+    """TransformerLens would run pip for torchvision, which brings another PyTorch along."""
+    model = zoo.case("mistral3").build().original_model
+    transformers.AutoTokenizer.from_pretrained(str(DEMO_FOLDER)).save_pretrained(tmp_path)
+    tiny.hf_model("Mistral3ForConditionalGeneration", model.config).save_pretrained(tmp_path)
+    run = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *command, **_: run.append(command))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.warns(UserWarning, match=r"pip install torchvision.*refused"):
+        bridge = load_model(tmp_path)
+    assert not run
+    subprocess.check_call(["pip", "install"])
+    assert run
+    assert bridge(tiny.tokens()).shape == (2, 10, 96)
 
 
 def test_a_local_directory_asks_no_hub(folder, monkeypatch):

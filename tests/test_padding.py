@@ -19,8 +19,14 @@ FEW_SCALES = {"left": [0.0, math.inf], "right": [0.0]}
 TEXT = [case.name for case in zoo.CASES if case.inputs is tiny.text_inputs]
 PAIRS = [case.name for case in zoo.CASES if case.inputs is tiny.pair_inputs]
 # Here the padding leaks without any saturation: OpenAI GPT loses its causal mask when it is given
-# an attention mask, and the sparse attention of GLM with DSA picks its keys before it masks them.
-LEAKY = {("openai_gpt", "left"), ("openai_gpt", "right"), ("glm_moe_dsa", "left")}
+# an attention mask, the sparse attention of GLM with DSA picks its keys before it masks them, and
+# RecurrentGemma's recurrence runs through padding.
+LEAKY = {
+    ("openai_gpt", "left"),
+    ("openai_gpt", "right"),
+    ("glm_moe_dsa", "left"),
+    ("recurrent_gemma", "left"),
+}
 COMPATIBLE = ["gpt2", "gpt_neox", "llama", "gemma2_soft_cap", "bloom", "deepseek_v3"]
 
 

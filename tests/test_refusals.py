@@ -55,15 +55,6 @@ def test_a_model_without_attention(architecture, config):
         sl.attention_sites(model)
 
 
-def test_a_model_whose_layers_are_wrapped_as_a_whole():
-    size = tiny.SIZE | {"head_dim": 8, "num_key_value_heads": 2}
-    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1}
-    settings = {"layer_types": ["mamba", "attention"], **size, **mamba}
-    model = tiny.of_class("NemotronHForCausalLM", "NemotronHConfig", **settings)()
-    with refusal(UnsupportedModelError, "no attention pattern", "as a whole"):
-        saturated(model, tiny.tokens())
-
-
 @pytest.mark.parametrize("architecture", FUSED)
 def test_fused_attention_until_it_is_eager(architecture):
     config, settings, inputs = FUSED[architecture]
@@ -269,22 +260,6 @@ def test_a_hook_removed_by_force_is_an_error():
         model.get_submodule("blocks.1.attn.hook_attn_scores")._forward_hooks.clear()
         with refusal(NotReachedError, "blocks.1.attn", "0 times"):
             model(tiny.tokens())
-
-
-def test_a_part_that_did_not_run_is_not_left_out_silently():
-    vision = {k: v for k, v in tiny.SIZE.items() if k not in tiny.SPECIAL and k != "vocab_size"}
-    model = tiny.of_class(
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        text_config=transformers.LlamaConfig(**tiny.SIZE),
-        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=4),
-        image_token_index=3,
-    )()
-    with refusal(UnsupportedModelError, "vision_encoder", "did not run"):
-        saturated(model, tiny.tokens())
-    with torch.no_grad():
-        soft = model(tiny.tokens())
-    assert not torch.allclose(saturated(model, tiny.tokens(), heads="L0H0"), soft)
 
 
 @pytest.mark.usefixtures("types_unchecked")

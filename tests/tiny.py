@@ -80,6 +80,8 @@ class Case:
     levels: dict[str, str]
     layers: tuple[int, ...] = (0, 1)
     n_heads: int = N_HEADS
+    # Whether made-up tokens do not run all of its attention, so that it has to be shown its inputs.
+    is_shown: bool = False
 
     @property
     def stacks(self) -> list[str]:

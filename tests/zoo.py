@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import towers
 import transformers
 from tiny import (
     BART,
@@ -31,6 +32,8 @@ from tiny import (
     text_inputs,
     wave_inputs,
 )
+
+import sat_lens as sl
 
 GQA = {"num_key_value_heads": 2}
 WIDE = {"head_dim": 8, "num_key_value_heads": 2}
@@ -252,6 +255,44 @@ CASES = [
         use_mamba_kernels=False,
         **GQA,
     ),
+    # The same, where TransformerLens wraps all layers alike and shows no attention.
+    decoder(
+        "nemotron_h",
+        "NemotronH",
+        "softmax",
+        layers=LAST,
+        layer_types=["mamba", "attention"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=1,
+        **WIDE,
+    ),
+    decoder(
+        "recurrent_gemma",
+        "RecurrentGemma",
+        "softmax",
+        layers=LAST,
+        num_key_value_heads=1,
+        lru_width=32,
+        attention_window_size=4,
+        block_types=["recurrent", "attention"],
+    ),
+    # One block of attention that two layers share.
+    decoder(
+        "zamba2",
+        "Zamba2",
+        "softmax",
+        layers=(1, 2),
+        size=SIZE | {"num_hidden_layers": 3},
+        layers_block_type=["mamba", "hybrid", "hybrid"],
+        mamba_d_state=8,
+        mamba_headdim=16,
+        n_mamba_heads=4,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+        use_mem_rope=True,
+    ),
     # Layers that run several times per forward pass.
     Case(
         "hrm_text",
@@ -261,6 +302,25 @@ CASES = [
     ),
     # Attention that Hugging Face's own code computes, or that has a learned sink.
     decoder("gpt_oss_sink", "GptOss", "softmax", **BOTH_KINDS, **LOCAL_MOE, **WIDE),
+    # Keys of whole blocks beside single ones, and residual streams that softmax mixes as well.
+    decoder(
+        "deepseek_v4",
+        "DeepseekV4",
+        "softmax",
+        num_key_value_heads=1,
+        head_dim=8,
+        q_lora_rank=16,
+        o_lora_rank=8,
+        o_groups=2,
+        qk_rope_head_dim=4,
+        n_routed_experts=4,
+        moe_intermediate_size=16,
+        sliding_window=4,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+        **TOP_2,
+    ),
     decoder("gptj", "GPTJ", "softmax", size=GPT, rotary_dim=4),
     decoder("gpt_neo", "GPTNeo", "softmax", size=GPT_NEO),
     decoder(
@@ -402,13 +462,18 @@ CASES = [
     Case(
         "native_attn_only", lambda: native(attn_only=True, d_mlp=None), text_inputs, {"": "softmax"}
     ),
+    *towers.CASES,
 ]
 
 
 @functools.cache
 def model_of(name: str) -> Any:
     """The model of a case, built once per session."""
-    return case(name).build()
+    model = case(name).build()
+    if case(name).is_shown:
+        args, kwargs = case(name).inputs()
+        sl.attention_sites(model, *args, **kwargs)
+    return model
 
 
 def case(name: str) -> Case:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 from sat_lens.errors import ArgumentError, UnsupportedModelError
-from sat_lens.sites.naming import AttentionSite, places
+from sat_lens.sites.naming import AttentionSite
 from sat_lens.sites.plain import is_plain, probe_plain
 from sat_lens.sites.probe import probe, probe_failure, probe_inputs
 
 _PATTERN = ".hook_pattern"
-_remembered: WeakKeyDictionary[Any, tuple[object, list[AttentionSite]]] = WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Survey:
+    """What one look at a model found, and the state that the model was in."""
+
+    state: object
+    sites: list[AttentionSite]
+    idle: list[str]
+
+
+_remembered: WeakKeyDictionary[Any, _Survey] = WeakKeyDictionary()
 
 
 def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSite]:
@@ -21,6 +35,9 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
 
     The level of each is found by one forward pass, on ``inputs`` where given and on a few made-up
     tokens otherwise; the result is remembered while the model lives and its mode stays the same.
+    Made-up tokens do not run a tower for images or sound; inputs that do list it as well:
+    ``attention_sites(model, tokens, pixel_values=images)``. Where all heads are chosen, a part that
+    computes attention without having been looked at is an error.
 
     Args:
         model: A ``TransformerBridge``, a ``HookedTransformer`` and its like, or a plain Hugging
@@ -44,11 +61,23 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
     state = _state(model)
     if not inputs and not kwargs:
         known = _remembered.get(model)
-        if known is not None and known[0] == state:
-            return list(known[1])
-    found = _probe(model, paths, inputs, kwargs)
-    _remembered[model] = (state, found)
-    return list(found)
+        if known is not None and known.state == state:
+            return list(known.sites)
+    sites, idle = _probe(model, paths, inputs, kwargs)
+    if not sites:
+        raise UnsupportedModelError(
+            f"Needed a model with softmax attention, and none ran in {type(model).__name__} "
+            f"{_name(model)!r}. State-space and linear-attention models (Mamba, RWKV) have nothing "
+            "that can be saturated."
+        )
+    _remembered[model] = _Survey(state, sites, idle)
+    return list(sites)
+
+
+def parts_not_seen(model: Any) -> list[str]:
+    """Name the parts of the model, with weights, that did not run when it was last looked at."""
+    known = _remembered.get(model)
+    return [] if known is None else list(known.idle)
 
 
 def check_is_lens(model: Any, what: str) -> None:
@@ -73,6 +102,12 @@ def _attention_paths(model: Any) -> list[str]:
             f"Needed a TransformerLens model (a TransformerBridge or a HookedTransformer) or a "
             f"Hugging Face model, and a {type(model).__name__} was given."
         )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} runs its model in another process or on another machine, "
+            "where no hook of ours can change attention. Load the model here: "
+            "TransformerBridge.boot_transformers(name)."
+        )
     by_point: dict[int, str] = {}
     for name, point in hook_points.items():
         if name.endswith(_PATTERN):
@@ -80,23 +115,16 @@ def _attention_paths(model: Any) -> list[str]:
             with contextlib.suppress(AttributeError):
                 if model.get_submodule(path) is not None:
                     by_point.setdefault(id(point), path)
-    if not by_point:
-        raise UnsupportedModelError(
-            f"Needed a model with softmax attention, and TransformerLens shows no attention "
-            f"pattern of {type(model).__name__} {_name(model)!r}. State-space and "
-            "linear-attention models (Mamba, RWKV) have nothing that can be saturated; some hybrid "
-            "models have, but TransformerLens wraps their layers as a whole."
-        )
     return list(by_point.values())
 
 
 def _probe(
     model: Any, paths: list[str] | None, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[AttentionSite]:
-    def look(args: tuple[Any, ...], extra: dict[str, Any]) -> list[AttentionSite]:
+) -> tuple[list[AttentionSite], list[str]]:
+    def look(args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[list[AttentionSite], list[str]]:
         if paths is None:
             return probe_plain(model, args, extra)
-        return probe(model, places(paths), args, extra)
+        return probe(model, paths, args, extra)
 
     if inputs or kwargs:
         return look(inputs, kwargs)

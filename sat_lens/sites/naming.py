@@ -92,6 +92,8 @@ def places(paths: list[str]) -> list[Place]:
             # Two attention modules in one block: the second is named by its own module name.
             stack = ".".join(filter(None, [place.stack, place.path.rsplit(".", 1)[-1]]))
             place = dataclasses.replace(place, stack=stack)
+        if seen.setdefault((place.stack, place.layer), place.path) != place.path:
+            place = dataclasses.replace(place, stack=place.path)
         distinct.append(place)
     return distinct
 

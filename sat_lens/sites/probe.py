@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.sites.naming import AttentionSite, Level, Place
+from sat_lens.kernels import AttentionCall, FusedAttention
+from sat_lens.sites.naming import AttentionSite, Level, Place, places
+from sat_lens.sites.search import Call, searching
 from sat_lens.sites.shadow import run_through
 from sat_lens.sites.softmax import AttentionSoftmax, DropoutWatch, heads_in, layout_of
 from sat_lens.version import newer_lens
@@ -30,38 +32,37 @@ from sat_lens.version import newer_lens
 PROBE_TOKENS = 5
 
 
-@dataclasses.dataclass
-class Call:
-    """What happened while one attention module ran once, in order."""
-
-    events: list[tuple[str, Tensor | None]] = dataclasses.field(default_factory=list)
-    fused: bool = False
-
-    def order(self, name: str) -> int | None:
-        """Give the position of the first event of that name, or None."""
-        return next((i for i, (event, _) in enumerate(self.events) if event == name), None)
-
-    def tensors(self, name: str) -> list[Tensor]:
-        """All tensors recorded under that name."""
-        return [tensor for event, tensor in self.events if event == name and tensor is not None]
-
-
 def probe(
-    model: Any, places: list[Place], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[AttentionSite]:
-    """Run the model once, without its hooks, and say at which level each module can be touched."""
-    calls: dict[str, list[Call]] = {place.path: [] for place in places}
+    model: Any, paths: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[AttentionSite], list[str]]:
+    """Run the model once, without its hooks, and say at which level each module can be touched.
+
+    Args:
+        model: A model with hook points.
+        paths: The modules whose hook points show a pattern.
+        args: What to run it on.
+        kwargs: Further arguments of the model's own forward.
+
+    Returns:
+        The attention modules that ran, those that ``paths`` did not name last; and the parts of the
+        model that did not run.
+    """
+    calls: dict[str, list[Call]] = {path: [] for path in paths}
+    known = [model.get_submodule(path) for path in paths]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        stack.enter_context(torch.random.fork_rng(devices=cuda_devices(model)))
         stack.enter_context(without_hooks(model))
-        for place in places:
-            stack.enter_context(_recording(model, place.path, calls[place.path]))
+        search = stack.enter_context(searching(model, known))
+        for path in paths:
+            stack.enter_context(_recording(model, path, calls[path]))
         dropout = stack.enter_context(DropoutWatch())
         model(*args, **kwargs)
+    calls = {path: of_path for path, of_path in calls.items() if of_path} | search.calls
     hint = head_count_hint(model)
-    sites = [_site(place, calls[place.path], hint) for place in places]
-    return [dataclasses.replace(site, dropout=dropout.seen) for site in sites]
+    sites = [_site(place, calls[place.path], hint) for place in places(list(calls))]
+    sites = [dataclasses.replace(site, dropout=dropout.seen) for site in sites]
+    return sites, search.idle()
 
 
 def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -129,12 +130,15 @@ def _recording(model: Any, path: str, calls: list[Call]) -> Iterator[None]:
         calls[-1].events.append(("weights", weights))
         return weights
 
+    def fused(call: AttentionCall) -> Tensor:
+        calls[-1].fused.append(call)
+        return call.run()
+
     @contextlib.contextmanager
     def around() -> Iterator[None]:
         calls.append(Call())
-        with AttentionSoftmax(handle) as mode:
+        with AttentionSoftmax(handle), FusedAttention(fused):
             yield
-        calls[-1].fused = mode.fused
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -163,7 +167,7 @@ def _recording(model: Any, path: str, calls: list[Call]) -> Iterator[None]:
 
 
 def _site(place: Place, calls: list[Call], hint: int | None) -> AttentionSite:
-    why_not, layout, n_heads = _heads(calls, hint)
+    why_not, layout, n_heads = heads_of(calls, hint)
     level: Level | None = None
     if not why_not:
         level = "scores" if all(_scores_are_the_input(call) for call in calls) else "softmax"
@@ -176,25 +180,22 @@ def _site(place: Place, calls: list[Call], hint: int | None) -> AttentionSite:
         level=level,
         layout=layout,
         why_not=why_not,
-        pattern_is_true=bool(calls) and all(_pattern_is_the_output(call) for call in calls),
+        pattern_is_true=all(_pattern_is_the_output(call) for call in calls),
         discarded=frozenset().union(*(_discarded(call) for call in calls)),
     )
 
 
-def _heads(calls: list[Call], hint: int | None) -> tuple[str, str, int]:
+def heads_of(calls: list[Call], hint: int | None) -> tuple[str, str, int]:
     """Give the reason why heads cannot be reached (empty if they can), their layout and number."""
-    if not calls:
-        return "the module did not run in a forward pass", "", 0
+    if any(call.whole for call in calls):
+        return "torch.nn.MultiheadAttention computes it in one call that shows no scores", "", 0
     if any(call.fused for call in calls):
-        return (
-            (
-                "its attention runs in a fused kernel, where scores cannot be reached; load the "
-                'model with attn_implementation="eager", or call '
-                'model.original_model.set_attn_implementation("eager")'
-            ),
-            "",
-            0,
+        why = (
+            "its attention runs in a fused kernel, where scores cannot be reached; load the model "
+            'with attn_implementation="eager", or call '
+            'model.original_model.set_attn_implementation("eager")'
         )
+        return why, "", 0
     counts = {len(call.tensors("softmax")) for call in calls}
     if counts == {0}:
         return "no attention softmax ran inside it", "", 0
@@ -246,7 +247,8 @@ def _hf_config(model: Any) -> Any:
     return getattr(getattr(model, "original_model", model), "config", None)
 
 
-def _cuda_devices(model: Any) -> list[torch.device]:
+def cuda_devices(model: Any) -> list[torch.device]:
+    """List the GPUs that hold parameters of the model, whose random state must be kept."""
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 

@@ -91,6 +91,11 @@ def _named(sites: list[AttentionSite], name: Any) -> tuple[AttentionSite, int]:
     hint = ""
     if not stack and all(site.stack for site in sites):
         hint = " This model has several stacks: put the stack's name before the label."
+    elif stack and stack not in {site.stack for site in sites}:
+        hint = (
+            " A part of it that did not run on a few made-up tokens is looked at by "
+            "sat_lens.attention_sites(model, *your_inputs)."
+        )
     raise HeadSelectionError(
         f"There is no head {_shown(name)} in this model.{hint} It has {_available(sites)}."
     )

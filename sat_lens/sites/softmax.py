@@ -28,15 +28,11 @@ _DROPOUT = frozenset({F.dropout, torch.dropout})
 
 
 class AttentionSoftmax(TorchFunctionMode):
-    """Hands every attention softmax that runs inside the block to ``handle``.
-
-    ``fused`` says whether a fused attention kernel was seen.
-    """
+    """Hands every attention softmax that runs inside the block to ``handle``."""
 
     def __init__(self, handle: Handler) -> None:
         super().__init__()
         self.handle = handle
-        self.fused = False
 
     def __torch_function__(
         self,
@@ -49,8 +45,6 @@ class AttentionSoftmax(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SOFTMAX and _is_attention(args, kwargs):
             return self._softmax(func, args, kwargs)
-        if func in _FUSED:
-            self.fused = True
         return func(*args, **kwargs)
 
     def _softmax(
