@@ -6,6 +6,8 @@ import math
 import subprocess
 import sys
 
+import hooked
+import oracle
 import pytest
 import torch
 import transformers
@@ -76,6 +78,20 @@ def test_a_tracker_of_a_hugging_face_model():
         sl.SaturationTracker(data=tokens(), every=1, measure_every=1).step(model, 0)
 
 
-def test_a_hugging_face_model_is_no_transformer_lens_model():
-    with pytest.raises(ArgumentError, match="Needed a TransformerLens model"):
-        sl.attention_sites(hf_model(seed=0))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_hugging_face_model_needs_no_bridge_to_be_saturated(attention):
+    model = hooked.randomise(hf_model(seed=0))
+    model.set_attn_implementation("eager")
+    paths = {site.path: range(N_HEADS) for site in sl.attention_sites(model)}
+    assert len(paths) == 2
+    with torch.no_grad():
+        with oracle.rescaled_softmax(model, paths, math.inf, N_HEADS):
+            expected = model(tokens()).logits
+        model.set_attn_implementation(attention)
+        soft = model(tokens()).logits
+        with sl.saturate(model):
+            found = model(tokens()).logits
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, soft)
+    with pytest.raises(ArgumentError, match="needs a TransformerLens model"):
+        sl.saturation_hooks(model)
