@@ -311,7 +311,7 @@ def test_hub_revisions_are_checked_and_the_offline_error_is_clear():
     assert len(hub_checkpoints("EleutherAI/pythia-70m", None)) == 154
     with pytest.raises(ArgumentError, match="step 3; the nearest are"):
         hub_checkpoints("EleutherAI/pythia-70m", [0, 3])
-    with pytest.raises(ArgumentError, match="knows no published"):
+    with pytest.raises(ArgumentError, match="knows no checkpoints of 'gpt2-of-nobody'"):
         hub_checkpoints("gpt2-of-nobody", [0, 3])
     with pytest.raises(ModelError, match="hub could not be reached"):
         norm_growth(("EleutherAI/pythia-70m", [0, 512]), progress=False)

@@ -25,10 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.norms.heads import HeadWeights
-from sat_lens.norms.naming import ParameterPlace, parameter_places
+from sat_lens.norms.heads import HeadWeights, heads_of
+from sat_lens.norms.naming import ParameterPlace, canonical_name, parameter_places
+from sat_lens.norms.notes import inner_norms
 from sat_lens.norms.pairs import pair_squares
-from sat_lens.norms.parameters import head_weights, squared_norm
+from sat_lens.norms.parameters import squared_norm
 from sat_lens.norms.sources import Parameters, module_parameters
 from sat_lens.results import Provenance
 
@@ -134,9 +135,11 @@ def rescaling_share(model: Any) -> RescalingShare:
     kind = rotary_kind(parameters.config)
     notes: list[str] = []
     rows: list[Row] = []
-    normed = any(p.component == "layer norm" and _of_query(n) for n, p in places.items())
-    for module in head_weights(parameters, model):
-        rows += _attention_rows(module, kind, normed)
+    names = [*places, *(canonical_name(path) for path, _ in model.named_modules())]
+    normed, normed_values = bool(inner_norms(names, "qk")), bool(inner_norms(names, "v"))
+    for module in heads_of(parameters, model):
+        attention = _attention_rows(module, kind)
+        rows += [row for row in attention if not (normed_values if row[1] == VO else normed)]
     rows += _mlp_rows(parameters, places)
     if not rows:
         raise UnsupportedModelError(
@@ -145,6 +148,8 @@ def rescaling_share(model: Any) -> RescalingShare:
         )
     if normed:
         notes.append("Queries and keys are normalised: their pairs are left out.")
+    if normed_values:
+        notes.append("Values are normalised: their pairs are left out.")
     if not any(pair == MLP for _, pair, _ in rows):
         notes.append("No feed-forward layer was found to be ReLU or gated.")
     if kind:
@@ -173,15 +178,14 @@ def rotary_kind(config: Mapping[str, Any]) -> str:
 Row = tuple[str, str, Tensor]
 
 
-def _attention_rows(module: HeadWeights, kind: str, normed: bool) -> Iterator[Row]:
+def _attention_rows(module: HeadWeights, kind: str) -> Iterator[Row]:
     groups = len(module.k)
     per_group = len(module.q) // groups
     for group in range(groups):
         heads = slice(group * per_group, (group + 1) * per_group)
         label = module.labels[heads.start]
         label += f"-{heads.stop - 1}" if per_group > 1 else ""
-        if not normed:
-            yield label, QK, _qk_squares(module.q[heads].flatten(0, 1), module.k[group], kind)
+        yield label, QK, _qk_squares(module.q[heads].flatten(0, 1), module.k[group], kind)
         outputs = module.o[heads].permute(0, 2, 1).flatten(0, 1)
         yield label, VO, pair_squares(module.v[group], outputs)
 
@@ -229,8 +233,3 @@ def _columns_are_neurons(reads: Tensor, named_so: bool, config: Mapping[str, Any
     widths = (config.get(key) for key in ("hidden_size", "d_model", "n_embd"))
     width = next((size for size in widths if size), None)
     return named_so or (len(reads) == width and reads.shape[1] != width)
-
-
-def _of_query(name: str) -> bool:
-    *_, parent, leaf = ["", *name.split(".")[:-1]]
-    return "attn" in parent.lower() and leaf.lower().startswith(("q", "k"))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError
-from sat_lens.norms.sources import STATE_DICT_SUFFIXES
+from sat_lens.norms.files import STATE_DICT_SUFFIXES
 
 _STEP = re.compile(r"(\d+)(?:\.[A-Za-z]+)?$")
 _CHECKPOINT = re.compile(r"^(checkpoint|step|model|state)?[-_]?\d+(\.[A-Za-z]+)?$")
@@ -113,29 +114,29 @@ def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
     """
     try:
         from transformer_lens.tools.model_registry.checkpoints import get_checkpoint_labels
+        from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
     except ImportError as error:
         raise ModelError("Checkpoints of hub models need TransformerLens 4.") from error
+    full_name = resolve_model_alias(name) or name
+    pattern = next((p for owner, p in _REVISIONS.items() if full_name.startswith(owner)), None)
     try:
-        known, _ = get_checkpoint_labels(name)
-    except Exception as error:
+        known = get_checkpoint_labels(full_name)[0] if pattern else []
+    except ValueError:
+        known = []
+    if pattern is None or not known:
         raise ArgumentError(
-            f"TransformerLens knows no published checkpoints of {name!r}. Give a full name such as "
-            "'EleutherAI/pythia-70m', or local checkpoint directories."
-        ) from error
-    pattern = next((p for owner, p in _REVISIONS.items() if name.startswith(owner)), None)
-    if pattern is None:
-        raise ArgumentError(
-            f"The checkpoints of {name!r} are files and no revisions. Download them, and give a "
-            "mapping from steps to files."
+            f"TransformerLens knows no checkpoints of {name!r} that are revisions on the hub. Give "
+            "a model that has some, such as 'EleutherAI/pythia-70m'; or local checkpoint "
+            "directories; or, where they were published as files, a mapping from steps to files."
         )
-    chosen = list(known) if steps is None else [int(step) for step in steps]
+    chosen = list(known) if steps is None else [_step(step) for step in steps]
     missing = [step for step in chosen if step not in set(known)]
     if missing:
         near = sorted(known, key=lambda step: abs(step - missing[0]))[:3]
         raise ArgumentError(
             f"{name} has no checkpoint of step {missing[0]}; the nearest are {sorted(near)}."
         )
-    return [Checkpoint(step, HubRevision(name, pattern.format(step))) for step in chosen]
+    return [Checkpoint(step, HubRevision(full_name, pattern.format(step))) for step in chosen]
 
 
 def _read(checkpoints: Any) -> list[Checkpoint]:
@@ -145,7 +146,7 @@ def _read(checkpoints: Any) -> list[Checkpoint]:
         return [_given(step, source) for step, source in checkpoints.items()]
     if not isinstance(checkpoints, Iterable) or isinstance(checkpoints, nn.Module):
         raise _unreadable(checkpoints)
-    items = list(checkpoints)
+    items: list[Any] = [list(x) if isinstance(x, Iterator) else x for x in checkpoints]
     if len(items) == 2 and isinstance(items[0], str) and _are_steps(items[1]):
         return hub_checkpoints(*items)
     return [_item(item) for item in items]
@@ -164,12 +165,10 @@ def _item(item: Any) -> Checkpoint:
 
 
 def _given(step: Any, source: Any) -> Checkpoint:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ArgumentError(f"A step is a whole number from 0 on; found {step!r}.")
     if isinstance(source, (str, os.PathLike)):
-        return Checkpoint(step, Path(source))
+        return Checkpoint(_step(step), Path(source))
     if isinstance(source, nn.Module):
-        return Checkpoint(step, source)
+        return Checkpoint(_step(step), source)
     raise _unreadable(source)
 
 
@@ -216,7 +215,13 @@ def _are_steps(value: Any) -> bool:
         return True
     if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
         return False
-    return all(isinstance(step, int) for step in value)
+    return all(isinstance(step, numbers.Integral) for step in value)
+
+
+def _step(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ArgumentError(f"A step is a whole number from 0 on; found {value!r}.")
+    return int(value)
 
 
 def _unreadable(found: object) -> ArgumentError:

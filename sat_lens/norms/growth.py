@@ -200,11 +200,11 @@ def norm_growth(
     reader = Reader(found)
     with tqdm(found, desc="norm growth", unit="checkpoint", disable=not progress) as bar:
         try:
-            for index, checkpoint in enumerate(bar):
+            for index, _ in enumerate(bar):
                 row = reader.row(index)
                 if kept is not None:
                     model = (as_model or (lambda path: lens_model(path, tokenizer)))(
-                        checkpoint.located()
+                        reader.located(index)
                     )
                     check_lens_model(model)
                     check_readable(model, kept)

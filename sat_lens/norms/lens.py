@@ -64,7 +64,7 @@ def unwrapped(model: Any) -> Any:
     """Take a model out of what DataParallel and torch.compile put around it."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__.endswith("DataParallel"):
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model.module
         if inner is None:
             return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 
 COMPONENTS = (
     "embedding",
@@ -44,7 +44,7 @@ _PARTS = {
 }
 _COMPONENT_OF_ROLE = {"q": "qk", "k": "qk", "q_a": "qk", "q_b": "qk", "v": "ov", "o": "ov"}
 _SCORES = ("relative_attention_bias", "sinks")
-_NORM = re.compile(r"norm|^ln(_?(\d+|f|out|final|pre|post|q|k))?$", re.IGNORECASE)
+_NORM = re.compile(r"norm|^ln(\d*|f|out|final|pre|post)(_\w+)?$|_ln$", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NOT_SOFTMAX = re.compile(r"linear_attn|linear_attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
@@ -81,6 +81,11 @@ class ParameterPlace:
     cross: bool = False
     bias: bool = False
 
+    @property
+    def label_stack(self) -> str:
+        """The stack that the labels of its heads name."""
+        return "cross" if self.cross else self.stack
+
 
 def canonical_name(name: str) -> str:
     """Strip the wrappers from a parameter's name.
@@ -97,15 +102,23 @@ def canonical_name(name: str) -> str:
 def parameter_places(names: Iterable[str]) -> dict[str, ParameterPlace]:
     """Sort parameters by name; a stack is named only where there are several.
 
+    Stacks of attention that no rule knows go by the first part in which their names differ.
+
     Example:
         >>> places = parameter_places(["h.0.attn.q_proj.weight", "wte.weight", "h.0.ln_1.weight"])
         >>> [place.component for place in places.values()]
         ['qk', 'embedding', 'layer norm']
     """
-    found = {name: _place(name) for name in names}
-    if len({place.stack for place in found.values() if place.layer is not None}) > 1:
-        return found
-    return {name: dataclasses.replace(place, stack="") for name, place in found.items()}
+    listed = list(names)
+    attention = _attention_modules(listed)
+    found = {name: _place(name, attention) for name in listed}
+    if len({place.stack for place in found.values() if place.layer is not None}) < 2:
+        found = {name: dataclasses.replace(place, stack="") for name, place in found.items()}
+    for prefix, stack in _stacks_told_apart(found).items():
+        for name, place in found.items():
+            if place.layer is not None and _prefix(name) == prefix:
+                found[name] = dataclasses.replace(place, stack=stack)
+    return found
 
 
 def superseded(names: Iterable[str]) -> set[str]:
@@ -129,7 +142,16 @@ def superseded(names: Iterable[str]) -> set[str]:
     return double
 
 
-def _place(name: str) -> ParameterPlace:
+def _attention_modules(names: Iterable[str]) -> set[str]:
+    """Name the modules that have all four projections, whatever they are called themselves."""
+    roles: dict[str, set[str]] = {}
+    for name in names:
+        module, _, leaf = name.removesuffix(".weight").rpartition(".")
+        roles.setdefault(module, set()).add(_ROLE.get(leaf.lower(), ""))
+    return {module for module, found in roles.items() if found >= {"q", "k", "v", "o"}}
+
+
+def _place(name: str, attention: Set[str]) -> ParameterPlace:
     parts = name.split(".")
     index = next(
         (i for i, part in enumerate(parts) if part.isdigit() and "conv" not in "".join(parts[:i])),
@@ -142,10 +164,40 @@ def _place(name: str) -> ParameterPlace:
     modules = parts if parts[-1] not in ("weight", "bias", "w", "b") else parts[:-1]
     if any(_NORM.search(part) for part in modules):
         return ParameterPlace("layer norm", stack, layer, bias=bias)
-    at = next((i for i, part in enumerate(modules) if _ATTENTION.search(part)), None)
+    ends = range(len(modules))
+    at = next(
+        (
+            i
+            for i in ends
+            if _ATTENTION.search(modules[i]) or ".".join(modules[: i + 1]) in attention
+        ),
+        None,
+    )
     if at is not None and layer is not None and not _NOT_SOFTMAX.search(modules[at]):
         return _in_attention(modules, at, stack, layer, bias)
     return ParameterPlace(_outside_attention(modules, layer), stack, layer, bias=bias)
+
+
+def _stacks_told_apart(places: Mapping[str, ParameterPlace]) -> dict[str, str]:
+    """Name the stacks whose attention modules would share their labels, by their prefixes."""
+    sharing: dict[tuple[str, int | None, bool], set[str]] = {}
+    for name, place in places.items():
+        if place.role:
+            key = (place.stack, place.layer, place.cross)
+            sharing.setdefault(key, set()).add(_prefix(name))
+    named: dict[str, str] = {}
+    for prefixes in sharing.values():
+        if len(prefixes) > 1:
+            parts = {prefix: prefix.split(".") for prefix in prefixes}
+            columns = zip(*parts.values(), strict=False)
+            at = next((i for i, column in enumerate(columns) if len(set(column)) > 1), 0)
+            named |= {prefix: part[at] for prefix, part in parts.items()}
+    return named
+
+
+def _prefix(name: str) -> str:
+    """Give what stands before a block's index."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[0]
 
 
 def _in_attention(

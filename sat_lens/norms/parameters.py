@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.norms.arguments import check_module, columns_of_length
-from sat_lens.norms.heads import (
-    HEAD_NORMS,
-    HeadWeights,
-    heads_of,
-    heads_of_lens_model,
-    joint_rows,
+from sat_lens.norms.heads import HEAD_NORMS, heads_of
+from sat_lens.norms.layouts import joint_rows
+from sat_lens.norms.naming import (
+    COMPONENTS,
+    ParameterPlace,
+    canonical_name,
+    parameter_places,
 )
-from sat_lens.norms.naming import COMPONENTS, ParameterPlace, parameter_places
 from sat_lens.norms.notes import notes_on
 from sat_lens.norms.sources import Parameters, module_parameters
 from sat_lens.results import Provenance, read_entries, read_result, write_result
@@ -211,7 +211,13 @@ def norms_of(
                     "checkpoint from before the training diverged."
                 )
             rows.append((key, component, _layer(place), square, part.numel()))
-    heads = list(head_weights(parameters, model))
+    labels: list[str] = []
+    heads = [torch.zeros(0, len(HEAD_NORMS), dtype=torch.float64)]
+    told_apart = set()
+    for module in heads_of(parameters, model):
+        labels += module.labels
+        heads.append(module.norms())
+        told_apart.add(module.path)
     names, components, layers, squares, sizes = zip(*rows, strict=True)
     return ParameterNorms(
         provenance=Provenance(name or parameters.name),
@@ -220,11 +226,14 @@ def norms_of(
         layers=layers,
         squares=torch.tensor(squares, dtype=torch.float64),
         sizes=torch.tensor(sizes),
-        labels=tuple(label for module in heads for label in module.labels),
-        heads=torch.cat([module.norms() for module in heads])
-        if heads
-        else torch.zeros(0, len(HEAD_NORMS), dtype=torch.float64),
-        notes=notes_on(places, bool(heads), parameters.integers),
+        labels=tuple(labels),
+        heads=torch.cat(heads),
+        notes=notes_on(
+            places,
+            told_apart,
+            parameters.integers,
+            () if model is None else (canonical_name(path) for path, _ in model.named_modules()),
+        ),
     )
 
 
@@ -255,16 +264,6 @@ def _parts(
     by_row = tensor.T if transposed else tensor
     yield "qk", by_row[torch.cat([rows["q"], rows["k"]]).to(tensor.device)]
     yield "ov", by_row[rows["v"].to(tensor.device)]
-
-
-def head_weights(parameters: Parameters, model: nn.Module | None) -> Iterator[HeadWeights]:
-    """Give the heads that a model shows, and those that the names of its parameters tell apart."""
-    shown = list(heads_of_lens_model(model)) if hasattr(model, "hook_dict") else []
-    yield from shown
-    known = {(module.stack, module.layer) for module in shown}
-    for module in heads_of(parameters):
-        if (module.stack, module.layer) not in known:
-            yield module
 
 
 def _layer(place: ParameterPlace) -> str:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
 
 from sat_lens.norms.checkpoints import Checkpoint
 from sat_lens.norms.parameters import norms_of
-from sat_lens.norms.sources import Parameters, open_parameters, tied_names
+from sat_lens.norms.sources import (
+    Parameters,
+    config_of,
+    named_as_in_files,
+    open_parameters,
+    tied_names,
+)
 from sat_lens.norms.trajectory import check_same_model, half_way, products
 
 
@@ -19,6 +30,16 @@ class Reader:
         self.checkpoints = checkpoints
         self.steps = [checkpoint.step for checkpoint in checkpoints]
         self.tied: set[str] | None = None
+        self._located: dict[int, Path | nn.Module] = {}
+        models = [c.source for c in checkpoints if isinstance(c.source, nn.Module)]
+        # Files of weights alone do not say how many heads there are; a model of the same run does.
+        self._config = config_of(models[0]) if models else {}
+
+    def located(self, index: int) -> Path | nn.Module:
+        """Give a checkpoint's path or model, after a download where one is needed."""
+        if index not in self._located:
+            self._located[index] = self.checkpoints[index].located()
+        return self._located[index]
 
     def row(self, index: int) -> dict[str, float]:
         """Measure a checkpoint, and its way from those before it.
@@ -62,8 +83,22 @@ class Reader:
         }
 
     def _open(self, index: int, stack: contextlib.ExitStack) -> Parameters:
-        checkpoint = self.checkpoints[index]
-        opened = stack.enter_context(open_parameters(checkpoint.located(), str(checkpoint)))
+        checkpoint, source = self.checkpoints[index], self.located(index)
+        names = self._names_in_files if isinstance(source, nn.Module) else None
+        opened = stack.enter_context(open_parameters(source, str(checkpoint)))
+        if isinstance(source, nn.Module) and names:
+            opened = named_as_in_files(source, opened, names)
+        if not opened.config:
+            opened = dataclasses.replace(opened, config=self._config)
         if self.tied is None:
             self.tied = tied_names(opened)
         return opened.without(self.tied)
+
+    @functools.cached_property
+    def _names_in_files(self) -> frozenset[str]:
+        """The names of parameters in the first checkpoint that is no model in memory."""
+        for index, checkpoint in enumerate(self.checkpoints):
+            if not isinstance(checkpoint.source, nn.Module):
+                with open_parameters(self.located(index), str(checkpoint)) as opened:
+                    return frozenset(opened.shapes)
+        return frozenset()

@@ -21,9 +21,9 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from sat_lens.errors import ArgumentError
+from sat_lens.errors import ArgumentError, ModelError
 from sat_lens.norms.arguments import check_module
-from sat_lens.norms.heads import joint_rows
+from sat_lens.norms.layouts import joint_rows
 from sat_lens.norms.naming import ParameterPlace, canonical_name, parameter_places, superseded
 from sat_lens.norms.sources import config_of
 
@@ -58,6 +58,7 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
         ArgumentError: ``c`` is not finite, ``which`` is unknown, or the model has no such
             parameters; at the end, the model was moved, cast or given other parameters in the
             block. Those that it had are as they were nevertheless.
+        ModelError: The model has parameters without values, or quantised ones.
 
     Example:
         >>> import torch
@@ -181,6 +182,7 @@ class _Part:
 def _chosen(model: nn.Module, which: Which) -> list[_Part]:
     if not isinstance(which, str) or which not in get_args(Which):
         raise ArgumentError(f"which is one of {', '.join(get_args(Which))}; found {which!r}.")
+    _check_can_be_multiplied(model)
     named = {
         canonical_name(name): parameter.detach()
         for name, parameter in model.named_parameters()
@@ -197,6 +199,17 @@ def _chosen(model: nn.Module, which: Which) -> list[_Part]:
             "says so. Use which='all', or 'matrices'."
         )
     return chosen
+
+
+def _check_can_be_multiplied(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
+        if not parameter.is_floating_point() and parameter.dim() >= 2:
+            raise ModelError(
+                f"{name} holds integers, as quantised weights do, and cannot be multiplied. Load "
+                "the model without quantisation."
+            )
 
 
 def _joint_parts(

@@ -1,26 +1,30 @@
-"""Named tensors of a model or of a file, read one at a time, without running code of the file."""
+"""The parameters of a model, a checkpoint directory or a file, by name, each counted once."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import pickle
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError
+from sat_lens.norms.files import Lazy, config_beside, identity, open_tensors, tensors_of_state
 from sat_lens.norms.naming import canonical_name, parameter_places, superseded
 
-STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_NESTED = ("state_dict", "model_state_dict", "model")
-_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".IGNORE", ".mask")
+logger = logging.getLogger(__name__)
+
+# What state dicts hold beside parameters: tables, masks, statistics, constants.
+_TABLES = (
+    *("inv_freq", "rotary_sin", "rotary_cos", ".mask", ".masked_bias", ".IGNORE"),
+    *("running_mean", "running_var", "final_logits_bias", "act_fn.beta", "act_fn.eps"),
+    ".layer_scalar",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Parameters:
     read: Callable[[str], Tensor]
     config: Mapping[str, Any]
     integers: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of elements of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def without(self, names: set[str]) -> Parameters:
         """Leave some parameters out."""
@@ -67,8 +76,7 @@ def open_parameters(source: Any, name: str = "") -> Iterator[Parameters]:
         )
     path = Path(source)
     with contextlib.ExitStack() as stack:
-        tensors = _directory(path, stack) if path.is_dir() else _file(path, stack)
-        yield _from_lazy(name or str(path), tensors, _config_beside(path))
+        yield _from_lazy(name or str(path), open_tensors(path, stack), config_beside(path))
 
 
 def module_parameters(model: nn.Module) -> Parameters:
@@ -81,13 +89,14 @@ def module_parameters(model: nn.Module) -> Parameters:
     found: dict[str, Tensor] = {}
     integers: list[str] = []
     seen: set[tuple[Any, ...]] = set()
+    _check_unsharded(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
         tensor = parameter.detach()
-        if _identity(tensor) in seen or not tensor.numel():
+        if identity(tensor) in seen or not tensor.numel():
             continue
-        seen.add(_identity(tensor))
+        seen.add(identity(tensor))
         if tensor.is_floating_point():
             found[canonical_name(name)] = tensor
         else:
@@ -101,6 +110,51 @@ def module_parameters(model: nn.Module) -> Parameters:
         kind, shapes, found.__getitem__, config_of(model), integers=tuple(integers)
     )
     return parameters.without(superseded(shapes))
+
+
+def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Parameters:
+    """Give a model's parameters under the names that its files use.
+
+    A file's names are those of the model, or of its state dict (a TransformerBridge changes them
+    there), or what transformers turns those into when it saves.
+    """
+    if own.shapes.keys() == names:
+        return own
+    states = [model.state_dict()]
+    if hasattr(model, "save_pretrained"):
+        # Older versions save what the state dict says.
+        with contextlib.suppress(ImportError):
+            from transformers.core_model_loading import revert_weight_conversion
+
+            states.append(revert_weight_conversion(model, states[0]))
+    known = [
+        own,
+        *(_from_lazy(own.name, tensors_of_state(state), dict(own.config)) for state in states),
+    ]
+    found = max(known, key=lambda parameters: len(parameters.shapes.keys() & names))
+    if found.size < own.size:
+        logger.warning(
+            "The files leave out %d of the %d parameters of %s, as TransformerLens's state dict "
+            "does with some models; norms are of the others.",
+            own.size - found.size,
+            own.size,
+            own.name,
+        )
+    return found
+
+
+def _check_unsharded(model: nn.Module) -> None:
+    split = [
+        n for n, p in model.named_parameters() if hasattr(p, "placements") or hasattr(p, "ds_id")
+    ]
+    wrapped = [m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    if split or wrapped:
+        what = split[0] if split else "The model"
+        raise ModelError(
+            f"{what} is split over several processes (FSDP, DeepSpeed or tensor parallelism), and "
+            "one of them does not see all weights. Follow such a run by its checkpoints: "
+            "sat_lens.norm_growth(folder)."
+        )
 
 
 def config_of(model: Any) -> dict[str, Any]:
@@ -132,18 +186,9 @@ def tied_names(parameters: Parameters) -> set[str]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lazy:
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-def _from_lazy(name: str, tensors: Mapping[str, _Lazy], config: dict[str, Any]) -> Parameters:
-    kept = {
-        canonical_name(key): lazy
-        for key, lazy in tensors.items()
-        if not key.endswith(_BUFFERS) and not _is_mask(key, lazy.shape) and 0 not in lazy.shape
-    }
+def _from_lazy(name: str, tensors: Mapping[str, Lazy], config: dict[str, Any]) -> Parameters:
+    named = {canonical_name(key): lazy for key, lazy in tensors.items()}
+    kept = {key: lazy for key, lazy in named.items() if not _is_table(key, lazy.shape)}
     if not kept:
         raise FileFormatError(f"{name} holds no weights.")
     shapes = {key: lazy.shape for key, lazy in kept.items()}
@@ -151,106 +196,7 @@ def _from_lazy(name: str, tensors: Mapping[str, _Lazy], config: dict[str, Any]) 
     return parameters.without(superseded(shapes))
 
 
-def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
+def _is_table(name: str, shape: tuple[int, ...]) -> bool:
     # GPT-2 and its kin kept their causal mask under the name of a bias.
-    return name.endswith(".bias") and len(shape) == 4 and shape[:2] == (1, 1)
-
-
-def _directory(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
-    for weights in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{weights}.index.json"
-        if (path / weights).exists():
-            return _file(path / weights, stack)
-        if index.exists():
-            return _shards(index, stack)
-    raise FileFormatError(
-        f"{path} is no checkpoint: it holds neither model.safetensors nor pytorch_model.bin, as "
-        "save_pretrained and the Trainer write them."
-    )
-
-
-def _shards(index: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileFormatError(f"{index} is no index of weights: {error}.") from error
-    tensors: dict[str, _Lazy] = {}
-    for file in files:
-        tensors |= _file(index.parent / Path(str(file)).name, stack)
-    return tensors
-
-
-def _file(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
-    if not path.is_file():
-        raise FileFormatError(f"There is no checkpoint {path}.")
-    if path.suffix == ".safetensors":
-        return _safetensors(path, stack)
-    if path.suffix in STATE_DICT_SUFFIXES:
-        return _state_dict(path)
-    raise FileFormatError(
-        f"{path} is no checkpoint: a file of weights ends in .safetensors or in "
-        f"{', '.join(STATE_DICT_SUFFIXES)}."
-    )
-
-
-def _safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
-    try:
-        file = stack.enter_context(safe_open(path, framework="pt"))
-        shapes = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path} is broken or no safetensors file ({error}).") from error
-    return {
-        name: _Lazy(tuple(part.get_shape()), partial(file.get_tensor, name))
-        for name, part in shapes.items()
-        if part.get_dtype() in ("F64", "F32", "F16", "BF16")
-    }
-
-
-def _state_dict(path: Path) -> dict[str, _Lazy]:
-    state = _load(path)
-    for key in _NESTED:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
-        raise FileFormatError(f"{path} holds no state dict, a mapping from names to tensors.")
-    tensors: dict[str, _Lazy] = {}
-    seen: set[tuple[Any, ...]] = set()
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            if _identity(value) not in seen:
-                tensors[str(name)] = _Lazy(tuple(value.shape), value.detach)
-            seen.add(_identity(value))
-    return tensors
-
-
-def _load(path: Path) -> Any:
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:
-            # Files in the format before PyTorch 1.6 cannot be mapped, and are read whole.
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FileFormatError(
-            f"{path} is not only weights: reading it would run code, which is refused. Save "
-            "model.state_dict() alone, or as safetensors."
-        ) from error
-    except Exception as error:
-        # Any error at all can come of the bytes of a file that is none.
-        raise FileFormatError(
-            f"{path} is broken or no state dict ({type(error).__name__}: {str(error)[:200]})."
-        ) from error
-
-
-def _config_beside(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    # A transposed view of a tied matrix is the same weights.
-    return tensor.device, tensor.data_ptr(), tensor.numel()
+    is_mask = name.endswith(".bias") and len(shape) == 4 and shape[:2] == (1, 1)
+    return is_mask or 0 in shape or name.endswith(_TABLES)

@@ -101,7 +101,7 @@ def check_same_model(first: Parameters, other: Parameters) -> None:
             raise ArgumentError(
                 f"{first.name} and {other.name} are of different architectures: {name} is "
                 f"{_shown(shapes[0])} in the one and {_shown(shapes[1])} in the other. Give "
-                "checkpoints of one training run."
+                "checkpoints of one training run, saved in one way."
             )
 
 
