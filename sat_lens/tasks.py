@@ -11,13 +11,16 @@ When not to use it: as a benchmark. The tasks are for knowing the answer beforeh
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sat_lens.errors import ArgumentError, ModelError
+from sat_lens.errors import ArgumentError, ModelError, UnsupportedModelError
+
+_BLOCK_OUTPUT = re.compile(r"(\d+)\.hook_(resid_post|out)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ def majority(n_sequences: int = 256, length: int = 64, seed: int = 0) -> Task:
         >>> task.tokens.shape, task.n_answers
         (torch.Size([4, 8]), 3)
     """
+    _check(n_sequences=(n_sequences, 1), length=(length, 2))
     tokens = _with_start(_draw((n_sequences, length - 1), 2, seed) + 1)
     lead = ((tokens == 2).long() - (tokens == 1).long()).cumsum(1)
     return _task("majority", tokens, lead.sign() + 1, n_tokens=3, n_answers=3, counts=True)
@@ -71,6 +75,7 @@ def token_count(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task
         >>> bool((task.answers[task.counted] >= 1).all())
         True
     """
+    _check(n_sequences=(n_sequences, 1), length=(length, 2))
     tokens = _with_start(_draw((n_sequences, length - 1), 4, seed) + 1)
     same = tokens[:, :, None] == tokens[:, None, :]
     answers = same.tril().sum(-1)
@@ -85,6 +90,7 @@ def dyck_depth(n_sequences: int = 256, length: int = 32, seed: int = 0, deepest:
         >>> int(dyck_depth(8, 16).answers.max()) <= 6
         True
     """
+    _check(n_sequences=(n_sequences, 1), length=(length, 2), deepest=(deepest, 1))
     generator = torch.Generator().manual_seed(seed)
     depth = torch.zeros(n_sequences, dtype=torch.long)
     steps = []
@@ -111,6 +117,7 @@ def an_bn(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
         >>> sorted(set(task.answers[task.counted].tolist())) == [0, 1]
         True
     """
+    _check(n_sequences=(n_sequences, 1), length=(length, 6))
     generator = torch.Generator().manual_seed(seed)
     n = torch.randint(1, length // 3, (n_sequences, 1), generator=generator)
     noise = torch.rand(n_sequences, length - 1, generator=generator) < 0.3
@@ -130,6 +137,7 @@ def previous_token(n_sequences: int = 256, length: int = 32, seed: int = 0) -> T
         >>> bool((task.answers[:, 1:] == task.tokens[:, :-1]).all())
         True
     """
+    _check(n_sequences=(n_sequences, 1), length=(length, 2))
     tokens = _with_start(_draw((n_sequences, length - 1), 8, seed) + 1)
     answers = tokens.roll(1, dims=1)
     return _task("previous token", tokens, answers, n_tokens=9, n_answers=9, counts=False)
@@ -144,6 +152,7 @@ def induction(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
         >>> bool((task.tokens[:, 1:5] == task.tokens[:, 5:]).all())
         True
     """
+    _check(n_sequences=(n_sequences, 1), length=(length, 5))
     half = (length - 1) // 2
     generator = torch.Generator().manual_seed(seed)
     first = torch.rand(n_sequences, 4 * half, generator=generator).argsort(1)[:, :half] + 1
@@ -164,13 +173,23 @@ def distinct_states(
     A saturated model is discrete: it takes few states, however many sequences there are. States are
     the rows of the last residual stream, equal if they agree to ``decimals`` decimals.
 
+    Raises:
+        UnsupportedModelError: The model has no hook for the residual stream after a block.
+
     Example:
         >>> from sat_lens.tasks import distinct_states, majority, train_on
         >>> task = majority(16, 6)
         >>> int(distinct_states(train_on(task, steps=1), task.tokens)[0])
         1
     """
-    last = max(name for name in model.hook_dict if name.endswith("hook_resid_post"))
+    found = {name: _BLOCK_OUTPUT.search(name) for name in getattr(model, "hook_dict", ())}
+    layers = {name: int(match[1]) for name, match in found.items() if match}
+    if not layers:
+        raise UnsupportedModelError(
+            "The model has no hook for the residual stream after a block (hook_resid_post or "
+            "hook_out). Load it as a TransformerLens model."
+        )
+    last = max(layers, key=lambda name: layers[name])
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter=last)
     states = (cache[last] * 10**decimals).round()
@@ -196,7 +215,8 @@ def train_on(
     counting get them: with positions a model can solve a^n b^n by looking at the last letter a.
 
     Raises:
-        ArgumentError: ``n_heads`` does not divide ``d_model``.
+        ArgumentError: A size is no whole number of at least 1, or ``n_heads`` does not divide
+            ``d_model``.
         ModelError: The installed TransformerLens has no models of its own for the bridge.
 
     Example:
@@ -216,6 +236,8 @@ def train_on(
             "(TransformerBridge.boot_native), and an older one is installed. Train a model of your "
             "own on task.tokens and task.answers."
         ) from error
+    _check(n_layers=(n_layers, 1), n_heads=(n_heads, 1), d_model=(d_model, 1))
+    _check(steps=(steps, 1), batch=(batch, 1))
     if d_model % n_heads:
         raise ArgumentError(f"n_heads must divide d_model = {d_model}; found {n_heads}.")
     config = TransformerBridgeConfig(
@@ -250,6 +272,15 @@ def train_on(
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _check(**arguments: tuple[int, int]) -> None:
+    """Refuse sizes that are no whole numbers, or less than the least that makes sense."""
+    for name, (value, least) in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(
+                f"{name} must be a whole number of at least {least}; found {value!r}."
+            )
 
 
 def _task(

@@ -7,8 +7,8 @@ import torch
 
 import sat_lens as sl
 from sat_lens import tasks
-from sat_lens.attention import Limit, Uniform
-from sat_lens.tasks import distinct_states, train_on
+from sat_lens.attention import Limit
+from sat_lens.tasks import train_on
 from tests.constructed import (
     N_CTX,
     UNIFORM,
@@ -113,70 +113,6 @@ def test_a_head_that_acts_at_one_position_is_labelled_by_that_position():
     assert (over_all["role"], over_all["target"]) == ("mean", "")
     assert (weighted["role"], weighted["target"]) == ("argmax", "next")
     assert (restricted["role"], restricted["target"]) == ("argmax", "next")
-
-
-@pytest.fixture(scope="module")
-def majority():
-    task = tasks.majority(512, 48)
-    return train_on(task, steps=150), tasks.majority(64, 48, seed=9)
-
-
-def accuracy(model, task, transform=None):
-    with torch.no_grad():
-        if transform is None:
-            return task.accuracy(model(task.tokens))
-        with sl.replace_attention(model, transform):
-            return task.accuracy(model(task.tokens))
-
-
-def test_exact_saturation_breaks_counting_and_uniform_attention_keeps_it(majority):
-    model, task = majority
-    assert accuracy(model, task) > 0.98
-    assert accuracy(model, task, Limit()) < 0.7
-    assert accuracy(model, task, Uniform()) > 0.85
-    # A tolerance as wide as the row's range of scores is uniform attention, and keeps it as well.
-    assert accuracy(model, task, Limit(5.0)) == accuracy(model, task, Uniform())
-
-
-def test_a_counting_model_has_a_mean_head(majority):
-    model, task = majority
-    frame = sl.head_roles(model, task.tokens, progress=False).frame()
-    assert "mean" in set(frame["role"])
-
-
-def test_a_saturated_counter_takes_two_states_and_a_uniform_one_takes_the_counts(majority):
-    model, task = majority
-    with sl.saturate(model):
-        hard = distinct_states(model, task.tokens)
-    with sl.saturate(model, scale=0):
-        uniform = distinct_states(model, task.tokens)
-    last_token_and_lead = {
-        (int(row[-1]), int((row == 2).sum() - (row == 1).sum())) for row in task.tokens
-    }
-    # Without ties a saturated row shows one token: one of two, times the current token.
-    assert int(hard[-1]) <= 4
-    assert int(uniform[-1]) == len(last_token_and_lead)
-
-
-def test_dyck_depth_needs_the_soft_tail():
-    task = tasks.dyck_depth(512)
-    model = train_on(task, steps=250, positions=True)
-    test = tasks.dyck_depth(64, seed=9)
-    soft, hard, nearest, uniform = (
-        accuracy(model, test, t) for t in (None, Limit(), Limit("nearest"), Uniform())
-    )
-    assert soft > 0.97
-    assert hard < 0.6
-    assert min(nearest, uniform) > hard + 0.2
-
-
-def test_an_bn_is_lost_by_exact_saturation():
-    task = tasks.an_bn(1024)
-    model = train_on(task, steps=600)
-    test = tasks.an_bn(128, seed=9)
-    guess = float(1 - test.answers[test.counted].float().mean())
-    assert accuracy(model, test) > 0.95
-    assert accuracy(model, test, Limit()) < guess + 0.05
 
 
 def test_a_previous_token_model_has_a_head_for_it():
