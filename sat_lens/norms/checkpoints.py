@@ -129,7 +129,7 @@ def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
             "a model that has some, such as 'EleutherAI/pythia-70m'; or local checkpoint "
             "directories; or, where they were published as files, a mapping from steps to files."
         )
-    chosen = list(known) if steps is None else [_step(step) for step in steps]
+    chosen = list(known) if steps is None else list(steps)
     missing = [step for step in chosen if step not in set(known)]
     if missing:
         near = sorted(known, key=lambda step: abs(step - missing[0]))[:3]
@@ -148,7 +148,8 @@ def _read(checkpoints: Any) -> list[Checkpoint]:
         raise _unreadable(checkpoints)
     items: list[Any] = [list(x) if isinstance(x, Iterator) else x for x in checkpoints]
     if len(items) == 2 and isinstance(items[0], str) and _are_steps(items[1]):
-        return hub_checkpoints(*items)
+        name, steps = items
+        return hub_checkpoints(name, None if steps is None else [_step(step) for step in steps])
     return [_item(item) for item in items]
 
 

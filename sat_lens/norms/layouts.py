@@ -118,6 +118,8 @@ def split_heads(
     d_qk = len(rows["k"]) * d_v // len(rows["v"])
     if any(len(rows[name]) % size for name, size in (("q", n_heads), ("k", d_qk), ("v", d_v))):
         return None
+    if n_heads % (len(rows["v"]) // d_v):
+        return None
     return (
         # A gated query projection holds the gate's rows after the query's, head by head.
         rows["q"].unflatten(0, (n_heads, -1))[:, :d_qk].mT,
