@@ -61,9 +61,10 @@ class ScalingCurve:
         model predicts the next one), ``kl`` (divergence from the soft model, nats), ``top1`` (share
         of positions whose likeliest token is that of the soft model), ``metric`` if one was given
         (in its own unit), and for each layer ``S_L0``, ...: the similarity S of the residual stream
-        to the soft run, normalised by random keys, without a unit. :attr:`notes` says why an S is
-        NaN. All but ``metric`` are means over the positions that are no padding; ``metric`` is a
-        mean over batches, each weighing as many sequences as it has.
+        to the soft run, normalised by random keys, without a unit; beside it ``cos_random_L0``,
+        ..., the cosine that random keys give, which is S = 0 and the same at every scale.
+        :attr:`notes` says why an S is NaN. All but ``metric`` are means over the positions that are
+        no padding; ``metric`` is a mean over batches, each weighing as many sequences as it has.
         """
         return pd.DataFrame(
             {name: values.tolist() for name, values in self.columns.items()},
@@ -174,7 +175,7 @@ def scaling_curve(
             complete = False
     columns = {name: values / weights[name] for name, values in totals.items()}
     for label in streams.values():
-        columns[label] = normalised_similarity(columns[label], columns.pop(_control(label)))
+        columns[label] = normalised_similarity(columns[label], columns[_control(label)])
     provenance = Provenance(model_name(model), data_name)
     return ScalingCurve(provenance, tuple(float(c) for c in scales), columns, complete)
 
@@ -239,7 +240,7 @@ def _at_scale(
 
 
 def _control(label: str) -> str:
-    return f"{label} random"
+    return label.replace("S_", "cos_random_", 1)
 
 
 def _residual_streams(model: Any) -> dict[str, str]:

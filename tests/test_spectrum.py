@@ -13,6 +13,7 @@ from pandas.testing import assert_frame_equal
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, DataError, FileFormatError, NonFiniteError
+from sat_lens.figures.layout import measure_groups
 from sat_lens.results import Provenance, write_result
 from sat_lens.spectrum import DEFAULT_SCALES, KIND, ScalingCurve
 
@@ -74,10 +75,11 @@ def test_similarities_are_those_of_the_pair(demo, heads):
     for scale, row in frame.iterrows():
         with torch.no_grad():
             pair = sl.run_with_saturation_cache(demo, TEXT, heads=heads, scale=scale)
-        found = row[[f"S_L{layer}" for layer in range(demo.cfg.n_layers)]].tolist()
-        assert found == pytest.approx(
-            pair.similarity("resid_post").s.tolist(), abs=1e-4, nan_ok=True
-        )
+        similarity, layers = pair.similarity("resid_post"), range(demo.cfg.n_layers)
+        found = row[[f"S_L{layer}" for layer in layers]].tolist()
+        assert found == pytest.approx(similarity.s.tolist(), abs=1e-4, nan_ok=True)
+        control = row[[f"cos_random_L{layer}" for layer in layers]].tolist()
+        assert control == pytest.approx(similarity.cos_random.tolist(), abs=1e-5)
 
 
 def test_only_what_heads_can_change_changes(demo):
@@ -205,6 +207,8 @@ def test_an_encoder_and_a_decoder_have_layers_of_their_own():
     frame = curve_of(model, [batch], scales=[1.0, math.inf]).frame()
     stacks = [f"S_{stack}.L{layer}" for stack in ("encoder", "decoder") for layer in (0, 1)]
     assert set(stacks) == set(frame.filter(like="S_").columns)
+    controls = [name.replace("S_", "cos_random_") for name in stacks]
+    assert frame[controls].notna().all(axis=None)
     assert frame.loc[1.0, stacks].tolist() == pytest.approx([1.0] * 4)
 
 
@@ -262,6 +266,14 @@ def test_a_curve_can_be_drawn():
     columns = {"kl": torch.tensor([1.0, 0.0]), "S_L0": torch.tensor([0.2, 1.0])}
     curve = ScalingCurve(Provenance("model"), (0.0, 1.0), columns)
     assert len(curve.plot().axes) >= 2
+
+
+def test_layers_of_all_stacks_share_a_panel_and_so_do_their_controls():
+    names = [f"{kind}_{stack}L{layer}" for kind in ("S", "cos_random") for stack in ("", "encoder.")
+             for layer in (0, 1)]  # fmt: skip
+    groups = measure_groups(["kl", *names, "S_odd"])
+    assert [len(group) for group in groups.values()] == [4, 4, 1, 1]
+    assert groups["S odd"] == ["S_odd"]
 
 
 @pytest.mark.parametrize(

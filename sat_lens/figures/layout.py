@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+# A layer's column, its stack before it where there are several: S_L0, cos_random_encoder.L0.
+_OF_A_LAYER = re.compile(r"(S|cos_random)_(?:[a-z_]+\.)?L\d+")
 WORDS = {
     "loss": "loss (nats per token)",
     "S": "similarity S, by layer",
+    "cos_random": "cosine of random keys, S = 0",
     "kl": "KL from the soft model (nats)",
     "top1": "same most likely token (share)",
     "metric": "metric",
@@ -43,8 +47,8 @@ def measure_groups(columns: Sequence[str]) -> dict[str, list[str]]:
     """
     groups: dict[str, list[str]] = {words: [] for words in WORDS.values()}
     for name in columns:
-        layered = name.rpartition("_L")[2].isdigit() and name.startswith("S")
-        words = WORDS["S"] if layered else WORDS.get(name, name.replace("_", " "))
+        match = _OF_A_LAYER.fullmatch(name)
+        words = WORDS.get(match[1] if match else name, name.replace("_", " "))
         groups.setdefault(words, []).append(name)
     return {words: names for words, names in groups.items() if names}
 
