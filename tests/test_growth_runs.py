@@ -83,6 +83,21 @@ def test_the_initial_model_may_be_the_one_in_memory(run, tmp_path):
     assert growth.frame()["distance"].loc[2:].is_monotonic_increasing
 
 
+def test_saturation_is_drawn_against_the_norm(run):
+    growth = norm_growth(run[2], tiny.tokens(length=12), progress=False)
+    axes = growth.plot(x="norm").axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    frame = growth.frame()
+    assert lines["S"].get_xdata().tolist() == frame["norm"].tolist()
+    assert lines["S"].get_ydata().tolist() == frame["S"].tolist()
+    assert "cos random" in lines
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("linear", "norm")
+    with pytest.raises(ArgumentError, match="no column 'colour'"):
+        growth.plot(x="colour")
+    with pytest.raises(ArgumentError, match="data= to norm_growth"):
+        norm_growth(run[2], progress=False).plot(x="norm")
+
+
 @pytest.mark.parametrize("kind", RENAMED)
 def test_a_model_is_its_own_checkpoint(kind, tmp_path):
     model = raw(*RENAMED[kind])

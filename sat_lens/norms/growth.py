@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "norm growth"
+SATURATION = ("cos_saturated", "cos_random", "S", "lean")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,21 +93,48 @@ class NormGrowth:
             ArgumentError: There is no such column, or the range is none.
         """
         check_range("The range", first, last)
-        if column not in self.columns:
-            raise ArgumentError(f"There is no column {column!r}; found {', '.join(self.columns)}.")
+        self._check_column(column)
         return _fit(self.steps, self.columns[column], first, last)
 
-    def plot(self, title: str | None = None, columns: str | Sequence[str] | None = None) -> Figure:
-        """Draw columns against the step; None draws norms, saturation and losses, a panel each."""
+    def plot(
+        self,
+        title: str | None = None,
+        columns: str | Sequence[str] | None = None,
+        x: str = "step",
+    ) -> Figure:
+        """Draw columns against the step, or against another column, such as the norm.
+
+        Args:
+            title: What was measured on what; None says so.
+            columns: Which columns; None draws norms, saturation and losses, a panel each, and
+                against another column than the step the saturation measures.
+            x: The column of the horizontal axis; both axes are linear where it is not the step.
+
+        Raises:
+            ArgumentError: There is no such column, or no saturation was measured.
+        """
         from sat_lens.figures import growth_figure, training_figure
 
         if columns is not None and not isinstance(columns, (str, list, tuple)):
             raise ArgumentError(f"columns are names of columns of frame(); found {columns!r}.")
         named = title or f"Norm growth: {self.provenance}"
-        if columns is None:
-            return training_figure(self.frame(), named)
+        frame, by_step = self.frame(), x == "step"
+        if columns is None and by_step:
+            return training_figure(frame, named)
+        if not by_step:
+            self._check_column(x)
         chosen = [columns] if isinstance(columns, str) else columns
-        return growth_figure(self.frame(), named, columns=chosen)
+        if chosen is None:
+            chosen = [name for name in SATURATION if name in self.columns]
+            if not chosen:
+                raise ArgumentError(
+                    "No saturation was measured: pass data= to norm_growth, or columns= here."
+                )
+        return growth_figure(frame, named, x=x, columns=chosen, log_x=by_step, log_y=by_step)
+
+    def _check_column(self, name: object) -> None:
+        if name not in self.columns:
+            raise ArgumentError(f"There is no column {name!r}; found {', '.join(self.columns)}.")
 
     def save(self, path: str | Path) -> None:
         """Write the result as one safetensors file with a JSON header."""
