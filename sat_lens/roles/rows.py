@@ -21,8 +21,8 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
     """Give all columns of one head; :meth:`HeadRoles.frame` says what they mean."""
     mean = _Means({name: float(value[0, head]) for name, value in sums.by_name.items()})
     histograms = {name: value[head] for name, value in sums.histograms.items()}
-    tv_argmax, tv_mean = mean.of("tv_argmax"), mean.of("tv_mean")
-    tv_nearest = mean.of("tv_nearest", "sampled_rows")
+    tv_argmax, tv_mean = mean.distance("tv_argmax"), mean.distance("tv_mean")
+    tv_nearest = mean.distance("tv_nearest", "sampled_rows")
     median_m = _median_m(histograms["m_keys"])
     role = role_of(tv_argmax, tv_mean, tv_nearest, median_m, thresholds)
     offset, share = _mode(histograms["offsets"])
@@ -49,7 +49,9 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "n_eff_share": mean.of("n_eff_share"),
         "sink_mass": sink_mass,
         "sink": sink_mass >= thresholds.sink,
-        "lean_no_sink": lean(mean.of("tv_argmax_no_sink", rest), mean.of("tv_mean_no_sink", rest)),
+        "lean_no_sink": lean(
+            mean.distance("tv_argmax_no_sink", rest), mean.distance("tv_mean_no_sink", rest)
+        ),
         "modal_offset": offset,
         "modal_share": share,
         "modal_mass": share_at_offset(histograms["offset_mass"], offset),
@@ -91,6 +93,10 @@ class _Means:
 
     def of(self, name: str, rows: str = "rows") -> float:
         return self.sums[name] / self.sums[rows] if self.sums[rows] else math.nan
+
+    def distance(self, name: str, rows: str = "rows") -> float:
+        # Rounding takes a distance of 0 below it.
+        return max(self.of(name, rows), 0.0)
 
     def masses(self) -> dict[str, float]:
         masses = {
