@@ -102,5 +102,5 @@ def _transformed(
     scores: Tensor, heads: list[int], transform: Transform, *, overwrite: bool = False
 ) -> Tensor:
     if len(heads) == scores.shape[1]:
-        return transform_scores(scores, transform, overwrite=overwrite)
-    return transform_scores(scores[:, heads], transform, overwrite=True)
+        return transform_scores(scores, transform, all_heads=scores, overwrite=overwrite)
+    return transform_scores(scores[:, heads], transform, all_heads=scores, overwrite=True)

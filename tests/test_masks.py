@@ -200,6 +200,26 @@ def test_wide_scores_with_normal_tails_are_no_mask(seed: int) -> None:
         assert mask_threshold(scores) == -math.inf
 
 
+def test_a_low_score_of_one_head_is_no_mask() -> None:
+    """A mask is the same for all heads; in enlarged weights, one head may look like one."""
+    scores = torch.tensor([[[200.0, -3000.0]], [[900.0, 500.0]]])[None]
+    one = scores[:, :1]
+    assert mask_threshold(one) == -3000.0
+    assert mask_threshold(one, scores) == -math.inf
+    assert mask_threshold(scores, scores) == -math.inf
+    pattern = transform_scores(one, Uniform(), all_heads=scores).softmax(-1)
+    assert torch.equal(pattern, torch.full_like(one, 0.5))
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_mask_of_all_heads_is_one_beside_wide_scores_of_another(head: int) -> None:
+    scores = torch.tensor([[[2.0, -1e4 + 1, 3.0]], [[9000.0, -1e4, -9000.0]]])[None]
+    scores = torch.cat([scores, scores], dim=-2)
+    alone = scores[:, [head]]
+    expected = {0: -9999.0, 1: -math.inf}[head]
+    assert mask_threshold(alone, scores) == expected
+
+
 @given(st.integers(1, 6), st.floats(-3e38, -1.0), st.floats(0, 1))
 def test_scores_that_are_all_low_are_taken_as_they_are(
     n_keys: int, level: float, spread: float

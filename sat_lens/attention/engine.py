@@ -23,7 +23,11 @@ _OWN = (Limit, RandomKey, Scale, Uniform)
 
 
 def transform_scores(
-    scores: Float[Tensor, "batch head query key"], transform: Transform, *, overwrite: bool = False
+    scores: Float[Tensor, "batch head query key"],
+    transform: Transform,
+    *,
+    all_heads: Float[Tensor, "batch all_heads query key"] | None = None,
+    overwrite: bool = False,
 ) -> Float[Tensor, "batch head query key"]:
     """Apply a transform to scores as a model has them; the result is float32.
 
@@ -34,6 +38,8 @@ def transform_scores(
     Args:
         scores: Softmax inputs, in any floating dtype.
         transform: What to do to them.
+        all_heads: The scores of all heads of the module, where ``scores`` are those of some; they
+            help to tell a mask from low scores (:func:`sat_lens.attention.mask_threshold`).
         overwrite: Whether nobody needs the scores any more, so that the result may stand in their
             memory. Otherwise the input is not changed.
 
@@ -56,16 +62,16 @@ def transform_scores(
                 own = own.clone()
             transform_in_place(own, transform)
             return own
-    return _transform_whole(raw, transform)
+    return _transform_whole(raw, transform, all_heads)
 
 
 def _transform_whole(
-    raw: Float[Tensor, "batch head query key"], transform: Transform
+    raw: Float[Tensor, "batch head query key"], transform: Transform, all_heads: Tensor | None
 ) -> Float[Tensor, "batch head query key"]:
     """Give what any transform makes of scores with any mask, in new tensors."""
     row_max = raw.detach().amax(-1, keepdim=True)
     _check_finite(row_max)
-    threshold = mask_threshold(raw)
+    threshold = mask_threshold(raw, all_heads)
     masked = raw.detach() <= threshold
     dead = row_max <= threshold
     visible = torch.where(masked, -math.inf, raw)

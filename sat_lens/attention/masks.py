@@ -28,11 +28,16 @@ LEAST_FINITE_MASK = -2e3
 GAP = 4.0
 
 
-def mask_threshold(scores: Float[Tensor, "*rows key"]) -> float:
+def mask_threshold(
+    scores: Float[Tensor, "*rows key"],
+    all_heads: Float[Tensor, "batch head query key"] | None = None,
+) -> float:
     """Find the number at or below which a score means a masked key.
 
     Args:
         scores: float32 softmax inputs as the model has them.
+        all_heads: The scores of all heads of the module, where ``scores`` are those of some. A
+            mask is the same for all of them; a low score of one head is none.
 
     Returns:
         A threshold; ``-inf`` if no key is masked. Finite masks above -1e30 are told from low
@@ -44,8 +49,8 @@ def mask_threshold(scores: Float[Tensor, "*rows key"]) -> float:
         >>> from sat_lens.attention import mask_threshold
         >>> mask_threshold(torch.tensor([1.0, -2.0, torch.finfo(torch.float32).min]))
         -1e+30
-        >>> mask_threshold(torch.tensor([1.0, -2.0, -10_000.0])) < -2.0
-        True
+        >>> mask_threshold(torch.tensor([1.0, -2.0, -10_000.0]))
+        -10000.0
         >>> mask_threshold(torch.tensor([1.0, -2.0, -700.0]))
         -inf
     """
@@ -57,16 +62,18 @@ def mask_threshold(scores: Float[Tensor, "*rows key"]) -> float:
     if extreme:
         # A finite mask may stand beside it: -inf for the future and -10,000 for padding, say.
         lowest = float(torch.where(fixed > EXTREME, fixed, 0.0).amin())
-    if lowest <= LEAST_FINITE_MASK and _stands_apart(fixed[fixed > EXTREME]):
-        return LEAST_FINITE_MASK
-    return EXTREME if extreme else -math.inf
+    finite = _finite_mask(fixed, all_heads) if lowest <= LEAST_FINITE_MASK else -math.inf
+    return max(finite, EXTREME if extreme else -math.inf)
 
 
-def _stands_apart(scores: Float[Tensor, " score"]) -> bool:
+def _finite_mask(scores: Float[Tensor, "*rows key"], all_heads: Tensor | None) -> float:
+    """Give the highest finite mask, or -inf if nothing stands apart from the other scores."""
     low = scores <= LEAST_FINITE_MASK
-    others = scores[~low]
-    if others.numel() == 0:
-        return False
-    nearest_mask = float(-scores[low].amax())
-    farthest_score = float(others.abs().amax())
-    return nearest_mask >= GAP * farthest_score
+    if all_heads is not None:
+        low = low & (all_heads.detach() <= LEAST_FINITE_MASK).all(1, keepdim=True)
+    low = low & (scores > EXTREME)
+    others = scores[~low & (scores > EXTREME)]
+    if others.numel() == 0 or not bool(low.any()):
+        return -math.inf
+    highest = float(scores[low].amax())
+    return highest if -highest >= GAP * float(others.abs().amax()) else -math.inf

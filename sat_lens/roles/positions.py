@@ -163,7 +163,7 @@ def as_rows(values: Tensor, shape: tuple[int, int]) -> Tensor | None:
 def _last_key_is_always_seen(scores: Float[Tensor, "batch head query key"]) -> bool:
     """Tell a learned sink, which stands behind the keys of the text, from a key of a window."""
     raw = scores.detach().float()
-    return bool((raw[..., -1] > mask_threshold(raw)).all())
+    return bool((raw[..., -1] > mask_threshold(raw, raw)).all())
 
 
 def special_ids(model: Any) -> Int[Tensor, " token"]:

@@ -54,7 +54,7 @@ def measure(
             "weights and inputs, or run the model in float32."
         )
     # Whatever lies above all finite masks is a score, unless it is an extreme mask.
-    threshold = EXTREME if has_only_extreme_masks(raw) else mask_threshold(raw)
+    threshold = EXTREME if has_only_extreme_masks(raw) else mask_threshold(raw, raw)
     batch, n_heads, n_queries, _ = raw.shape
     weights = positions.weight.expand(batch, n_heads, n_queries)
     for b, sequence in enumerate(positions.sequences):
