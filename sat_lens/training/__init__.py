@@ -5,7 +5,9 @@ calls, or around a loop that has no callbacks, TransformerLens's among them.
 
 When not to use it: for a run that is over. Its checkpoints are read by
 :func:`sat_lens.norm_growth`; that holds for TransformerLens's own training loop too, which writes
-``model_N.pt`` where asked to (N starts anew in each epoch, so let each epoch have its own folder).
+``model_N.pt`` where asked to. Its ``model_0.pt`` is the model after the first step, and N starts
+anew in each epoch, so keep a copy of the initial model, and say the steps yourself:
+``norm_growth({0: initial, 1: "model_0.pt", 101: "model_100.pt"})``.
 """
 
 from sat_lens.training.log import read_training_log

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 from torch import nn
+from transformers import TrainerCallback
 
 from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
 from sat_lens.norms import parameter_norms, saturation_measures
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 0.02
 
 
-class SaturationTracker:
+class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Logs parameter norms, and saturation on a small fixed batch, while a model trains.
 
     It changes nothing of the run: training with it gives the same weights bit for bit. A Hugging
@@ -33,7 +34,7 @@ class SaturationTracker:
 
     Use it in one of three ways:
 
-    - ``Trainer(..., callbacks=[tracker])``: it answers all events of a TrainerCallback;
+    - ``Trainer(..., callbacks=[tracker])``, or ``trainer.add_callback(tracker)``;
     - ``tracker.step(model, step)`` after each step of your own loop, and ``tracker.close()``;
     - ``with tracker.watching(model): train(model, config, data)`` around a loop without callbacks,
       such as TransformerLens's: every step of an optimiser of the model's parameters counts.
@@ -204,12 +205,6 @@ class SaturationTracker:
             self._finish(kwargs["model"], state.global_step)
         self.close()
 
-    def __getattr__(self, name: str) -> Any:
-        """Answer the Trainer's other events, of which there are more with each version."""
-        if name.startswith("on_"):
-            return _no_answer
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
     def _finish(self, model: nn.Module, step: int) -> None:
         now = time.perf_counter()
         if not self.rows or self.rows[-1]["step"] != step:
@@ -233,9 +228,10 @@ class SaturationTracker:
             row["problem"] = str(error)
         except (SatLensError, RuntimeError) as error:
             # Once it has worked, a failure, for want of memory say, must not end the run.
-            if self._last_cost is None:
+            worked = self._last_cost is not None if with_measures else bool(self.rows)
+            if not worked:
                 raise
-            logger.warning("Saturation was not measured at step %d: %s", step, error)
+            logger.warning("Not all was measured at step %d: %s", step, error)
             row["problem"] = str(error)
         self._write(row, model)
         self._due = self._due and not with_measures
@@ -277,7 +273,3 @@ def is_due(step: int, every: int | None, halves: bool) -> bool:
         return True
     octave = 1 << (step.bit_length() - 1)
     return step == octave or (halves and octave >= 16 and step == round(octave * 2**0.5))
-
-
-def _no_answer(*_args: Any, **_kwargs: Any) -> None:
-    return None
