@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -29,6 +30,7 @@ from sat_lens.errors import FileFormatError
 from sat_lens.version import __version__
 
 _HEADER = "sat_lens"
+_DIGEST = "sha256"
 _FORMAT = 1
 _RISKY = ("=", "+", "-", "@", "\t", "\r")
 
@@ -67,13 +69,15 @@ def write_result(
     Raises:
         FileFormatError: The file cannot be written.
     """
-    header = json.dumps({"kind": kind, "format": _FORMAT, "meta": meta})
     # Copies: safetensors refuses tensors that share their memory.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    write_whole(path, save(copies, metadata={_HEADER: header}))
+    # As it will be read: JSON knows no tuples, and a file may change on its way.
+    header = json.loads(json.dumps({"kind": kind, "format": _FORMAT, "meta": meta}))
+    header[_DIGEST] = _digest(header, copies)
+    write_whole(path, save(copies, metadata={_HEADER: json.dumps(header)}))
 
 
 def read_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -101,7 +105,21 @@ def read_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
         raise FileFormatError(
             f"{path} was written by a newer sat_lens. Update sat_lens to read it."
         )
+    digest = header.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(header, tensors):
+        raise FileFormatError(
+            f"{path} is broken: it does not hold what was written. Measure again, or take a copy."
+        )
     return tensors, header["meta"]
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hash all that a file holds; safetensors itself does not see a bit that changed."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

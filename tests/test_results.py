@@ -107,6 +107,19 @@ def test_a_truncated_file_is_refused(tmp_path_factory, data):
         read_result(path, "kind")
 
 
+@given(st.data())
+def test_a_file_of_which_one_bit_changed_is_refused(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("results") / "r.safetensors"
+    tensors = {"x": torch.arange(9.0), "y": torch.tensor(True), "z": torch.ones(2).bfloat16()}
+    write_result(path, "kind", tensors, {"a": [1, 2], "b": (3,)})
+    whole = bytearray(path.read_bytes())
+    place, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
+    whole[place] ^= 1 << bit
+    path.write_bytes(whole)
+    with refusal("r.safetensors"):
+        read_result(path, "kind")
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("results") / "r.safetensors"
