@@ -161,6 +161,36 @@ def test_a_model_moved_to_another_dtype_after_it_was_looked_at(name, dtype):
     assert not torch.equal(finite, soft)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "xglm", "t5", "gpt_oss_sink"])
+def test_a_model_moved_to_another_dtype_inside_the_block(name):
+    case, model, other = zoo.case(name), zoo.case(name).build(), zoo.case(name).build()
+    other.to(torch.bfloat16)
+    with torch.no_grad():
+        with rescaled(other, math.inf):
+            expected = run(case, other)
+        with sl.saturate(model):
+            run(case, model)
+            model.to(torch.bfloat16)
+            found = run(case, model)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2_soft_cap", "bloom"])
+def test_a_finite_scale_in_half_precision(name, dtype, scale):
+    """Scaled scores go back in the model's dtype, which costs no more than that of the pattern."""
+    model = tiny.randomise(zoo.case(name).build(), std=0.1).to(dtype)
+    tokens, pattern = tiny.tokens(length=40), "blocks.0.attn.hook_pattern"
+    with torch.no_grad():
+        with sl.saturate(model, scale=scale):
+            _, found = model.run_with_cache(tokens)
+        with rescaled(model, scale):
+            _, expected = model.run_with_cache(tokens)
+    error = (found[pattern].float() - expected[pattern].float()).abs().max()
+    assert error <= torch.finfo(dtype).eps / 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_ties_in_half_precision_are_ties_of_the_scores(name, dtype):
@@ -323,6 +353,30 @@ def test_patching_functions_of_transformer_lens(name, sweep):
     expected = swept(model, sweep, rescaled(model, math.inf))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(found, swept(model, sweep, contextlib.nullcontext()))
+
+
+@pytest.mark.parametrize("sweep", ["resid_pre", "attn_out", "head_out", "head_v", "head_q"])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_patching_functions_of_transformer_lens_with_the_caches_of_a_pair(name, sweep):
+    model, prompt = zoo.model_of(name), tiny.tokens(length=6)
+    pair = sl.run_with_saturation_cache(model, prompt)
+
+    def metric(logits):
+        return logits[:, -1, 5].mean()
+
+    with torch.no_grad():
+        _, soft = model.run_with_cache(prompt)
+        with rescaled(model, math.inf):
+            _, saturated = model.run_with_cache(prompt)
+            denoised = SWEEPS[sweep](model, prompt, soft, metric)
+        noised = SWEEPS[sweep](model, prompt, saturated, metric)
+        found = SWEEPS[sweep](model, prompt, pair.saturated.cache, metric)
+        with sl.saturate(model):
+            found_inside = SWEEPS[sweep](model, prompt, pair.soft.cache, metric)
+    torch.testing.assert_close(found, noised, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found_inside, denoised, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, metric(pair.soft.logits), atol=1e-3)
+    assert not torch.allclose(found_inside, metric(pair.saturated.logits), atol=1e-3)
 
 
 # Levels
