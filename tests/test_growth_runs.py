@@ -208,3 +208,25 @@ def test_a_model_that_is_split_over_processes_is_refused():
             parameter_norms(model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["of_its_own", "llama"])
+def test_code_that_a_checkpoint_brings_is_not_run(kind, tmp_path):
+    config = transformers.LlamaConfig(**tiny.SIZE)
+    marker = tmp_path / "ran"
+    for step in (0, 1):
+        folder = tmp_path / f"checkpoint-{step}"
+        tiny.hf_model("LlamaForCausalLM", config).save_pretrained(folder)
+        settings = json.loads((folder / "config.json").read_text())
+        classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        settings |= {"model_type": kind, "auto_map": classes}
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\n")
+    if kind == "llama":
+        assert norm_growth(tmp_path, tiny.tokens(length=12), progress=False).complete
+    else:
+        with pytest.raises(ModelError, match="could not be loaded"):
+            norm_growth(tmp_path, tiny.tokens(length=12), progress=False)
+    # Norms alone need no model.
+    assert norm_growth(tmp_path, progress=False).complete
+    assert not marker.exists()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sat_lens as sl
-from sat_lens.errors import ArgumentError, NonFiniteError
+from sat_lens.errors import ArgumentError, ModelError, NonFiniteError
 from sat_lens.norms import (
     HomogeneityCurve,
     homogeneity_curve,
@@ -226,6 +226,13 @@ def test_refusals(types_unchecked):
         with pytest.raises(ArgumentError, match="a torch"), scaled_parameters(model, 2):
             pass
     with pytest.raises(ArgumentError, match="which"), scaled_parameters(layer, 2, ["qk"]):
+        pass
+    with pytest.raises(ModelError, match="meta"), scaled_parameters(layer.to("meta"), 2):
+        pass
+    quantised = nn.Linear(2, 2)
+    packed = torch.ones(2, 2, dtype=torch.int8)
+    quantised.packed = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ModelError, match="packed holds integers"), scaled_parameters(quantised, 2):
         pass
 
 

@@ -18,6 +18,9 @@ from torch import nn
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError, UnsupportedModelError
 from sat_lens.version import newer_lens
 
+# Unless told not to, transformers asks at the terminal whether to run a checkpoint's own code.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
 
 def lens_model(source: Path | nn.Module, tokenizer: Any = None) -> Any:
     """Give a TransformerLens model of a checkpoint directory or of a model in memory.
@@ -147,7 +150,7 @@ def _from_directory(folder: Path, tokenizer: Any) -> Any:
         tokenizer = folder
     try:
         with quiet_loading():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
             architecture = (config.architectures or [""])[0]
             model = getattr(transformers, architecture).from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
@@ -171,6 +174,6 @@ def _tokenizer(tokenizer: Any) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(tokenizer), **_LOCAL)
     except Exception as error:
         raise ModelError(f"No tokenizer could be loaded from {tokenizer}: {error}") from error
