@@ -65,7 +65,8 @@ test-old: .venv-tl2/.installed .venv-tl3/.installed ## Run the core tests on Tra
 	PYTHONPATH=tests/old .venv-tl3/bin/python -m pytest -q -n 2 --dist loadfile -p differences \
 		tests/old/test_hooked.py tests/old/test_bridge.py \
 		tests/test_zoo.py tests/test_levels.py tests/test_hooks.py tests/test_state.py \
-		tests/test_refusals.py tests/test_padding.py tests/test_layouts.py tests/test_caching.py
+		tests/test_refusals.py tests/test_padding.py tests/test_layouts.py tests/test_towers.py \
+		tests/test_caching.py
 
 bench: $(VENV)/.installed-dev ## Measure time and memory into docs/performance.md (QUICK=1: only try).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=bench.json

@@ -21,7 +21,6 @@ DIFFERENCES = {
     r"test_gradients_beside_padding\[(gpt2|llama)-True": (
         "in compatibility mode, 3.9 has NaN gradients beside padding without any saturation"
     ),
-    r"test_a_part_that_did_not_run": "3.9 shows no attention of the vision tower of Llava",
 }
 
 
