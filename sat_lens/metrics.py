@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -86,11 +87,10 @@ class NextTokenLoss:
                 f"The loss is of tokens of shape {list(self.tokens.shape)}, and the logits have "
                 f"shape {list(logits.shape)}."
             )
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            self.tokens[:, 1:].flatten().to(logits.device),
-            reduction="none",
-        ).view(self.tokens.shape[0], -1)
+        # Prompt by prompt: the temporaries of a large vocabulary cost more than the sums.
+        targets = self.tokens[:, 1:].to(logits.device)
+        pairs = zip(logits[:, :-1], targets, strict=True)
+        losses = torch.stack([F.cross_entropy(x.float(), t, reduction="none") for x, t in pairs])
         real = self._real(losses)
         return (losses * real).sum(1) / real.sum(1)
 
@@ -101,8 +101,7 @@ class NextTokenLoss:
     def _real(self, losses: Tensor) -> Tensor:
         if self.real is None:
             return torch.ones_like(losses)
-        both = self.real[:, 1:] & self.real[:, :-1]
-        return both.to(losses)
+        return (self.real[:, 1:] & self.real[:, :-1]).to(losses)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,9 +124,8 @@ class KLToSoft:
                 f"{list(logits.shape)} were to be compared with them."
             )
         at = slice(None) if self.positions is None else list(self.positions)
-        soft = self.soft_logits[:, at].to(logits.device).float().log_softmax(-1)
-        changed = logits[:, at].float().log_softmax(-1)
-        divergence = (soft.exp() * (soft - changed)).sum(-1)
+        pairs = zip(self.soft_logits, logits, strict=True)
+        divergence = torch.stack([_divergence(soft[at], changed[at]) for soft, changed in pairs])
         if self.real is None:
             return divergence.mean(1)
         real = self.real[:, at].to(divergence)
@@ -241,6 +239,13 @@ def kl_to_soft(
             "A prompt is padded at every position that is read. Leave it out, or read others."
         )
     return KLToSoft(soft_logits.detach(), positions, real)
+
+
+def _divergence(
+    soft: Float[Tensor, "position vocab"], changed: Float[Tensor, "position vocab"]
+) -> Float[Tensor, " position"]:
+    first, second = (x.to(changed.device).float().log_softmax(-1) for x in (soft, changed))
+    return (first.exp() * (first - second)).sum(-1)
 
 
 def _token_ids(given: Any) -> Int[Tensor, " token"]:

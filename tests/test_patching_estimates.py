@@ -92,6 +92,61 @@ def test_a_route_that_errs_is_given_up(deep: Any, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(wrong.values, right.values, atol=1e-5, rtol=0)
 
 
+def test_a_route_that_errs_is_given_up_though_the_metric_is_small(
+    deep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were only values compared, a metric below the tolerance would let any route pass."""
+    from sat_lens.patching.replay import Replay
+
+    def small(logits: torch.Tensor) -> torch.Tensor:
+        return 1e-7 * last()(logits)
+
+    right = sweep_heads(deep, tokens(), small, **QUIET)
+    assert right.checks.route == "replay"
+    replayed = Replay.logits
+    monkeypatch.setattr(
+        Replay, "logits", lambda self, streams: [x.flip(-1) for x in replayed(self, streams)]
+    )
+    wrong = sweep_heads(deep, tokens(), small, **QUIET)
+    assert wrong.checks.route == "generic"
+    torch.testing.assert_close(wrong.values, right.values, atol=1e-12, rtol=1e-3)
+
+
+@pytest.mark.parametrize("positions", [None, "each"])
+def test_a_random_twentieth_is_checked_beside_the_proof(deep: Any, positions: Any) -> None:
+    sweep = sweep_heads(deep, tokens(), last(), positions=positions, **QUIET)
+    n_values = sweep.item_values.numel()
+    assert sweep.checks.n_checked == 1 + round(n_values / 20)
+
+
+def test_an_error_in_a_single_head_is_found_by_the_random_checks(
+    deep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof passes through the first head alone; all others go astray."""
+    from sat_lens.patching.replay import Replay
+
+    right = sweep_heads(deep, tokens(), last(), **QUIET)
+    replayed = Replay.streams
+
+    def astray(self: Any, patches: Any) -> torch.Tensor:
+        streams = replayed(self, patches)
+        for i, (item, _) in enumerate(patches):
+            if item.label != "L0H0":
+                streams[2 * i : 2 * i + 2] *= 1.01
+                streams[2 * i, 0, 0] += 0.5
+        return streams
+
+    monkeypatch.setattr(Replay, "streams", astray)
+    wrong = sweep_heads(deep, tokens(), last(), **QUIET)
+    assert wrong.checks.route == "generic"
+    torch.testing.assert_close(wrong.values, right.values, atol=1e-5, rtol=0)
+
+
+def test_a_few_values_are_not_worth_a_replay(deep: Any) -> None:
+    few = sweep_heads(deep, tokens(), last(), heads=["L0H0", "L3H1"], **QUIET)
+    assert few.checks.route == "generic"
+
+
 def test_an_edit_of_somebody_elses_is_part_of_the_model(deep: Any) -> None:
     """A hook between the blocks is not passed by a replay, which must notice."""
 

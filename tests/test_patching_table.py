@@ -76,6 +76,27 @@ def test_an_interrupt_among_controls_keeps_those_that_are_done() -> None:
     assert sweep.frame()["random_effect"].notna().all()
 
 
+@pytest.mark.parametrize("source", ["run", "local"])
+def test_an_interrupt_between_sweeps_keeps_the_first(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before random keys from a run, or other prompts, there is a run that may be interrupted."""
+    from sat_lens.patching import sweep as module
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "activations_of", interrupted)
+    sweep = swept(baseline="random", controls=2, source=source, corrupted=tokens(seed=3))
+    assert not sweep.complete
+    assert sweep.item_values.isfinite().all()
+    assert (sweep.random_values is None) == (source == "run")
+    frame = sweep.frame()
+    assert frame["effect"].notna().all()
+    assert frame["corruption_effect"].isna().all()
+    assert frame["random_effect"].notna().all() == (source == "local")
+
+
 @pytest.mark.parametrize("controls", [0, -1, 1.5, True, "5"])
 def test_a_number_of_draws_that_is_none(controls: Any, types_unchecked: None) -> None:
     with pytest.raises(ArgumentError, match="controls"):

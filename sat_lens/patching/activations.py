@@ -89,15 +89,12 @@ def replacing(
     _check_once(site.path, component, passed)
 
 
-def of_heads(
-    activation: Tensor, n_heads: int, width: int = 0
-) -> Float[Tensor, "batch position head width"]:
+def of_heads(activation: Tensor, n_heads: int) -> Float[Tensor, "batch position head width"]:
     """View an activation with an axis for heads.
 
     Args:
         activation: ``[batch, position, head * width]``, or with heads apart already.
         n_heads: The number of heads in it.
-        width: The number of positions, to check the order of axes by; 0 is any.
 
     Raises:
         UnsupportedModelError: The activation has another form.
@@ -106,14 +103,12 @@ def of_heads(
         >>> of_heads(torch.zeros(2, 5, 12), n_heads=4).shape
         torch.Size([2, 5, 4, 3])
     """
-    fits = activation.dim() in (3, 4) and (not width or activation.shape[1] == width)
-    if fits and activation.dim() == 4 and activation.shape[2] == n_heads:
+    if activation.dim() == 4 and activation.shape[2] == n_heads:
         return activation
-    if not fits or activation.dim() == 4 or activation.shape[-1] % n_heads:
+    if activation.dim() != 3 or activation.shape[-1] % n_heads:
         raise UnsupportedModelError(
-            f"Needed an activation [batch, position, head * width] of {n_heads} heads"
-            f"{f' and {width} positions' if width else ''}, found shape {list(activation.shape)}. "
-            'Use component="pattern", or source="local".'
+            f"Needed an activation [batch, position, head * width] of {n_heads} heads, found shape "
+            f'{list(activation.shape)}. Use component="pattern", or source="local".'
         )
     return activation.unflatten(-1, (n_heads, -1))
 

@@ -105,12 +105,21 @@ def check_combination(
 
 def check_same_shape(batch: Batch, other: Batch | None) -> None:
     """Raise an ArgumentError unless two batches can exchange activations."""
-    if other is not None and other.inputs.shape != batch.inputs.shape:
-        raise ArgumentError(
-            "Clean and corrupted prompts must have the same shape, because activations are "
-            f"exchanged position by position; found {list(batch.inputs.shape)} and "
-            f"{list(other.inputs.shape)}. Choose prompts with as many tokens, or pad both."
-        )
+    if other is None:
+        return
+    mine, theirs = ({"input": b.inputs, **b.kwargs} for b in (batch, other))
+    for name in mine.keys() & theirs.keys():
+        first, second = (getattr(given[name], "shape", None) for given in (mine, theirs))
+        if first != second:
+            raise ArgumentError(
+                "Clean and corrupted prompts must have the same shape, because activations are "
+                f"exchanged position by position; found {name} of {_listed(first)} and "
+                f"{_listed(second)}. Choose prompts with as many tokens, or pad both."
+            )
+
+
+def _listed(shape: Any) -> str:
+    return "another kind" if shape is None else str(list(shape))
 
 
 def provenance_of(model: Any, transform: Transform) -> Provenance:

@@ -67,7 +67,7 @@ def make_baseline(
         logits = batch.run(setting.model)
     if run is not None and isinstance(logits, Tensor):
         # A suppressed token's logit is enormous and no measure of the others.
-        run.scale = float(logits.detach().abs().median())
+        run.scale = float(logits.detach()[:, -1].abs().median())
     value = readout.value(logits) if first else readout.value_at(logits)
     if first:
         readout.narrow(logits, seen[0] if len(seen) == 1 else None, setting.unembed)

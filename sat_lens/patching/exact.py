@@ -1,8 +1,8 @@
 """Exact values of many patches: one forward pass each, or faster where that gives the same.
 
-The fast route (:mod:`sat_lens.patching.replay`) is used only after it has reproduced the generic
-one on a head of every kind of layer, and a random twentieth of its values is computed the generic
-way as well. Where the two part, all values come from the generic route.
+The fast route (:mod:`sat_lens.patching.replay`) is used only after it has reproduced the logits of
+the generic one on a head of every kind of layer, and a random twentieth of its values is computed
+the generic way as well. Where the two part, all values come from the generic route.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens.errors import ArgumentError
 from sat_lens.patching.items import Item, Positions, resolve_positions
 from sat_lens.patching.recording import BaseRun
 from sat_lens.patching.replay import Replay
@@ -26,6 +27,8 @@ from sat_lens.patching.runs import Patch, Setting, patched_logits
 from sat_lens.patching.side_by_side import side_by_side_logits
 
 SHARE_CHECKED = 1 / 20
+# With fewer values to measure, preparing and proving the fast route costs more than it saves.
+LEAST_REPLAYED = 6
 # Two float32 routes to the same logits differ by rounding, in proportion to the largest of them.
 TOLERANCE = 1e-5
 # So many rows use the unembedding's matrix at the full speed of the processor.
@@ -62,20 +65,34 @@ class _RoutesPartError(Exception):
 
 
 def tasks_of(
-    items: list[Item], positions: Positions, queries: Mapping[str, int]
+    items: list[Item], positions: Positions, lengths: Mapping[str, int]
 ) -> tuple[list[Task], int | None]:
-    """List what is to be measured, and the length of the axis of positions (None: no such axis)."""
+    """List what is to be measured, and the length of the axis of positions (None: no such axis).
+
+    Args:
+        items: The heads or groups.
+        positions: At which positions, each by itself; None is all at once.
+        lengths: How many positions each attention module has, by path.
+
+    Raises:
+        ArgumentError: A position lies outside, or a group's modules differ in length.
+    """
+    if positions is None:
+        return [Task(item, None, (i,)) for i, item in enumerate(items)], None
     tasks: list[Task] = []
     n_positions = 0
     for i, item in enumerate(items):
-        n = min((queries[path] for path in item.selection), default=0) if queries else 0
-        resolved = resolve_positions(positions, n)
+        found = {lengths[path] for path in item.selection}
+        if len(found) > 1:
+            raise ArgumentError(
+                f"The heads of {item.label} sit in sequences of {min(found)} to {max(found)} "
+                "positions, so that a position means another token in each. Use positions=None, or "
+                "groups within one stack."
+            )
+        resolved = resolve_positions(positions, found.pop())
         n_positions = max(n_positions, len(resolved))
-        tasks += [
-            Task(item, position, (i,) if position is None else (i, j))
-            for j, position in enumerate(resolved)
-        ]
-    return tasks, None if positions is None else n_positions
+        tasks += [Task(item, position, (i, j)) for j, position in enumerate(resolved)]
+    return tasks, n_positions
 
 
 def empty_values(setting: Setting, n_items: int, n_positions: int | None) -> Tensor:
@@ -110,7 +127,7 @@ def measure(
         tqdm(total=len(tasks), desc=name, unit="patch", disable=not progress) as bar,
     ):
         try:
-            if run is not None:
+            if run is not None and len(tasks) >= LEAST_REPLAYED:
                 try:
                     _by_replay(setting, patch, run, tasks, measured, bar, seed)
                 except _RoutesPartError:
@@ -120,17 +137,14 @@ def measure(
                 else:
                     return measured
             for task in tasks:
-                values[task.index] = _generic(setting, patch, task)
+                logits = patched_logits(setting, patch, task.item, task.position)
+                values[task.index] = setting.readout.value_at(logits)
                 bar.update()
         except KeyboardInterrupt:
             if bool(values.isnan().all()):
                 raise
             measured.complete = False
     return measured
-
-
-def _generic(setting: Setting, patch: Patch, task: Task) -> Tensor:
-    return setting.readout.value_at(patched_logits(setting, patch, task.item, task.position))
 
 
 def _by_replay(
@@ -149,19 +163,23 @@ def _by_replay(
     measured.route = "replay"
     chunks = list(_chunks(replay, tasks))
     proof = _one_of_each_kind(replay, chunks)
+    proven = {chunk[0].index for chunk in proof}
+    others = [task.index for task in tasks if task.index not in proven]
+    n_drawn = min(max(round(SHARE_CHECKED * len(tasks)), 1), len(others))
+    checked = proven.union(random.Random(seed).sample(others, n_drawn))
     rest = [chunk for chunk in chunks if chunk not in proof]
-    proven = [chunk[0] for chunk in proof]
-    n_checked = max(round(SHARE_CHECKED * len(tasks)), 1)
-    others = [task for task in tasks if task not in proven]
-    drawn = random.Random(seed).sample(others, min(max(n_checked - len(proven), 0), len(others)))
-    _store(setting, replay, proof, measured.values, bar)
-    _check(setting, patch, proven, measured, replay)
-    _store(setting, replay, rest, measured.values, bar)
-    _check(setting, patch, drawn, measured, replay)
+    for some in (proof, rest):
+        _store(setting, patch, replay, some, checked, measured, bar)
 
 
 def _store(
-    setting: Setting, replay: Replay, chunks: list[list[Task]], values: Tensor, bar: Any
+    setting: Setting,
+    patch: Patch,
+    replay: Replay,
+    chunks: list[list[Task]],
+    checked: set[tuple[int, ...]],
+    measured: Measured,
+    bar: Any,
 ) -> None:
     """Replay chunk by chunk; the unembedding, a large matrix, serves several of them at once."""
     tasks: list[Task] = []
@@ -173,7 +191,9 @@ def _store(
         with _falling_back():
             found = replay.logits(torch.cat(streams))
         for task, logits in zip(tasks, found, strict=True):
-            values[task.index] = setting.readout.value_at(logits)
+            measured.values[task.index] = setting.readout.value_at(logits)
+        to_check = [(t, x) for t, x in zip(tasks, found, strict=True) if t.index in checked]
+        _check(setting, patch, replay, to_check, measured)
         bar.update(len(tasks))
         tasks.clear()
         streams.clear()
@@ -200,14 +220,28 @@ def _falling_back() -> Iterator[None]:
 
 
 def _check(
-    setting: Setting, patch: Patch, tasks: list[Task], measured: Measured, replay: Replay
+    setting: Setting,
+    patch: Patch,
+    replay: Replay,
+    replayed: list[tuple[Task, Tensor]],
+    measured: Measured,
 ) -> None:
-    """Compute tasks by whole forward passes, and put the results in the place of the replay's."""
-    for start in range(0, len(tasks), replay.at_once):
-        some = tasks[start : start + replay.at_once]
-        for task, exact in zip(some, _whole(setting, patch, some), strict=True):
+    """Compute tasks by whole forward passes, and put the results in the place of the replay's.
+
+    The logits are compared, not only the metric: a metric of small numbers shows no difference.
+    """
+    tolerance = TOLERANCE * max(replay.scale, 1.0)
+    for start in range(0, len(replayed), replay.at_once):
+        some = replayed[start : start + replay.at_once]
+        whole = _whole(setting, patch, [task for task, _ in some])
+        for (task, logits), expected in zip(some, whole, strict=True):
+            exact = setting.readout.value_at(expected)
             error = float((exact - measured.values[task.index]).abs().max())
-            if not error <= TOLERANCE * max(replay.scale, 1.0):
+            same = all(
+                torch.allclose(mine, theirs, rtol=TOLERANCE, atol=tolerance)
+                for mine, theirs in zip(logits, expected, strict=True)
+            )
+            if not (same and error <= tolerance):
                 raise _RoutesPartError
             measured.values[task.index] = exact
             measured.n_checked += 1
@@ -215,11 +249,10 @@ def _check(
 
 
 def _whole(setting: Setting, patch: Patch, tasks: list[Task]) -> list[Tensor]:
-    if len(tasks) == 1:
-        return [_generic(setting, patch, tasks[0])]
     with _falling_back():
-        found = side_by_side_logits(setting, patch, [(t.item, t.position) for t in tasks])
-    return [setting.readout.value_at(logits) for logits in found]
+        if len(tasks) > 1:
+            return side_by_side_logits(setting, patch, [(t.item, t.position) for t in tasks])
+        return [patched_logits(setting, patch, tasks[0].item, tasks[0].position)]
 
 
 def _one_of_each_kind(replay: Replay, chunks: list[list[Task]]) -> list[list[Task]]:

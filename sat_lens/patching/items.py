@@ -89,31 +89,27 @@ def check_positions(positions: Positions) -> None:
     )
 
 
-def resolve_positions(positions: Positions, n_queries: int) -> list[int | None]:
-    """Give the query positions of one attention module; ``[None]`` means all at once.
+def resolve_positions(positions: Literal["each"] | Sequence[int], length: int) -> list[int]:
+    """Count positions in one attention module's sequence from its start.
 
     Raises:
-        ArgumentError: A position lies outside of the sequence.
+        ArgumentError: A position lies outside of the sequence, or is named twice.
 
     Example:
-        >>> resolve_positions([-1, 0], 5), resolve_positions(None, 5)
-        ([4, 0], [None])
+        >>> resolve_positions([-1, 0], 5), resolve_positions("each", 3)
+        ([4, 0], [0, 1, 2])
     """
-    if positions is None:
-        return [None]
     if isinstance(positions, str):
-        return list(range(n_queries))
-    outside = [p for p in positions if not -n_queries <= p < n_queries]
+        return list(range(length))
+    outside = [p for p in positions if not -length <= p < length]
     if outside:
-        raise ArgumentError(
-            f"positions must lie in a sequence of {n_queries} queries, and {outside} do not."
-        )
-    resolved = [p % n_queries for p in positions]
+        raise ArgumentError(f"positions must lie in a sequence of {length}, and {outside} do not.")
+    resolved = [p % length for p in positions]
     if len(set(resolved)) != len(resolved):
         raise ArgumentError(
-            f"positions {list(positions)} name one of {n_queries} queries more than once."
+            f"positions {list(positions)} name one of {length} positions more than once."
         )
-    return list(resolved)
+    return resolved
 
 
 def _as_groups(heads: Any) -> list[tuple[str, Any]] | None:

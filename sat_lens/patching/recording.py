@@ -42,7 +42,7 @@ class BaseRun:
     Attributes:
         layers: Its blocks.
         z: By path of the attention module.
-        scale: Its largest logit, in absolute value.
+        scale: The size of its logits: the median of their absolute values, at the last position.
     """
 
     layers: list[Layer]

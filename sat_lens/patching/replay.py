@@ -38,7 +38,7 @@ class Replay:
 
     Attributes:
         at_once: How many heads of a layer are replayed side by side.
-        scale: The largest logit of the base run, in absolute value.
+        scale: The size of the base run's logits.
     """
 
     def __init__(

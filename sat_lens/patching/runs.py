@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from sat_lens.attention import Transform, transform_scores
 from sat_lens.data import Batch
-from sat_lens.errors import UnsupportedModelError
 from sat_lens.intervention import attached
 from sat_lens.patching.activations import (
     Activations,
     Component,
     captured,
     n_heads_of,
-    of_heads,
     replacing,
     with_heads,
 )
@@ -154,32 +152,6 @@ def local_activations(
     return found
 
 
-def n_queries(setting: Setting, batch: Batch) -> dict[str, int]:
-    """Count the query positions of every attention module.
-
-    Raises:
-        UnsupportedModelError: A module cuts its queries into blocks.
-    """
-    counts: dict[str, int] = {}
-    for site in setting.sites:
-        if "block" in site.layout:
-            raise UnsupportedModelError(
-                f"{site.path} cuts its queries into blocks, so that single query positions cannot "
-                "be told apart. Use positions=None."
-            )
-
-    def watching(path: str) -> Edit:
-        def edit(scores: Tensor) -> None:
-            counts[path] = scores.shape[2]
-
-        return edit
-
-    edits = {site.path: watching(site.path) for site in setting.sites}
-    with open_door(setting.model, edits, setting.sites):
-        batch.run(setting.model)
-    return counts
-
-
 def _patch_local(
     stack: contextlib.ExitStack,
     setting: Setting,
@@ -247,10 +219,8 @@ def _from_run(
         return
     n_heads = n_heads_of(setting.model, site, source.component)
     shared = sorted({head * n_heads // site.n_heads for head in heads})
-    width = 0 if position is None else given.shape[1]
 
     def put(activation: Tensor) -> Tensor:
-        of_heads(activation, n_heads, width)
         return with_heads(activation, given, n_heads, shared, position)
 
     with replacing(setting.model, site, source.component, put):

@@ -41,12 +41,13 @@ from sat_lens.patching.arguments import (
     shapes_of,
 )
 from sat_lens.patching.baselines import check_depends, make_baseline
-from sat_lens.patching.exact import tasks_of
+from sat_lens.patching.exact import Measured, tasks_of
 from sat_lens.patching.items import Groups, Positions, check_positions, read_items
+from sat_lens.patching.lengths import lengths_of
 from sat_lens.patching.methods import Job, Method
 from sat_lens.patching.readout import Metric, Readout, check_not_padding
 from sat_lens.patching.result import HeadSweep
-from sat_lens.patching.runs import FromRun, Local, Patch, Setting, activations_of, n_queries
+from sat_lens.patching.runs import FromRun, Local, Patch, Setting, activations_of
 from sat_lens.sites import Heads, attention_sites
 from sat_lens.sites.discovery import check_is_lens
 
@@ -152,10 +153,7 @@ def sweep_heads(
     new = Limit() if transform is None else transform
     noising = direction == "noising"
     taken = component if source == "run" else None
-
-    def filled_from(other: Transform | None, activations: Mapping[str, Tensor]) -> Patch:
-        filling = FromRun(component, activations) if taken else Local(other)
-        return Patch(batch, None if noising else new, filling)
+    random_keys = [RandomKey(seed + i) for i in range(controls if baseline == "random" else 0)]
 
     with torch.no_grad():
         soft, saturated = (
@@ -171,37 +169,47 @@ def sweep_heads(
         )
         check_not_padding(setting.readout.named, batch)
         check_depends(setting.readout, soft.value, saturated.value, lambda: batch.run(model))
-        queries = {} if positions is None else n_queries(setting, batch)
-        tasks, n_positions = tasks_of(items, positions, queries)
+        base, source_run = (soft, saturated) if noising else (saturated, soft)
+        lengths = (
+            {}
+            if positions is None
+            else lengths_of(setting, batch, items, component, source_run.taken)
+        )
+        tasks, n_positions = tasks_of(items, positions, lengths)
         job = Job(setting, tasks, len(items), n_positions, method, confirm, seed, progress)
 
-        base, other_run = (soft, saturated) if noising else (saturated, soft)
-        patch = filled_from(new if noising else None, other_run.taken)
+        def patched(put_in: Transform | None, activations: Mapping[str, Tensor]) -> Patch:
+            filling = FromRun(component, activations) if taken else Local(put_in)
+            return Patch(batch, None if noising else new, filling)
+
+        patch = patched(new if noising else None, source_run.taken)
         main = job.run(patch, base.value, base.record, f"sweep, {direction}")
-        complete = main.measured.complete
-        corrupted_soft = corruption = None
         draws: list[Tensor] = []
-        for draw in range(controls if baseline == "random" else 0):
-            if not complete:
-                break
-            keys = RandomKey(seed + draw)
-            patch = filled_from(
-                keys, activations_of(setting, batch, keys, taken, items) if taken else {}
-            )
-            name = f"random keys, {draw + 1} of {controls}"
-            control = job.run(patch, base.value, base.record, name, main).measured
-            draws.append(control.values)
-            complete = control.complete
-        if other is not None and complete:
-            corrupted_run = make_baseline(setting, other, None, items, record=fast and not noising)
-            corrupted_soft = corrupted_run.value
-            base, into, source_batch = (
-                (soft, batch, other) if noising else (corrupted_run, other, batch)
-            )
-            activations = activations_of(setting, source_batch, None, component, items)
-            patch = Patch(into, None, FromRun(component, activations))
-            axis = job.run(patch, base.value, base.record, "corruption", main).measured
-            corruption, complete = axis.values, axis.complete
+        corrupted_soft = corruption = None
+        try:
+            _go_on_if(main.measured)
+            for i, keys in enumerate(random_keys):
+                patch = patched(
+                    keys, activations_of(setting, batch, keys, taken, items) if taken else {}
+                )
+                name = f"random keys, {i + 1} of {controls}"
+                control = job.run(patch, base.value, base.record, name, main).measured
+                draws.append(control.values)
+                _go_on_if(control)
+            if other is not None:
+                corrupted_run = make_baseline(
+                    setting, other, None, items, record=fast and not noising
+                )
+                corrupted_soft = corrupted_run.value
+                base, into, of = (soft, batch, other) if noising else (corrupted_run, other, batch)
+                activations = activations_of(setting, of, None, component, items)
+                patch = Patch(into, None, FromRun(component, activations))
+                axis = job.run(patch, base.value, base.record, "corruption", main).measured
+                corruption = axis.values
+                _go_on_if(axis)
+            complete = True
+        except KeyboardInterrupt:
+            complete = False
     return HeadSweep(
         provenance=provenance_of(model, new),
         arguments={
@@ -234,6 +242,12 @@ def sweep_heads(
         checks=main.checks,
         complete=complete,
     )
+
+
+def _go_on_if(measured: Measured) -> None:
+    """Pass on an interrupt that measuring has caught, to keep what was done."""
+    if not measured.complete:
+        raise KeyboardInterrupt
 
 
 def _shown_positions(positions: Positions, n_positions: int | None) -> tuple[int, ...] | None:
