@@ -128,7 +128,7 @@ def test_a_whole_reproduction_is_judged(monkeypatch):
     assert list(found.frame.index) == [0, 1, 2, 4]
     assert len(found.claims) == 3
     masses = found.frame.iloc[:, -6:]
-    assert all("' on '" in name for name in masses)
+    assert all(name.startswith("mass on ") for name in masses)
     assert masses.loc[4].is_monotonic_decreasing
     assert masses.loc[4].sum() <= 1
     assert "WikiText" in found.note

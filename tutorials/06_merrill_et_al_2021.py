@@ -436,7 +436,8 @@ with pd.option_context("display.max_colwidth", None, "display.width", 150):
 # them. Heads that average over many positions once saturated did not appear here without the wrong
 # mask. Two verdicts, on the square root and on the direction, differ between this short run and the
 # full one, so treat them as open. All of it is on small models; nothing here contradicts what was
-# measured on T5.
+# measured on T5. The page on the paper has two neighbouring results as well: attention that narrows
+# to distinct tokens ("scan and snap"), and how much of a norm is mere rescaling of weight pairs.
 #
 # ## Exercises
 #

@@ -46,8 +46,9 @@ class Setting:
 
     def __str__(self) -> str:
         return (
-            f"{self.layers} layers of {self.heads} heads, width {self.width}, context "
-            f"{self.context}; {self.steps} steps of {self.batch} windows, AdamW at a constant "
+            f"{self.layers} layer{'s' * (self.layers > 1)} of {self.heads} "
+            f"head{'s' * (self.heads > 1)}, width {self.width}, context {self.context}; "
+            f"{self.steps} steps of {self.batch} windows, AdamW at a constant "
             f"{self.learning_rate:g} without weight decay, on the {corpus_name()}"
         )
 

@@ -48,7 +48,8 @@ def _masses(result: Narrowing) -> pd.DataFrame:
     """Give what the figure shows of the most frequent query token: its masses on six key tokens."""
     query = result.queries[0]
     shown = result.keys(query, 6).drop(index="uniform")
-    return shown.rename(columns=lambda key: f"{result.name(query)!r} on {result.name(key)!r}")
+    source = repr(result.name(query))
+    return shown.rename(columns=lambda key: f"mass on {result.name(key)!r} from {source}")
 
 
 def judged(result: Narrowing) -> tuple[Claim, ...]:
