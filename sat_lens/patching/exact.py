@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -130,7 +130,7 @@ def measure(
             if run is not None and len(tasks) >= LEAST_REPLAYED:
                 try:
                     _by_replay(setting, patch, run, tasks, measured, bar, seed)
-                except _RoutesPartError:
+                except (_RoutesPartError, torch.OutOfMemoryError):
                     values.fill_(math.nan)
                     measured = Measured(values)
                     bar.reset()
@@ -161,13 +161,14 @@ def _by_replay(
     if replay is None:
         raise _RoutesPartError
     measured.route = "replay"
-    chunks = list(_chunks(replay, tasks))
-    proof = _one_of_each_kind(replay, chunks)
-    proven = {chunk[0].index for chunk in proof}
+    layers = [list(some) for _, some in itertools.groupby(tasks, key=lambda task: task.item.layer)]
+    proof = _one_of_each_kind(replay, layers)
+    proven = {some[0].index for some in proof}
     others = [task.index for task in tasks if task.index not in proven]
     n_drawn = min(max(round(SHARE_CHECKED * len(tasks)), 1), len(others))
     checked = proven.union(random.Random(seed).sample(others, n_drawn))
-    rest = [chunk for chunk in chunks if chunk not in proof]
+    done = {task.index for some in proof for task in some}
+    rest = [[task for task in layer if task.index not in done] for layer in layers]
     for some in (proof, rest):
         _store(setting, patch, replay, some, checked, measured, bar)
 
@@ -176,12 +177,12 @@ def _store(
     setting: Setting,
     patch: Patch,
     replay: Replay,
-    chunks: list[list[Task]],
+    layers: list[list[Task]],
     checked: set[tuple[int, ...]],
     measured: Measured,
     bar: Any,
 ) -> None:
-    """Replay chunk by chunk; the unembedding, a large matrix, serves several of them at once."""
+    """Replay layer by layer; the unembedding, a large matrix, serves several chunks at once."""
     tasks: list[Task] = []
     streams: list[Tensor] = []
 
@@ -198,13 +199,18 @@ def _store(
         tasks.clear()
         streams.clear()
 
+    def streams_of(chunk: Sequence[Task]) -> Tensor:
+        with _falling_back():
+            return replay.streams([(task.item, task.position) for task in chunk])
+
     try:
-        for chunk in chunks:
-            with _falling_back():
-                streams.append(replay.streams([(task.item, task.position) for task in chunk]))
-            tasks += chunk
-            if sum(stream.shape[:2].numel() for stream in streams) >= ROWS_UNEMBEDDED:
-                unembed()
+        for of_layer in filter(None, layers):
+            depth = replay.depth(of_layer[0].item)
+            for chunk, found in replay.pace.chunks(of_layer, streams_of, depth):
+                tasks += chunk
+                streams.append(found)
+                if sum(stream.shape[:2].numel() for stream in streams) >= ROWS_UNEMBEDDED:
+                    unembed()
     except KeyboardInterrupt:
         unembed()
         raise
@@ -215,6 +221,8 @@ def _store(
 def _falling_back() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # fewer heads side by side may still fit
+        raise
     except Exception as error:  # whatever it is, whole forward passes will do or say better
         raise _RoutesPartError from error
 
@@ -231,9 +239,10 @@ def _check(
     The logits are compared, not only the metric: a metric of small numbers shows no difference.
     """
     tolerance = TOLERANCE * max(replay.scale, 1.0)
-    for start in range(0, len(replayed), replay.at_once):
-        some = replayed[start : start + replay.at_once]
-        whole = _whole(setting, patch, [task for task, _ in some])
+    at_once = replay.pace.chunks(
+        replayed, lambda some: _whole(setting, patch, [task for task, _ in some])
+    )
+    for some, whole in at_once:
         for (task, logits), expected in zip(some, whole, strict=True):
             exact = setting.readout.value_at(expected)
             error = float((exact - measured.values[task.index]).abs().max())
@@ -255,17 +264,9 @@ def _whole(setting: Setting, patch: Patch, tasks: list[Task]) -> list[Tensor]:
         return [patched_logits(setting, patch, tasks[0].item, tasks[0].position)]
 
 
-def _one_of_each_kind(replay: Replay, chunks: list[list[Task]]) -> list[list[Task]]:
-    """The first chunk of every kind of layer: its replay runs through all the layers above."""
+def _one_of_each_kind(replay: Replay, layers: list[list[Task]]) -> list[list[Task]]:
+    """The first tasks of every kind of layer: their replay runs through all the layers above."""
     first: dict[object, list[Task]] = {}
-    for chunk in chunks:
-        first.setdefault(replay.kind(chunk[0].item), chunk)
+    for tasks in layers:
+        first.setdefault(replay.kind(tasks[0].item), tasks[: replay.pace.size])
     return list(first.values())
-
-
-def _chunks(replay: Replay, tasks: list[Task]) -> Iterator[list[Task]]:
-    """Cut the tasks into runs of one layer that are worth replaying together."""
-    for _, of_layer in itertools.groupby(tasks, key=lambda task: task.item.layer):
-        chunk = list(of_layer)
-        for start in range(0, len(chunk), replay.at_once):
-            yield chunk[start : start + replay.at_once]

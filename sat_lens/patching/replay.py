@@ -27,17 +27,14 @@ from sat_lens.patching.activations import with_heads
 from sat_lens.patching.items import Item
 from sat_lens.patching.recording import HIDDEN, BaseRun
 from sat_lens.patching.runs import Local, Patch, Setting, local_activations
-
-# Replaying heads side by side pays while the matrices are small (measured, one CPU thread).
-TOKENS_AT_ONCE_CPU = 512
-TOKENS_AT_ONCE_GPU = 16_384
+from sat_lens.patching.tuning import pace_of
 
 
 class Replay:
     """Replays one patch; made by :meth:`of`.
 
     Attributes:
-        at_once: How many heads of a layer are replayed side by side.
+        pace: How many heads of a layer are replayed side by side.
         scale: The size of the base run's logits.
     """
 
@@ -48,7 +45,7 @@ class Replay:
         self.patch = patch
         self.layers = run.layers
         self.scale = run.scale
-        self.at_once = _heads_at_once(run, patch)
+        self.pace = pace_of(run, patch)
         self._base_z = run.z
         self._new_z = new_z
         self._composed_gelus = [
@@ -84,6 +81,10 @@ class Replay:
         )
         site = self.setting.site(f"blocks.{item.layer}.attn")
         return makes, reach, site.level, site.n_heads
+
+    def depth(self, item: Item) -> int:
+        """Count the layers that a replay of the item runs, in whole or in part."""
+        return len(self.layers) - item.layer
 
     def streams(
         self, patches: list[tuple[Item, int | None]]
@@ -166,16 +167,6 @@ class Replay:
         }
         with attached(self.setting.model, self.setting.sites, groups):
             yield
-
-
-def _heads_at_once(run: BaseRun, patch: Patch) -> int:
-    # In a saturated run the smallest difference can decide which key wins, and matrices of another
-    # size are rounded differently: there a head is replayed just as it is run.
-    resid = run.layers[0].resid_pre
-    if patch.base is not None or resid is None:
-        return 1
-    room = TOKENS_AT_ONCE_CPU if resid.device.type == "cpu" else TOKENS_AT_ONCE_GPU
-    return max(room // (resid.shape[0] * resid.shape[1]), 1)
 
 
 def _repeated(value: Any, size: int, copies: int) -> Any:
