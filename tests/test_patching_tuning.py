@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ class Device:
 
     def __init__(self, fixed: float, each: float, room: int = 10**6) -> None:
         self.fixed, self.each, self.room = fixed, each, room
-        self.now = 0.0
+        self.now = self.seen = 0.0
         self.sizes: list[int] = []
 
     def clock(self) -> float:
@@ -97,6 +98,21 @@ def test_without_a_cost_nothing_is_learnt() -> None:
     pace = Pace(2, 64, CPU, device.clock)
     list(pace.chunks(range(8), device.work))
     assert device.sizes == [2, 2, 2, 2]
+
+
+def test_the_clock_waits_for_a_device_that_works_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU is told to do takes no time until somebody waits for it."""
+    device = Device(fixed=1.0, each=1.0)
+
+    def synchronize(_device: torch.device) -> None:
+        device.seen = device.now
+
+    monkeypatch.setattr(
+        torch, "get_device_module", lambda _: SimpleNamespace(synchronize=synchronize)
+    )
+    pace = Pace(1, 64, torch.device("cuda"), lambda: device.seen)
+    list(pace.chunks(range(100), device.work, 1.0))
+    assert pace.size == 16
 
 
 @pytest.fixture(scope="module")
