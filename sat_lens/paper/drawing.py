@@ -55,6 +55,7 @@ def lines(
     log_x: bool = True,
     log_y: bool = False,
     dashed: Sequence[str] = (),
+    legend: bool = True,
 ) -> None:
     """Draw columns of a table against its index; ``columns`` gives each its words.
 
@@ -73,7 +74,8 @@ def lines(
         logarithmic(axes, "y")
     axes.set_xlabel(x, size=8, color=QUIET)
     axes.set_ylabel(y, size=8, color=QUIET)
-    axes.legend(frameon=False, fontsize=7)
+    if legend:
+        axes.legend(frameon=False, fontsize=7)
 
 
 def logarithmic(

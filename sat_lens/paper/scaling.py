@@ -18,7 +18,7 @@ from sat_lens.paper.language import LanguageRun, trained_run
 
 CLEAR = 0.05
 SCALES = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0)
-ALL, SCORES = "all parameters", "scores alone"
+ALL, SCORES = "all parameters", "queries and keys"
 TRAINED, RANDOM = "trained", "random initialisation"
 
 
@@ -33,9 +33,9 @@ def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Repr
         frame=table,
         figure=_drawn(table),
         note=f"Measured on {run.setting}. The saturated network is the one at c = {SCALES[-1]:g}; "
-        "the control has random keys in its place. For scores alone, c multiplies W_Q and W_K, so "
-        "scores grow with c squared. One seed; small and causal: the paper's figures are of large "
-        "pretrained models.",
+        "the control has random keys in its place. Queries and keys times c means W_Q and W_K "
+        "alone, so that scores grow with c squared. One seed; small and causal: the paper's "
+        "figures are of large pretrained models.",
     )
 
 
@@ -107,6 +107,8 @@ def _drawn(table: pd.DataFrame) -> Figure:
             f"{RANDOM} cos_random": "random, to random keys",
         }
         controls = [name for name in words if name.endswith("cos_random")]
-        lines(panel, shown, words, x="c", y="cosine", dashed=controls)
+        lines(panel, shown, words, x="c", y="cosine", dashed=controls, legend=False)
         panel.set_title(f"{grown} times c", size=8.5, color=INK, loc="left")
+    named = axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     return figure
