@@ -21,8 +21,9 @@
 # maximum (Merrill et al. 2021). At c = 0 it is uniform over all visible keys.
 #
 # We use the demo model that comes with the library: four layers of eight heads, trained on the
-# source of Python's standard library. Nothing is downloaded. (In Colab, first run `%pip install`
-# with the address of the repository that this notebook comes from.)
+# source of Python's standard library. Nothing is downloaded. (How to run a notebook locally stands
+# in the [README](README.md). In Colab, first run `%pip install git+ADDRESS`, with the address of
+# the repository that this notebook comes from.)
 
 # %%
 import math

@@ -14,8 +14,9 @@
 # **Question.** What does each head do with its attention: look at one key, at a few, or average
 # over all? And how could such a label mislead us?
 #
-# In Colab, first run `%pip install` with the address of the repository that this notebook comes
-# from. Nothing is downloaded after that: the model and its text come with the library.
+# In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that this
+# notebook comes from. Nothing is downloaded after that: the model and its text come with the
+# library.
 #
 # `MODEL` may be any name that TransformerLens can load. With a network, try `"gpt2"`; the cells
 # below choose heads by their numbers, not by name, so they run as they stand (the check of damages

@@ -17,8 +17,8 @@
 # Activation patching usually goes between two prompts. Here it goes between two runs of one prompt:
 # the soft one, and the one in which every head is saturated.
 #
-# In Colab, first run `%pip install` with the address of the repository that this notebook comes
-# from. Nothing is downloaded after that.
+# In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that this
+# notebook comes from. Nothing is downloaded after that.
 
 # %%
 import matplotlib.pyplot as plt

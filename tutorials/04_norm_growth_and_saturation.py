@@ -16,8 +16,9 @@
 # number of steps, and that growth carries the network towards its saturated version. Is that what
 # happens in a small model that we train here, and is it the *norm* that does it?
 #
-# In Colab, first run `%pip install` with the address of the repository that this notebook comes
-# from. Nothing is downloaded after that. All of it takes about a minute on one thread of a CPU.
+# In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that this
+# notebook comes from. Nothing is downloaded after that. All of it takes about a minute on one
+# thread of a CPU.
 
 # %%
 import copy

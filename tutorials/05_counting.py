@@ -16,8 +16,9 @@
 # 2021) such *mean heads* are saturated attention with every key tied. Does a trained counting head
 # survive saturation, and if not, which notion of saturation keeps it?
 #
-# Everything is trained or built in the notebook, in about a minute on one CPU thread. It needs the
-# library and what notebooks need: `pip install ".[notebooks]"` in a copy of the repository.
+# Everything is trained or built in the notebook, in about a minute on one CPU thread. In Colab,
+# first run `%pip install git+ADDRESS`, with the address of the repository that this notebook comes
+# from.
 
 # %%
 import matplotlib.pyplot as plt

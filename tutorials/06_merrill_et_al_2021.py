@@ -24,7 +24,8 @@
 # say so. "Here" in a verdict means what it says: one small model, one seed, the source of Python's
 # standard library as text.
 #
-# Outside the repository, in Colab say, install sat_lens first: `pip install .` in its folder.
+# In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that this
+# notebook comes from. Nothing is downloaded after that.
 
 # %%
 import textwrap
@@ -105,7 +106,7 @@ plt.show()
 # %% [markdown]
 # Half of the prediction failed: with the initial norm taken out the exponent is above the rule's
 # margin around 1/2. The last line says why a verdict on a short run has to be read with care: the
-# exponent is no constant here. It stays above 1/2, goes up and down, and is below 1/2 in the last
+# exponent is no constant here. It goes up and down above 1/2, and falls below it in the last
 # doubling. In the full run, which is longer and of a larger model, the average over five doublings
 # is a square root, and the verdict is *holds with a correction*. [Tutorial
 # 4](04_norm_growth_and_saturation.ipynb) shows what weight decay and a decaying learning rate make

@@ -17,8 +17,8 @@
 #
 # The models here are tiny and random, so that nothing is downloaded. Their numbers say what can be
 # *reached and measured*, and nothing about trained models; the last section runs the same code on
-# real ones. It needs the library and what notebooks need: `pip install ".[notebooks]"` in a copy of
-# the repository.
+# real ones. In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that
+# this notebook comes from.
 
 # %%
 import warnings
