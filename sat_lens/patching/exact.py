@@ -191,8 +191,8 @@ def _store(
             return
         with _falling_back():
             found = replay.logits(torch.cat(streams))
-        for task, logits in zip(tasks, found, strict=True):
-            measured.values[task.index] = setting.readout.value_at(logits)
+            for task, logits in zip(tasks, found, strict=True):
+                measured.values[task.index] = setting.readout.value_at(logits)
         to_check = [(t, x) for t, x in zip(tasks, found, strict=True) if t.index in checked]
         _check(setting, patch, replay, to_check, measured)
         bar.update(len(tasks))

@@ -13,18 +13,17 @@ on trust: a layer that lacks one of these modules is refused here, and
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.intervention import attached
 from sat_lens.patching.activations import with_heads
 from sat_lens.patching.items import Item
+from sat_lens.patching.quick import aligned_unembedding, computed_by, quick_gelus
 from sat_lens.patching.recording import HIDDEN, BaseRun
 from sat_lens.patching.runs import Local, Patch, Setting, local_activations
 from sat_lens.patching.tuning import pace_of
@@ -48,12 +47,10 @@ class Replay:
         self.pace = pace_of(run, patch)
         self._base_z = run.z
         self._new_z = new_z
-        self._composed_gelus = [
-            module
-            for layer in run.layers
-            for module in layer.parts["mlp"].modules()
-            if type(module).__name__ == "NewGELUActivation" and "forward" not in module.__dict__
-        ]
+        mlps = [module for layer in run.layers for module in layer.parts["mlp"].modules()]
+        # The two differ by rounding, so not in a saturated run.
+        self._gelus = quick_gelus(mlps) if patch.base is None else {}
+        self._unembedding = aligned_unembedding(setting.model.unembed)
 
     @classmethod
     def of(
@@ -105,13 +102,15 @@ class Replay:
         output = here.parts["attn"].get_submodule("o")(z)
         assert here.resid_pre is not None
         before = torch.cat([here.resid_pre] * len(patches)) if len(patches) > 1 else here.resid_pre
-        with self._base_above(layer), self._quick_gelu():
+        with self._base_above(layer), computed_by(self._gelus):
             return self._rest(before + output, layer, len(patches))
 
     def logits(self, streams: Tensor) -> list[Tensor]:
         """Give the logits of each patch, ``[batch, read position, vocab]``."""
         model = self.setting.model
-        return list(model.unembed(model.ln_final(streams)).split(self.patch.batch.size))
+        with computed_by(self._unembedding):
+            found = model.unembed(model.ln_final(streams))
+        return list(found.split(self.patch.batch.size))
 
     def _rest(self, x: Tensor, layer: int, copies: int) -> Tensor:
         """Run every layer after the attention of ``layer``."""
@@ -138,21 +137,6 @@ class Replay:
         args = [fit(value) for value in here.args]
         kwargs = {name: fit(value) for name, value in here.kwargs.items()}
         return _first(here.parts["attn"](*args, **kwargs))
-
-    @contextlib.contextmanager
-    def _quick_gelu(self) -> Iterator[None]:
-        """Let PyTorch compute in one step the GELU that Hugging Face's GPT-2 computes in eight.
-
-        They took a seventh of a replay; the two differ by rounding, so not in a saturated run.
-        """
-        found = [] if self.patch.base is not None else self._composed_gelus
-        for module in found:
-            module.__dict__["forward"] = functools.partial(F.gelu, approximate="tanh")
-        try:
-            yield
-        finally:
-            for module in found:
-                del module.__dict__["forward"]
 
     @contextlib.contextmanager
     def _base_above(self, layer: int) -> Iterator[None]:
