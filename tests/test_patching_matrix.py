@@ -1,7 +1,8 @@
 """Every value of a sweep, in all its combinations of arguments, against brute force.
 
 Sources, components and directions are combined in full for every model; what else a sweep can be
-asked for goes round beside them, each model one step further.
+asked for goes round beside them, each model one step further. Every third combination, in which all
+of these occur, is an everyday test.
 """
 
 from __future__ import annotations
@@ -82,8 +83,11 @@ def combinations() -> list[Any]:
         for i, ((source, component), direction) in enumerate(itertools.product(WAYS, DIRECTIONS)):
             transform, rest = TRANSFORMS[(i + m) % 5], REST[(i + 3 * m) % 7]
             label = f"{name}-{source}-{component}-{direction}"
+            marks = [pytest.mark.slow] if (i + m) % 3 else []
             found.append(
-                pytest.param(name, source, component, direction, transform, rest, id=label)
+                pytest.param(
+                    name, source, component, direction, transform, rest, id=label, marks=marks
+                )
             )
     return found
 
@@ -92,7 +96,12 @@ def groups_of(model: Any, together: bool) -> list[Group]:
     """Single heads of every stack, or groups within one stack, some over several layers."""
     sites = sl.attention_sites(model)
     if not together:
-        return [[(site.path, head)] for site in sites for head in (0, 1, 3)]
+        several = len(sites) > 2
+        return [
+            [(site.path, head)]
+            for i, site in enumerate(sites)
+            for head in ([i % 4] if several else [0, 1, 3])
+        ]
     groups = []
     for stack in dict.fromkeys(site.stack for site in sites):
         paths = [site.path for site in sites if site.stack == stack]
