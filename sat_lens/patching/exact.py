@@ -182,13 +182,17 @@ def _store(
     measured: Measured,
     bar: Any,
 ) -> None:
-    """Replay layer by layer; the unembedding, a large matrix, serves several chunks at once."""
-    tasks: list[Task] = []
-    streams: list[Tensor] = []
+    """Replay layer by layer, and unembed so many rows at once as that takes to be fast, not more.
 
-    def unembed() -> None:
-        if not tasks:
+    Logits are large: those of a whole layer of heads can take more memory than all else together.
+    """
+    waiting: list[tuple[Task, Tensor]] = []
+
+    def unembed(count: int) -> None:
+        if not count:
             return
+        tasks, streams = zip(*waiting[:count], strict=True)
+        del waiting[:count]
         with _falling_back():
             found = replay.logits(torch.cat(streams))
             for task, logits in zip(tasks, found, strict=True):
@@ -196,8 +200,6 @@ def _store(
         to_check = [(t, x) for t, x in zip(tasks, found, strict=True) if t.index in checked]
         _check(setting, patch, replay, to_check, measured)
         bar.update(len(tasks))
-        tasks.clear()
-        streams.clear()
 
     def streams_of(chunk: Sequence[Task]) -> Tensor:
         with _falling_back():
@@ -207,14 +209,15 @@ def _store(
         for of_layer in filter(None, layers):
             depth = replay.depth(of_layer[0].item)
             for chunk, found in replay.pace.chunks(of_layer, streams_of, depth):
-                tasks += chunk
-                streams.append(found)
-                if sum(stream.shape[:2].numel() for stream in streams) >= ROWS_UNEMBEDDED:
-                    unembed()
+                streams = found.split(patch.batch.size)
+                waiting += zip(chunk, streams, strict=True)
+                enough = math.ceil(ROWS_UNEMBEDDED / streams[0].shape[:2].numel())
+                while len(waiting) >= enough:
+                    unembed(enough if found.device.type == "cpu" else len(waiting))
     except KeyboardInterrupt:
-        unembed()
+        unembed(len(waiting))
         raise
-    unembed()
+    unembed(len(waiting))
 
 
 @contextlib.contextmanager
