@@ -62,12 +62,16 @@ def test_patching_between_runs_is_that_of_transformer_lens(name: str, fast: bool
         by_position = tl.get_act_patch_attn_head_out_by_pos(model, ids, saturated, last())
         with sl.saturate(model):
             denoised = tl.get_act_patch_attn_head_out_all_pos(model, ids, soft, last())
-    ours = sweep_heads(model, ids, last(), source="run", fast=fast, **QUIET)
-    torch.testing.assert_close(ours.values, noised, atol=1e-5, rtol=0)
-    ours = sweep_heads(model, ids, last(), source="run", fast=fast, direction="denoising", **QUIET)
-    torch.testing.assert_close(ours.values, denoised, atol=1e-5, rtol=0)
-    ours = sweep_heads(model, ids, last(), source="run", fast=fast, positions="each", **QUIET)
-    torch.testing.assert_close(ours.values, by_position.transpose(1, 2), atol=1e-5, rtol=0)
+            back = tl.get_act_patch_attn_head_out_by_pos(model, ids, soft, last())
+    for direction, whole, each in (
+        ("noising", noised, by_position),
+        ("denoising", denoised, back),
+    ):
+        given: dict[str, Any] = {"source": "run", "direction": direction, "fast": fast, **QUIET}
+        ours = sweep_heads(model, ids, last(), **given)
+        torch.testing.assert_close(ours.values, whole, atol=1e-5, rtol=0)
+        ours = sweep_heads(model, ids, last(), positions="each", **given)
+        torch.testing.assert_close(ours.values, each.transpose(1, 2), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +118,17 @@ def test_local_saturation_agrees_with_the_oracle(name: str, direction: Any) -> N
 
 def test_pattern_patching_works_where_that_of_transformer_lens_is_discarded() -> None:
     """OPT computes its attention in Hugging Face's code; the first layer's scores are run-free."""
-    model, ids = model_in_eval("opt"), tokens()
-    local = sweep_heads(model, ids, difference, heads=["L0H1", "L0H2"], **QUIET)
-    run = sweep_heads(
-        model, ids, difference, heads=["L0H1", "L0H2"], source="run", component="pattern", **QUIET
-    )
-    assert local.item_values.allclose(run.item_values, atol=1e-6)
-    assert bool((run.item_values != run.soft).all())
+    model, ids, component = model_in_eval("opt"), tokens(), "pattern"
+    with torch.no_grad():
+        _, saturated = caches(model, ids)
+        theirs = tl.get_act_patch_attn_head_pattern_all_pos(model, ids, saturated, difference)
+    ours = sweep_heads(model, ids, difference, source="run", component=component, **QUIET)
+    assert bool((theirs == ours.soft).all())
+    assert bool((ours.effect.abs() > 1e-5).all())
+    for head in range(4):
+        with torch.no_grad(), rescaled_softmax(model, {"blocks.0.attn": [head]}, math.inf, 4):
+            expected = difference(model(ids))
+        torch.testing.assert_close(ours.values[0, head], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
@@ -309,6 +317,7 @@ def test_hooks_and_modes_are_left_as_they_were() -> None:
         ({"heads": [[]]}, HeadSelectionError, "empty"),
         ({"heads": [["L0H1"], ["L0H1"]]}, HeadSelectionError, "more than once"),
         ({"heads": ["L0H1", (0, 1)]}, HeadSelectionError, "more than once"),
+        ({"heads": [["L0H2", "L0H1", "L0H2"]]}, HeadSelectionError, "more than once"),
         ({"heads": ["L0H1", ["L0H2"]]}, HeadSelectionError, "all groups"),
         ({"heads": "L9H9"}, HeadSelectionError, "no head"),
         ({"positions": [99]}, ArgumentError, "positions"),

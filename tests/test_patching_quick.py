@@ -85,3 +85,15 @@ def test_a_metric_that_wants_rows_without_gaps_gets_whole_passes(odd: Any) -> No
     slow = sweep_heads(odd, inputs(), flat, fast=False, **QUIET)
     assert fast.checks.route == "generic"
     assert fast.values.equal(slow.values)
+
+
+def test_no_more_logits_are_held_at_once_than_make_the_unembedding_fast(odd: Any) -> None:
+    """Four heads of 32 tokens are replayed side by side, and unembedded two by two."""
+    ids, rows = tokens(batch=1, length=32) % ODD, []
+    handle = odd.unembed.register_forward_pre_hook(lambda _m, args: rows.append(args[0].shape[:2]))
+    try:
+        sweep = sweep_heads(odd, ids, spread, **QUIET)
+    finally:
+        handle.remove()
+    assert sweep.checks.route == "replay"
+    assert max(shape.numel() for shape in rows) == 64
