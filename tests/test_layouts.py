@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from sat_lens.errors import UnsupportedModelError
+from sat_lens.sites.probe import heads_of
+from sat_lens.sites.search import Call
 from sat_lens.sites.softmax import as_heads, from_heads, heads_in, layout_of
 
 # shape, number of heads that the configuration claims, layout, and where head 1, query 2 of the
@@ -14,6 +16,7 @@ LAYOUTS = [
     ((2, 4, 5, 6), 4, "b h q k", (0, 1, 2)),
     ((2, 4, 5, 6), None, "b h q k", (0, 1, 2)),
     ((2, 8, 5, 6), 4, "b h q k", (0, 1, 2)),
+    ((2, 8, 4, 4), 4, "b h q k", (0, 1, 2)),
     ((2, 8, 4, 9), 4, "b q h k", (0, 2, 1)),
     ((8, 5, 6), 4, "(b h) q k", (1, 2)),
     ((2, 3, 4, 5, 6), 4, "b block h q k", (0, 0, 1, 2)),
@@ -51,3 +54,22 @@ def test_heads_that_cannot_be_told_apart(shape):
 def test_another_shape_than_the_one_found_before(shape, layout):
     with pytest.raises(UnsupportedModelError, match=r"4 heads.*look at it again"):
         as_heads(torch.zeros(shape), layout, n_heads=4)
+
+
+# the softmaxes of one run on eight positions, and the reason to refuse it
+RUNS = [
+    ([(1, 4, 3, 3), (1, 4, 5, 5)], ""),
+    ([(1, 4, 8, 8)], ""),
+    ([(1, 4, 8, 8), (1, 4, 8, 8)], "2 attention softmaxes ran in one call"),
+    ([(1, 4, 3, 8), (1, 4, 5, 8)], "2 attention softmaxes ran in one call"),
+    ([(1, 4, 3, 3), (1, 2, 5, 5)], "heads cannot be told apart"),
+    ([], "no attention softmax"),
+]
+
+
+@pytest.mark.parametrize(("shapes", "why_not"), RUNS)
+def test_several_softmaxes_are_one_attention_only_if_they_share_out_the_positions(shapes, why_not):
+    call = Call(positions=8, events=[("softmax", torch.zeros(shape)) for shape in shapes])
+    found, layout, n_heads = heads_of([call], hint=4)
+    assert why_not in found
+    assert (layout, n_heads) == (("", 0) if why_not else ("b h q k", 4))

@@ -80,6 +80,21 @@ def test_chosen_heads_need_no_look_at_the_tower(name):
         pass
 
 
+def test_more_images_in_a_row_than_the_tower_was_shown():
+    model = zoo.case("qwen2_5_vl").build()
+    (ids,), kwargs = towers.packed_inputs()
+    one = {name: value[:1] for name, value in kwargs.items()}
+    one["pixel_values"] = kwargs["pixel_values"][:16]
+    sites = sl.attention_sites(model, ids[:1], **one)
+    assert [site.label(0) for site in sites if site.in_pieces] == ["vision_encoder.blocks.L0H0"]
+    with pytest.raises(NotReachedError, match=r"2 times.*look again"), sl.saturate(model):
+        run("qwen2_5_vl", model)
+    sl.attention_sites(model, ids, **kwargs)
+    with sl.saturate(model), torch.no_grad():
+        both, alone = run("qwen2_5_vl", model), model(ids[:1], **one)
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-5 * float(both.abs().max()))
+
+
 def test_a_tower_whose_attention_is_fused():
     model = zoo.case("mistral3").build()
     model.original_model.set_attn_implementation("sdpa")

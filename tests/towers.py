@@ -7,11 +7,13 @@ Some towers have hook points, others TransformerLens wraps as a whole.
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
-from tiny import BART, N_HEADS, SIZE, Case, Inputs, noise, of_class, tokens
+from tiny import BART, N_HEADS, SIZE, VOCAB, Case, Inputs, noise, of_class, tokens
 from torch import Tensor
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 PLACEHOLDER = 3
 VISION = {
@@ -46,6 +48,19 @@ WINDOWS = {
     "max_position_embeddings": 20,
 }
 QWEN2 = SIZE | {"num_key_value_heads": 2}
+# Patches of all images in one sequence; windows of 2 x 2 patches in the first layer.
+PACKED = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": N_HEADS,
+    "intermediate_size": 64,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 8,
+    "fullatt_block_indexes": [1],
+    "out_hidden_size": 32,
+}
 LLAMA4 = SIZE | {
     "head_dim": 8,
     "num_key_value_heads": 2,
@@ -78,6 +93,18 @@ def llama4_inputs() -> Inputs:
     return (prompts(4),), {"pixel_values": noise(2, 3, 16, 16)}
 
 
+def packed_inputs() -> Inputs:
+    """16 patches of one image and 8 of another in one row; a place for each square of four."""
+    ids = prompts(4)
+    ids[1, 4:6] = PLACEHOLDER + 1
+    return (ids,), {
+        "pixel_values": noise(24, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 4]]),
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == PLACEHOLDER).long(),
+    }
+
+
 def speech_inputs() -> Inputs:
     """Two recordings; each place stands for four steps of a spectrogram."""
     ids = prompts(10)
@@ -106,6 +133,23 @@ def florence() -> Any:
         image_token_id=PLACEHOLDER,
     )
     return build()
+
+
+def qwen2_5_vl() -> Any:
+    """A tower that runs a softmax for each image or window of the row."""
+    build = of_class(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        text_config=QWEN2 | {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        vision_config=PACKED,
+        image_token_id=PLACEHOLDER,
+        video_token_id=VOCAB - 1,
+        vision_start_token_id=VOCAB - 2,
+        vision_end_token_id=VOCAB - 3,
+    )
+    # TransformerLens asks for torchvision, which only prepares images.
+    with mock.patch.object(ArchitectureAdapter, "_check_required_libraries"):
+        return build()
 
 
 CASES = [
@@ -167,6 +211,13 @@ CASES = [
         ),
         speech_inputs,
         {"": "scores", "audio_encoder.layers": "softmax"},
+        is_shown=True,
+    ),
+    Case(
+        "qwen2_5_vl",
+        qwen2_5_vl,
+        packed_inputs,
+        {"vision_encoder.blocks": "softmax", "": "softmax"},
         is_shown=True,
     ),
 ]

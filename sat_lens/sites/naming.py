@@ -24,6 +24,8 @@ class AttentionSite:
         layout: The order of axes in which its softmax keeps the heads.
         why_not: For a level of None, the reason, and what to do about it; for ``"kernel"``, why
             only the eager path can serve, if so.
+        in_pieces: Whether one run has several softmaxes, each for a part of the positions, as in
+            towers that pack images of any size into one sequence.
         pattern_is_true: Whether its pattern's hook shows all that the softmax gave, and edits act.
         discarded: Names of hook points whose edits this module throws away.
         dropout: Whether anything in the model was dropped out at random when it was looked at.
@@ -37,6 +39,7 @@ class AttentionSite:
     level: Level | None
     layout: str = "b h q k"
     why_not: str = ""
+    in_pieces: bool = False
     pattern_is_true: bool = False
     discarded: frozenset[str] = frozenset()
     dropout: bool = False

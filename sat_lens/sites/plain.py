@@ -76,7 +76,8 @@ def _site(path: str, calls: list[Call], hint: int | None) -> AttentionSite:
         return AttentionSite(path, stack, layer, kind, n_heads, "kernel", why_not=_bias(call))
     why_not, layout, n_heads = heads_of(calls, hint)
     level: Level | None = None if why_not else "softmax"
-    return AttentionSite(path, stack, layer, kind, n_heads, level, layout, why_not)
+    pieces = any(call.is_in_pieces for call in calls)
+    return AttentionSite(path, stack, layer, kind, n_heads, level, layout, why_not, pieces)
 
 
 def _kind(calls: list[Call]) -> Kind:

@@ -180,6 +180,7 @@ def _site(place: Place, calls: list[Call], hint: int | None) -> AttentionSite:
         level=level,
         layout=layout,
         why_not=why_not,
+        in_pieces=any(call.is_in_pieces for call in calls),
         pattern_is_true=all(_pattern_is_the_output(call) for call in calls),
         discarded=frozenset().union(*(_discarded(call) for call in calls)),
     )
@@ -196,14 +197,14 @@ def heads_of(calls: list[Call], hint: int | None) -> tuple[str, str, int]:
             'model.original_model.set_attn_implementation("eager")'
         )
         return why, "", 0
-    counts = {len(call.tensors("softmax")) for call in calls}
+    counts = {len(call.tensors("softmax")) for call in calls if not call.is_in_pieces}
     if counts == {0}:
         return "no attention softmax ran inside it", "", 0
-    if counts != {1}:
+    if not counts <= {1}:
         found = ", ".join(map(str, sorted(counts)))
         return f"{found} attention softmaxes ran in one call, where one was needed", "", 0
     # A module that runs several times, as in recurrent-depth models, must look alike each time.
-    shapes = [call.tensors("softmax")[0].shape for call in calls]
+    shapes = [scores.shape for call in calls for scores in call.tensors("softmax")]
     layouts = {layout_of(shape, hint) for shape in shapes}
     layout = layouts.pop()
     n_heads = {heads_in(shape, layout, hint) for shape in shapes} if layout else set()

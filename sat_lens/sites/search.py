@@ -32,9 +32,11 @@ _WRAPPED = "_original_component."
 class Call:
     """What happened while one attention module ran once, in order.
 
-    ``whole`` says that PyTorch's own multi-head attention ran, which shows nothing of itself.
+    ``positions`` counts those of its input, 0 where nobody did. ``whole`` says that PyTorch's own
+    multi-head attention ran, which shows nothing of itself.
     """
 
+    positions: int = 0
     events: list[tuple[str, Tensor | None]] = dataclasses.field(default_factory=list)
     fused: list[AttentionCall] = dataclasses.field(default_factory=list)
     whole: bool = False
@@ -47,14 +49,24 @@ class Call:
         """All tensors recorded under that name."""
         return [tensor for event, tensor in self.events if event == name and tensor is not None]
 
+    @property
+    def is_in_pieces(self) -> bool:
+        """Whether several softmaxes ran and each position of the input had its row in one of them.
+
+        So it is in towers that pack images of any size, or windows of one, into one sequence.
+        """
+        shapes = [scores.shape for scores in self.tensors("softmax")]
+        attend_to_themselves = all(shape[-2] == shape[-1] for shape in shapes)
+        rows = sum(shape[0] * shape[-2] for shape in shapes)
+        return len(shapes) > 1 and attend_to_themselves and rows == self.positions
+
 
 @dataclasses.dataclass
 class _Run:
-    """A run of any module: how many positions went into it, and what happened."""
+    """A run of any module, and what happened in it."""
 
     module: nn.Module
-    positions: int
-    call: Call = dataclasses.field(default_factory=Call)
+    call: Call
 
     def is_attention(self) -> bool:
         """Whether its softmaxes have, together, a query for each position of its input.
@@ -66,7 +78,7 @@ class _Run:
         shapes = [scores.shape for scores in self.call.tensors("softmax")]
         queries = sum(shape[0] * shape[2] for shape in shapes)
         before_heads = sum(shape[0] * shape[1] for shape in shapes if shape[2] != shape[3])
-        return max(queries, before_heads) >= self.positions > 0
+        return max(queries, before_heads) >= self.call.positions > 0
 
 
 class Search:
@@ -142,7 +154,7 @@ class WholeAttention(TorchFunctionMode):
 @contextlib.contextmanager
 def searching(model: nn.Module, known: Collection[nn.Module] = ()) -> Iterator[Search]:
     """While the block lasts, record the attention that runs outside of ``known`` modules."""
-    search, running = Search(model), [_Run(model, 0)]
+    search, running = Search(model), [_Run(model, Call())]
 
     def is_known() -> bool:
         return any(run.module in known for run in running)
@@ -162,7 +174,7 @@ def searching(model: nn.Module, known: Collection[nn.Module] = ()) -> Iterator[S
 
     def entering(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         search.ran.add(module)
-        running.append(_Run(module, _positions(args, kwargs)))
+        running.append(_Run(module, Call(_positions(args, kwargs))))
 
     def leaving(_module: nn.Module, _args: Any, _output: Any) -> None:
         run = running.pop()

@@ -108,7 +108,9 @@ def layout_of(shape: Sequence[int], hint: int | None) -> str | None:
         ('(b h) q k', None)
     """
     if len(shape) == 4:
-        return "b q h k" if shape[1] != hint and shape[2] == hint else "b h q k"
+        # A tower may have other numbers of heads than the configuration claims for the text.
+        is_square = shape[2] == shape[3]
+        return "b q h k" if shape[1] != hint == shape[2] and not is_square else "b h q k"
     if not hint:
         return None
     if len(shape) == 3 and shape[0] % hint == 0:
