@@ -269,7 +269,7 @@ def test_the_result_goes_through_a_file_and_can_be_run_again(tmp_path: Any) -> N
 
 def test_frame_and_map(demo: Any) -> None:
     metric = sl.metrics.logit_difference(5, 6)
-    sweep = sweep_heads(demo, "def f(x):", metric, baseline="random", **QUIET)
+    sweep = sweep_heads(demo, "def f(x):", metric, baseline="random", controls=1, **QUIET)
     frame = sweep.frame()
     assert frame.index[9] == "L1H1"
     assert frame.loc["L1H1", "effect"] == pytest.approx(float(sweep.effect[1, 1]))

@@ -1,4 +1,4 @@
-"""First-order estimates, screens, the fast route, greedy search, and the command's files."""
+"""First-order estimates, screens, the fast route, and greedy search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from zoo import model_of
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.patching import SaturableHeads, saturable_heads, sweep_heads
-from sat_lens.patching.command import run_sweep
 from sat_lens.patching.exact import TOLERANCE
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -300,17 +299,6 @@ def test_the_result_of_a_search_goes_through_a_file(deep: Any, tmp_path: Path) -
 def test_tolerances_that_make_no_sense(deep: Any, tolerance: Any, types_unchecked: None) -> None:
     with pytest.raises(ArgumentError, match="tolerance"):
         saturable_heads(deep, tokens(), last(), tolerance, **QUIET)
-
-
-def test_the_command_writes_a_table_a_figure_and_a_page(tmp_path: Path) -> None:
-    sweep, files = run_sweep("demo", "for i in range(1", ")", ",", tmp_path / "out", progress=False)
-    page = files.page.read_text()
-    assert files.table.read_text().count("\n") == len(sweep.items) + 1
-    assert "<svg" in page
-    assert "for i in range(1" in page
-    assert files.figure.stat().st_size > 1000
-    with pytest.raises(ArgumentError, match="must be one token"):
-        run_sweep("demo", "x", "two tokens at least", ",", tmp_path / "out", progress=False)
 
 
 def _extremes(model: Any, metric: Any, ids: torch.Tensor) -> tuple[float, float]:
