@@ -176,6 +176,7 @@ def test_check_tells_by_its_status_what_it_could_not_try(run, monkeypatch):
     assert status == 1
     assert out.count("changes the output") == 2
     assert "vision_encoder: not tried" in out
+    assert "verify_sites(model, *your_inputs)" in out
 
 
 def test_check_of_a_model_without_attention(run, monkeypatch):

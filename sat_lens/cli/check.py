@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
         print(verdict)
     for path in untried:
         print(f"{path}: not tried, because it does not run on a few made-up tokens")
+    if untried:
+        print("To try these too, in Python: sat_lens.verify.verify_sites(model, *your_inputs)")
     found = {verdict.site.level for verdict in verdicts}
     levels = [f"  {level:8} {where}" for level, where in LEVELS.items() if level in found]
     print(LEGEND.format(levels="\n".join(levels) or "  none: nothing could be reached"))
