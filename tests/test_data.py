@@ -341,6 +341,14 @@ def test_whether_logits_predict_the_next_token(demo):
         assert predicts_next(model, batch) == wanted
 
 
+def test_tokens_that_are_never_given_do_not_count_as_seen():
+    model = tiny.native()
+    with torch.no_grad():
+        model.unembed.b_U[7] = -torch.inf
+    (batch,) = read(model, tiny.tokens())
+    assert predicts_next(model, batch)
+
+
 def test_a_dict_without_an_input(demo):
     with refusal("input, input_ids", "keys attention_mask, labels"):
         read(demo, [{"attention_mask": torch.ones(1, 3), "labels": 1}])

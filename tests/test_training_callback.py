@@ -1,6 +1,8 @@
-"""The tracker as a callback of the Trainer: added later, with evaluation, saved and resumed."""
+"""The tracker in runs of other libraries: the Trainer, saved and resumed; compiled; PEFT's."""
 
 from __future__ import annotations
+
+import types
 
 import pytest
 import tiny
@@ -8,7 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from sat_lens.errors import ModelError
+from sat_lens.errors import ModelError, UnsupportedModelError
+from sat_lens.metrics import next_token_loss
 from sat_lens.training import SaturationTracker, read_training_log
 
 DROPOUT = {"attention_dropout": 0.1}
@@ -95,3 +98,53 @@ def test_a_split_model_ends_the_run_before_it_begins():
 
     with pytest.raises(ModelError, match="norm_growth"):
         SaturationTracker().step(FullyShardedDataParallel(), 0)
+
+
+class LowRank(nn.Module):
+    """A linear layer with an update of low rank, as LoRA puts in its place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.dropout = layer, nn.Dropout(0.5)
+        self.lora_a = nn.Linear(layer.in_features, 2, bias=False)
+        self.lora_b = nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_b(self.lora_a(self.dropout(x)))
+
+
+class PeftModel(nn.Module):
+    """As PEFT's own, which is not installed here: the wrapper around a model with adapters."""
+
+    def __init__(self, model, learned_prompts=False):
+        super().__init__()
+        self.model = model
+        self.peft_config = {"default": types.SimpleNamespace(is_prompt_learning=learned_prompts)}
+
+    def get_base_model(self):
+        return self.model
+
+
+def test_a_model_with_adapters_is_measured_with_them():
+    tokens = tiny.tokens(length=12)
+    model = tiny.hf_model("LlamaForCausalLM", transformers.LlamaConfig(**tiny.SIZE), "sdpa")
+    tracker = SaturationTracker(data=tokens, every=1, measure_every=1, budget=None)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+    for step, factor in enumerate((1.0, 5.0)):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.lora_b.weight.mul_(factor)
+            wanted = next_token_loss(tokens)(model.eval()(tokens).logits)
+        row = tracker.step(PeftModel(model.train()), step)
+        assert row["loss"] == pytest.approx(float(wanted), rel=1e-5)
+    assert tracker.frame()[["loss", "norm", "S"]].nunique().tolist() == [2, 2, 2]
+    with pytest.raises(UnsupportedModelError, match="found PeftModel"):
+        SaturationTracker(data=tokens).step(PeftModel(model, learned_prompts=True), 0)
+
+
+def test_wrappers_change_no_number():
+    tokens = tiny.tokens(length=12)
+    model = tiny.hf_model("LlamaForCausalLM", transformers.LlamaConfig(**tiny.SIZE), "sdpa")
+    row = SaturationTracker(data=tokens).step(model, 0)
+    wrapped = nn.DataParallel(torch.compile(model))
+    assert SaturationTracker(data=tokens).step(wrapped, 0) == row

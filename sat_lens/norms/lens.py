@@ -64,14 +64,26 @@ def shares_memory(view: nn.Module, model: nn.Module) -> bool:
 
 
 def unwrapped(model: Any) -> Any:
-    """Take a model out of what DataParallel and torch.compile put around it."""
+    """Take a model out of what DataParallel, torch.compile and PEFT put around it.
+
+    PEFT's adapters, such as LoRA's, are in the model that comes out; a model with learned prompts,
+    which are in the wrapper, stays in it.
+    """
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model.module
+        if inner is None and _is_adapted(model):
+            inner = model.get_base_model()
         if inner is None:
             return model
         model = inner
+
+
+def _is_adapted(model: Any) -> bool:
+    if not (hasattr(model, "get_base_model") and hasattr(model, "peft_config")):
+        return False
+    return not any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 @contextlib.contextmanager
