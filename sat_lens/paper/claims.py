@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import math
 from typing import Literal, get_args
 
@@ -68,6 +70,13 @@ class Reproduction:
     figure: Figure
     note: str
     complete: bool = True
+
+    @functools.cached_property
+    def svg(self) -> bytes:
+        """The figure as SVG, drawn once for its file and its page."""
+        drawn = io.BytesIO()
+        self.figure.savefig(drawn, format="svg", metadata={"Date": None})
+        return drawn.getvalue()
 
 
 def verdict(holds: bool, corrected: bool = False) -> Verdict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ def write_reproduction(folder: Path, figure: Reproduction) -> None:
     Raises:
         FileFormatError: A file cannot be written.
     """
-    write_whole(folder / f"{figure.name}.svg", _svg(figure))
+    write_whole(folder / f"{figure.name}.svg", figure.svg)
     write_csv(folder / f"{figure.name}.csv", figure.frame)
 
 
@@ -58,7 +57,7 @@ def _shown(figure: Reproduction) -> dict[str, Any]:
         "name": figure.name,
         "title": figure.title,
         "note": figure.note,
-        "picture": f"data:image/svg+xml;base64,{base64.b64encode(_svg(figure)).decode()}",
+        "picture": f"data:image/svg+xml;base64,{base64.b64encode(figure.svg).decode()}",
         "claims": [
             {
                 "text": claim.text,
@@ -69,9 +68,3 @@ def _shown(figure: Reproduction) -> dict[str, Any]:
             for claim in figure.claims
         ],
     }
-
-
-def _svg(figure: Reproduction) -> bytes:
-    drawn = io.BytesIO()
-    figure.figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()
