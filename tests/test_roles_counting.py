@@ -129,6 +129,7 @@ def test_a_saturated_an_bn_model_takes_a_handful_of_states(an_bn):
     assert int(distinct_states(model, task.tokens)[-1]) > 40
 
 
+@pytest.mark.slow
 def test_no_saturated_pattern_counts_the_current_token():
     model = train_on(tasks.token_count(1024), n_layers=2, steps=400)
     soft, *saturated = accuracies(model, tasks.token_count(64, seed=9))

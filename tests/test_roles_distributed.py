@@ -28,9 +28,12 @@ def free_port():
         return server.getsockname()[1]
 
 
-def measure(rank, port, folder):
+OPTIONS = ["roles", "--sequences", "16", "--context", "24", "--quiet", "--out"]
+
+
+def measure(rank, ports, folder):
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     model = sl.load_model()
     whole = sl.head_roles(model, tokens(), batch_size=2, progress=False)
@@ -40,6 +43,9 @@ def measure(rank, port, folder):
     stopped = sl.head_roles(model, stopped_in_second(rank), progress=False)
     stopped.save(f"{folder}/stopped{rank}.st")
     dist.destroy_process_group()
+    # The command joins the processes itself, by what torchrun would have set.
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=str(ports[1]))
+    assert main([*OPTIONS, f"{folder}/command{rank}.st"]) == 0
 
 
 def stopped_in_second(rank):
@@ -55,7 +61,7 @@ def same(found, wanted):
 
 
 def test_two_gloo_processes_both_return_the_result_of_one(demo, tmp_path):
-    mp.spawn(measure, (free_port(), str(tmp_path)), nprocs=2)
+    mp.spawn(measure, ((free_port(), free_port()), str(tmp_path)), nprocs=2)
     alone = {
         "whole": sl.head_roles(demo, tokens(), batch_size=2, progress=False),
         "shard": sl.head_roles(demo, tokens()[[1, 4]], batch_size=1, progress=False),
@@ -67,15 +73,21 @@ def test_two_gloo_processes_both_return_the_result_of_one(demo, tmp_path):
             assert found.n_sequences == wanted.n_sequences
             assert found.complete == (name != "stopped")
             same(found, wanted)
+    assert not (tmp_path / "command1.st").exists()
+    check_command(tmp_path / "command0.st", tmp_path)
 
 
+@pytest.mark.slow
 def test_torchrun_takes_the_shards_by_rank(tmp_path, capsys):
-    options = ["roles", "--sequences", "16", "--context", "24", "--quiet", "--out"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), "-m", "sat_lens", *options]
+    command += ["--standalone", "-m", "sat_lens", *OPTIONS]
     subprocess.run([*command, str(tmp_path / "two.st")], check=True, capture_output=True)
-    assert main([*options, str(tmp_path / "one.st")]) == 0
-    two, one = (HeadRoles.load(tmp_path / f"{name}.st") for name in ("two", "one"))
+    check_command(tmp_path / "two.st", tmp_path)
+
+
+def check_command(path, folder):
+    assert main([*OPTIONS, str(folder / "one.st")]) == 0
+    two, one = HeadRoles.load(path), HeadRoles.load(folder / "one.st")
     assert two.n_sequences == 16
     same(two, one)
 

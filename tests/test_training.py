@@ -249,6 +249,7 @@ def test_a_step_is_a_model_and_a_number(types_unchecked):
         pass
 
 
+@pytest.mark.slow
 def test_the_first_step_does_not_wait_for_imports():
     code = (
         "import sys, torch\nfrom sat_lens.training import SaturationTracker\n"
