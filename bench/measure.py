@@ -131,6 +131,7 @@ def peaks_mb(steps: Mapping[str, Step], before_each: Step) -> dict[str, float] |
     for name, step in steps.items():
         before_each()
         gc.collect()
+        _give_back()
         _reset_peak()
         before = _status_mb("VmRSS")
         step()
@@ -145,6 +146,11 @@ def _pin_allocator() -> bool:
         _reset_peak()
         return bool(pinned)
     return False
+
+
+def _give_back() -> None:
+    """Return what earlier work has freed, or a step that uses it again seems to need nothing."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _reset_peak() -> None:

@@ -56,11 +56,6 @@ def tables(record: Entry) -> str:
         else:
             body = markdown(HEADER, [row for entry in entries for row in _rows(entry)])
         parts.append(f"### {name}\n\n{body}")
-    grown = {
-        name.removeprefix(GROWTH): e for name, e in sections.items() if name.startswith(GROWTH)
-    }
-    for axis, entries in grown.items():
-        parts.append(f"### {GROWTH}{axis}\n\n{_growth(axis, entries)}")
     return "\n\n".join(parts)
 
 

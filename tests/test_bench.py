@@ -1,5 +1,6 @@
 """The benchmark suite runs, compares like with like, and judges its numbers; imports stay light."""
 
+import ast
 import json
 import math
 import os
@@ -67,6 +68,19 @@ ROWS = {
 } | {
     f"Growth with {axis}": (2, {"saturated forward", "paired run", "role statistics", "sweep"})
     for axis in ("context", "prompts", "layers", "heads")
+}
+
+
+MACHINE = {
+    "machine_info": {
+        "versions": {},
+        "cores": 1,
+        "threads": 1,
+        "system": "",
+        "python_version": "",
+        "load": 0,
+    },
+    "datetime": "2026-01-01T00:00",
 }
 
 
@@ -178,14 +192,39 @@ def test_a_target_is_judged_by_the_number_in_its_row(kind, bound, verdict):
         "setting": "1 x 2",
         "peaks_mb": {"it": 96.0, table.CACHED: 80.0, PLAIN: 50.0},
     }
-    info = {"versions": {}, "cores": 1, "threads": 1, "system": "", "python_version": "", "load": 0}
-    record = {
-        "machine_info": info,
-        "datetime": "2026-01-01T00:00",
-        "benchmarks": [{"extra_info": entry}, {"extra_info": memory}],
-    }
+    record = {"benchmarks": [{"extra_info": entry}, {"extra_info": memory}]} | MACHINE
     line = table.tables(record).splitlines()[-1]
     assert re.search(rf": {verdict} \|$", line), line
+
+
+FREED_BEFORE = """
+import torch
+from bench.measure import PLAIN, peaks_mb
+
+kept = [torch.ones(40_000) for _ in range(2000)]
+del kept[::2]
+
+def making(mb):
+    return lambda: torch.ones(mb * 1024 * 256).sum()
+
+print(peaks_mb({PLAIN: making(30), "more": making(60), "less": making(5)}, lambda: None))
+"""
+
+
+@pytest.mark.slow
+def test_a_peak_counts_memory_that_was_freed_before():
+    command = [sys.executable, "-c", FREED_BEFORE]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    peaks = ast.literal_eval(found.stdout)
+    if peaks is not None:  # where the system does not tell it
+        assert peaks == pytest.approx({PLAIN: 30, "more": 60, "less": 5}, abs=2)
+
+
+def test_the_growth_of_an_axis_is_shown_once():
+    rows = [{"name": "it", "seconds": [1.0], "forwards": [2.0]}]
+    sizes = [{"section": "Growth with heads", "setting": size, "rows": rows} for size in ("2", "4")]
+    record = {"benchmarks": [{"extra_info": entry} for entry in sizes]} | MACHINE
+    assert table.tables(record).count("### Growth with heads") == 1
 
 
 def test_rounds_rotate_and_ratios_are_taken_within_a_round():
