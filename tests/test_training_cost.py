@@ -45,6 +45,7 @@ def test_it_takes_at_most_two_percent_of_the_cpu_time_of_a_run(tmp_path):
     frame = tracker.frame()
     assert {0, 1, 2, 4, 8, 16, 32, 64, 128, 256} <= set(frame.index)
     # Saturation was measured at the start and again once the budget allowed for it.
-    assert frame["S"].notna().sum() >= 2
+    # (S itself is undefined where random keys change as little as saturation does.)
+    assert frame["loss_saturated"].notna().sum() >= 2
     assert share <= 0.02, f"{100 * share:.2f}% of the CPU time"
     assert tracker.overhead <= 0.021
