@@ -3,8 +3,9 @@
 An edit receives the scores of all heads, ``[batch, head, query, key]`` in the model's dtype, and
 returns the scores of some heads anew in float32, or None to leave all as they are. Through the
 door go interventions and observers alike, at whichever level the site has, and every run of an
-attention module is checked: an edit that was not applied exactly once is an error, and so is
-somebody's edit at a hook point whose edits the model throws away.
+attention module is checked: an edit that was not applied exactly once (where a module runs one
+softmax per image, once for each) is an error, and so is somebody's edit at a hook point whose edits
+the model throws away.
 
 When not to use it: from outside the library. :func:`sat_lens.replace_attention` is for that.
 """
