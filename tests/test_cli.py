@@ -245,8 +245,8 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(
     def load(name):
         pytest.fail("The model was loaded before the mistake was found.")
 
-    monkeypatch.setattr("sat_lens.models.load_model", load)
     monkeypatch.setattr("sat_lens.patching.command.load_model", load)
+    monkeypatch.setattr("sat_lens.models.load_model", load)
     status, out, error = run(*arguments)
     assert (status, out) == (2, "")
     one_line(error, *words)

@@ -6,6 +6,7 @@ so near to uniform that a mistake in its scores would not show.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
@@ -131,7 +132,13 @@ def native(**changes: Any) -> Any:
 
 def of_class(architecture: str, config: str, **settings: Any) -> Callable[[], Any]:
     """Say how to build a bridge, later: by the names of its two classes, and its settings."""
-    return lambda: bridge(architecture, getattr(transformers, config)(**settings))
+
+    def build() -> Any:
+        # A model may change the configurations of its parts, which the next one should not see.
+        own = copy.deepcopy(settings)
+        return bridge(architecture, getattr(transformers, config)(**own))
+
+    return build
 
 
 def text_inputs() -> Inputs:
