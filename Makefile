@@ -70,7 +70,8 @@ test-old: .venv-tl2/.installed .venv-tl3/.installed ## Run the core tests on Tra
 
 bench: $(VENV)/.installed-dev ## Measure time and memory into docs/performance.md (QUICK=1: only try).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=bench.json
-	$(if $(QUICK),,$(BIN)/python -m bench.table bench.json docs/performance.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c bench/pytest.ini bench --memory --benchmark-json=bench-memory.json
+	$(if $(QUICK),,$(BIN)/python -m bench.table bench.json bench-memory.json docs/performance.md)
 
 bench-gpu: $(VENV)/.installed-dev ## Measure the kernel for the limit on a GPU into docs/performance.md.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt triton
@@ -95,4 +96,4 @@ notebooks: $(VENV)/.installed-dev ## Make the notebooks anew from their sources,
 	cd tutorials && ../$(BIN)/jupytext --quiet --to ipynb *.py && ../$(BIN)/jupyter-execute --inplace *.ipynb
 
 clean: ## Remove the environment and what was built.
-	rm -rf $(VENV) .venv-tl2 .venv-tl3 build report.html bench.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-tl2 .venv-tl3 build report.html bench.json bench-memory.json .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The frame of the suite: one thread, times before memory, and the machine in the record."""
+"""The frame of the suite: one thread, time or memory, and the machine in the record."""
 
 from __future__ import annotations
 
@@ -17,20 +17,38 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import PLAIN, Rounds, Step, Way, peaks_mb, quartiles, steps_of, timed_rows
+from bench.measure import (
+    PLAIN,
+    Rounds,
+    Step,
+    Way,
+    peaks_mb,
+    pin_allocator,
+    quartiles,
+    steps_of,
+    timed_rows,
+)
 from bench.models import forget_patterns
 
 torch.set_num_threads(1)
 
-# Peak memory takes an allocator that is slower, so all times come first.
-KINDS = ("time", "memory")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the choice of what is measured."""
+    parser.addoption("--memory", action="store_true", help="measure peak memory in place of time")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare the allocator before anything large is freed."""
+    if config.getoption("--memory"):
+        pin_allocator()
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Measures some ways beside a plain forward, and records rows of the table."""
 
-    kind: str
+    memory: bool
     benchmark: Any
 
     def __call__(
@@ -45,7 +63,7 @@ class Comparison:
         clock: Callable[[], float] = time.process_time,
         warm: bool = True,
     ) -> None:
-        """Measure time, or memory, as this run of the test asks.
+        """Measure time, or memory, as the command asks.
 
         Args:
             section: Which part of the table the rows are of.
@@ -55,12 +73,14 @@ class Comparison:
             rounds: How often each is timed.
             model: The bridge whose leftovers do not count as memory.
             clock: What to take times from.
-            warm: Whether to run everything once before it is timed.
+            warm: Whether to run everything once before it is measured.
         """
         steps = steps_of(plain, ways)
         info = self.benchmark.extra_info
         info |= {"section": section, "setting": str(setting)}
-        if self.kind == "memory":
+        for step in steps.values() if warm else ():
+            step()
+        if self.memory:
             peaks: list[dict[str, float] | None] = []
             with collected_quickly():
                 self.benchmark.pedantic(
@@ -68,8 +88,6 @@ class Comparison:
                 )
             info["peaks_mb"] = peaks[0]
             return
-        for step in steps.values() if warm else ():
-            step()
         timed = Rounds(steps, clock)
         with collected_quickly():
             self.benchmark.pedantic(timed, rounds=rounds)
@@ -88,21 +106,18 @@ def collected_quickly() -> Iterator[None]:
         gc.unfreeze()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Comparison:
-    """Measure ways to do something beside a plain forward: once time, once memory."""
-    return Comparison(request.param, benchmark)
+    """Measure ways to do something beside a plain forward."""
+    return Comparison(request.config.getoption("--memory"), benchmark)
 
 
 @pytest.fixture
-def compare_time(benchmark: Any) -> Comparison:
+def compare_time(request: pytest.FixtureRequest, benchmark: Any) -> Comparison:
     """Measure time alone."""
-    return Comparison("time", benchmark)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what measures memory last."""
-    items.sort(key=lambda item: "memory" in item.name)
+    if request.config.getoption("--memory"):
+        pytest.skip("processes of its own, whose memory is not seen here")
+    return Comparison(False, benchmark)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

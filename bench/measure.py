@@ -2,8 +2,8 @@
 
 All ways run in one process and on one thread, interleaved in rounds whose order rotates; what
 counts is the process's CPU time, and a ratio is taken within a round. Memory is the peak of the
-resident set above where it stood, with freed blocks given back to the system; it is measured after
-all times, because that slows allocation down.
+resident set above where it stood, with freed blocks given back to the system. That slows allocation
+down, and works only if nothing large was freed before, so memory has a process of its own.
 """
 
 from __future__ import annotations
@@ -123,15 +123,19 @@ def timed_rows(rounds: Rounds, ways: Sequence[Way]) -> list[dict[str, Any]]:
 
 
 def peaks_mb(steps: Mapping[str, Step], before_each: Step) -> dict[str, float] | None:
-    """Measure the peak memory of every step in MB; None where the system does not tell it."""
-    if not _pin_allocator():
+    """Measure the peak memory of every step in MB; None where the system does not tell it.
+
+    Call :func:`pin_allocator` when the process begins.
+    """
+    try:
+        _reset_peak()
+    except OSError:
         return None
     found = {}
     steps[PLAIN]()
     for name, step in steps.items():
         before_each()
         gc.collect()
-        _give_back()
         _reset_peak()
         before = _status_mb("VmRSS")
         step()
@@ -139,18 +143,10 @@ def peaks_mb(steps: Mapping[str, Step], before_each: Step) -> dict[str, float] |
     return found
 
 
-def _pin_allocator() -> bool:
-    """Have every large block returned to the system when it is freed."""
+def pin_allocator() -> None:
+    """Have every large block returned to the system when it is freed, where there is a way."""
     with contextlib.suppress(OSError, AttributeError):
-        pinned = ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _PINNED)
-        _reset_peak()
-        return bool(pinned)
-    return False
-
-
-def _give_back() -> None:
-    """Return what earlier work has freed, or a step that uses it again seems to need nothing."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _PINNED)
 
 
 def _reset_peak() -> None:

@@ -1,6 +1,6 @@
 """Turn the record of a run into the tables of a page, and judge each target by its number.
 
-python bench/table.py bench.json docs/performance.md
+python -m bench.table bench.json bench-memory.json docs/performance.md
 """
 
 from __future__ import annotations
@@ -172,9 +172,11 @@ def markdown(header: Any, rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(record: Path, page: Path) -> None:
-    """Put the tables of a record between the markers of a page."""
-    put_between(page, BEGIN, END, tables(json.loads(record.read_text(encoding="utf-8"))))
+def write(times: Path, memory: Path, page: Path) -> None:
+    """Put the tables of two records between the markers of a page."""
+    record, other = (json.loads(path.read_text(encoding="utf-8")) for path in (times, memory))
+    record["benchmarks"] += other["benchmarks"]
+    put_between(page, BEGIN, END, tables(record))
 
 
 def put_between(page: Path, begin: str, end: str, made: str) -> None:
@@ -188,4 +190,4 @@ def put_between(page: Path, begin: str, end: str, made: str) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    write(*map(Path, sys.argv[1:4]))

@@ -1,6 +1,7 @@
 """The benchmark suite runs, compares like with like, and judges its numbers; imports stay light."""
 
 import ast
+import itertools
 import json
 import math
 import os
@@ -86,25 +87,28 @@ MACHINE = {
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The record of a quick run in a process of its own."""
-    path = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [sys.executable, "-m", "pytest", "-c", "bench/pytest.ini", "bench"]
-    done = subprocess.run(
-        [*command, f"--benchmark-json={path}"],
-        cwd=REPOSITORY,
-        env=os.environ | {"QUICK": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return path
+    """The records of quick runs in processes of their own: of time, and of memory."""
+    folder = tmp_path_factory.mktemp("bench")
+    paths = folder / "bench.json", folder / "bench-memory.json"
+    for path, options in zip(paths, ([], ["--memory"]), strict=True):
+        command = [sys.executable, "-m", "pytest", "-c", "bench/pytest.ini", "bench", *options]
+        done = subprocess.run(
+            [*command, f"--benchmark-json={path}"],
+            cwd=REPOSITORY,
+            env=os.environ | {"QUICK": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+    return paths
 
 
 @pytest.mark.slow
 def test_a_run_measures_every_row_in_time_and_memory(measured):
     found = {}
     peaks = {}
-    for benchmark in json.loads(measured.read_text())["benchmarks"]:
+    records = [json.loads(path.read_text())["benchmarks"] for path in measured]
+    for benchmark in itertools.chain(*records):
         info = benchmark["extra_info"]
         if "rows" not in info:
             peaks[info["section"], info["setting"]] = info["peaks_mb"]
@@ -130,7 +134,7 @@ def test_a_run_measures_every_row_in_time_and_memory(measured):
 def test_the_tables_go_between_the_markers_of_the_page(measured, tmp_path):
     page = tmp_path / "performance.md"
     shutil.copy(PAGE, page)
-    table.write(measured, page)
+    table.write(*measured, page)
     before, after = PAGE.read_text(), page.read_text()
     assert after.split(table.BEGIN)[0] == before.split(table.BEGIN)[0]
     assert after.split(table.END)[1] == before.split(table.END)[1]
@@ -150,7 +154,7 @@ def test_a_page_without_markers_is_left_alone(measured, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("no place for tables")
     with pytest.raises(SystemExit, match="lacks"):
-        table.write(measured, page)
+        table.write(*measured, page)
     assert page.read_text() == "no place for tables"
 
 
@@ -197,12 +201,13 @@ def test_a_target_is_judged_by_the_number_in_its_row(kind, bound, verdict):
     assert re.search(rf": {verdict} \|$", line), line
 
 
-FREED_BEFORE = """
+PEAKS = """
 import torch
-from bench.measure import PLAIN, peaks_mb
+from bench.measure import PLAIN, peaks_mb, pin_allocator
 
-kept = [torch.ones(40_000) for _ in range(2000)]
-del kept[::2]
+pin_allocator()
+freed = [torch.ones(300_000) for _ in range(40)]
+del freed
 
 def making(mb):
     return lambda: torch.ones(mb * 1024 * 256).sum()
@@ -213,7 +218,7 @@ print(peaks_mb({PLAIN: making(30), "more": making(60), "less": making(5)}, lambd
 
 @pytest.mark.slow
 def test_a_peak_counts_memory_that_was_freed_before():
-    command = [sys.executable, "-c", FREED_BEFORE]
+    command = [sys.executable, "-c", PEAKS]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     peaks = ast.literal_eval(found.stdout)
     if peaks is not None:  # where the system does not tell it
