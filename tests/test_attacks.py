@@ -74,10 +74,12 @@ def test_blocks_may_end_in_any_order(name):
     assert not any("forward" in m.get_submodule(path).__dict__ for path in paths)
 
 
-def test_a_model_is_not_copied_while_it_is_intercepted():
-    m = model("opt")
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_model_is_not_copied_while_it_is_intercepted(name):
+    m = model(name)
     with sl.saturate(m), pytest.raises(SatLensError, match="Copy it outside"):
-        copy.deepcopy(m.get_submodule("blocks.0.attn"))
+        copy.deepcopy(m)
+    copy.deepcopy(m)
 
 
 def test_the_list_of_sites_is_the_callers_own():

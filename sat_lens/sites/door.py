@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sat_lens.errors import NotReachedError, UnsupportedModelError
+from sat_lens.errors import NotReachedError, SatLensError, UnsupportedModelError
 from sat_lens.kernels import AttentionCall, FusedAttention, rescaled_attention
 from sat_lens.sites.naming import AttentionSite
 from sat_lens.sites.shadow import run_through
@@ -121,6 +121,12 @@ class _Door(threading.local):
         self.calls = 0
         self.calls_before_layer = 0
         self.untouched: dict[str, Tensor] = {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SatLensError(
+            "A model cannot be copied or pickled while its attention is intercepted: the copy "
+            "would stay so. Copy it outside of the block."
+        )
 
     @contextlib.contextmanager
     def one_call(self) -> Iterator[None]:
