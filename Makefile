@@ -41,8 +41,9 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 report: $(VENV)/.installed ## Saturate the demo model over the bundled corpus and write report.html.
 	$(BIN)/sat-lens report --out report.html
 
+# One thread for each of two processes: more of them only wait for one another on two cores.
 test: $(VENV)/.installed-dev ## Run the everyday tests.
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take long: MiniLM, a trial of the benchmarks.
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
