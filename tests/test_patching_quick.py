@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import of_class, tokens
+from tiny import GPT, of_class, tokens
 from torch import nn
 
 from sat_lens.patching import sweep_heads
@@ -19,7 +19,7 @@ QUIET: dict[str, Any] = {"progress": False}
 @pytest.fixture(scope="module")
 def odd() -> Any:
     """A GPT-2 whose vocabulary fills no whole number of cache lines."""
-    size = {"vocab_size": ODD, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    size = GPT | {"vocab_size": ODD, "n_layer": 3}
     return of_class("GPT2LMHeadModel", "GPT2Config", **size)()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, of_class, tokens
+from tiny import GPT, of_class, tokens
 
 import sat_lens as sl
 from sat_lens.patching import sweep_heads
@@ -117,8 +117,7 @@ def test_the_clock_waits_for_a_device_that_works_on_alone(monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    size = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
-    return of_class("GPT2LMHeadModel", "GPT2Config", **size)()
+    return of_class("GPT2LMHeadModel", "GPT2Config", **GPT | {"n_layer": 3})()
 
 
 def limited(replayed: Callable[..., Any], room: int) -> Callable[..., Any]:

@@ -119,7 +119,7 @@ class Narrowing:
         speed.set_title("per doubling of steps", size=8.5, color=INK, loc="left")
         shown = self.keys(self.queries[0], 6).drop(index="uniform").rename(index={0: 0.5})
         words = {str(token): self.name(int(token)) for token in shown.columns}
-        lines(keys, shown.rename(columns=str), words, x=step)
+        lines(keys, shown.rename(columns=str), words, x=step, legend=False)
         keys.set_ylim(0, 1.35 * float(shown.to_numpy().max()))
         keys.legend(frameon=False, fontsize=7, ncol=3, loc="upper left")
         title = f"mass on keys, query {self.name(self.queries[0])}"

@@ -78,7 +78,7 @@ class Pace:
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
-                self._settle(max(len(chunk) // 2, 1))
+                self._settle(len(chunk) // 2)
                 continue
             if cost is not None and len(chunk) == self.size < self._most:
                 self._learn(seconds / (len(chunk) * cost))
@@ -105,8 +105,7 @@ class Pace:
 def pace_of(run: BaseRun, patch: Patch) -> Pace:
     """Give the pace of a replay."""
     resid = run.layers[0].resid_pre
-    if resid is None:
-        return Pace(1, 1, torch.device("cpu"))
+    assert resid is not None
     # In a saturated run the smallest difference can decide which key wins, and matrices of another
     # size are rounded differently: there a head is replayed just as it is run.
     if patch.base is not None:

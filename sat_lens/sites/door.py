@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sat_lens.errors import NotReachedError, SatLensError, UnsupportedModelError
+from sat_lens.errors import NotReachedError, UnsupportedModelError
 from sat_lens.kernels import AttentionCall, FusedAttention, rescaled_attention
 from sat_lens.sites.naming import AttentionSite
-from sat_lens.sites.shadow import run_through
+from sat_lens.sites.shadow import Uncopied, run_through
 from sat_lens.sites.softmax import AttentionSoftmax, as_heads, from_heads
 
 
@@ -98,7 +98,7 @@ def _attached(model: Any, site: AttentionSite, edit: Edit) -> Iterator[None]:
         yield
 
 
-class _Door(threading.local):
+class _Door(Uncopied, threading.local):
     """The state of one attached edit: how often it was applied, in this call and in this layer.
 
     Each thread counts for itself; what the constructor is given, they share.
@@ -121,12 +121,6 @@ class _Door(threading.local):
         self.calls = 0
         self.calls_before_layer = 0
         self.untouched: dict[str, Tensor] = {}
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise SatLensError(
-            "A model cannot be copied or pickled while its attention is intercepted: the copy "
-            "would stay so. Copy it outside of the block."
-        )
 
     @contextlib.contextmanager
     def one_call(self) -> Iterator[None]:

@@ -30,8 +30,18 @@ def run_through(
         _remove_ended(module)
 
 
+class Uncopied:
+    """What stays on a model while a block lasts, and would outlast it on a copy."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SatLensError(
+            "A model cannot be copied or pickled while its attention is intercepted: the copy "
+            "would stay so. Copy it outside of the block."
+        )
+
+
 @dataclasses.dataclass(eq=False)
-class _Shadow:
+class _Shadow(Uncopied):
     """A ``forward`` in front of a module's own, or in front of another shadow."""
 
     forward: Callable[..., Any]
@@ -44,12 +54,6 @@ class _Shadow:
             return self.forward(*args, **kwargs)
         with self.around():
             return self.forward(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise SatLensError(
-            "A model cannot be copied while its attention is intercepted: the copy would stay so. "
-            "Copy it outside of the block."
-        )
 
 
 def _remove_ended(module: nn.Module) -> None:

@@ -11,14 +11,13 @@ import math
 import pandas as pd
 import pytest
 import torch
-from tiny import VOCAB, of_class, tokens
+from tiny import GPT, of_class, tokens
 from transformer_lens.model_bridge import TransformerBridge
 from zoo import model_of
 
 import sat_lens as sl
 from sat_lens.patching import sweep_heads
 
-SIZE = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 FAMILIES = ["gpt2", "llama", "bert", "gptj", "t5", "native"]
 
 
@@ -75,7 +74,7 @@ def test_roles(device):
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 @pytest.mark.parametrize("source", ["local", "run"])
 def test_sweeps(device, source, direction, positions):
-    model = of_class("GPT2LMHeadModel", "GPT2Config", **SIZE)().eval()
+    model = of_class("GPT2LMHeadModel", "GPT2Config", **GPT | {"n_layer": 3})().eval()
     mine, exact = copy.deepcopy(model).to(device), copy.deepcopy(model).double()
     metric = sl.metrics.logit_difference(7, 9)
     how = {"source": source, "direction": direction, "positions": positions, "progress": False}
