@@ -345,7 +345,7 @@ cells = grid.frame()
 grid.plot()
 
 # %% [markdown]
-# Vermillion: the norm grew; blue: it shrank; white: it stayed. The colour is a ratio, on a
+# Vermilion: the norm grew; blue: it shrank; white: it stayed. The colour is a ratio, on a
 # logarithmic scale that ends at a factor of four.
 
 # %%

@@ -305,7 +305,7 @@ show("grid", [claim for grid in maps for claim in grids.judged(grid.optimiser, g
 growth_maps(maps, "Where norms grow, by learning rate and weight decay")
 
 # %% [markdown]
-# Vermillion: the norm grew; blue: it shrank; white: it stayed. The prediction held: under SGD
+# Vermilion: the norm grew; blue: it shrank; white: it stayed. The prediction held: under SGD
 # without momentum growth needs a large learning rate and next to no decay. With a small learning
 # rate 200 steps move nothing, under either optimiser; longer training may.
 #
