@@ -28,7 +28,7 @@ class ModelError(SatLensError):
     """A model could not be found, read or loaded."""
 
 
-class UnsupportedModelError(SatLensError):
+class UnsupportedModelError(ArgumentError):
     """The model's attention cannot be touched in the way that was asked for."""
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from sat_lens._checks import check_evaluation_mode, require_lens_model
 from sat_lens.attention import Limit, Scale, Transform, Uniform
 from sat_lens.attention.transforms import Ties, check_ties
 from sat_lens.changes import Groups, change_of, why_not_fused
@@ -26,7 +27,6 @@ from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.kernels import AttentionCall
 from sat_lens.scales import ScaleLike, select_with_scales
 from sat_lens.sites import AttentionSite, Heads, attention_sites, open_door
-from sat_lens.sites.discovery import check_is_lens
 from sat_lens.sites.eager import eager_attention
 from sat_lens.sites.hooks import pattern_hook, scores_hook
 from sat_lens.sites.selection import select_heads
@@ -135,7 +135,7 @@ def saturation_hooks(
         >>> logits = model.run_with_hooks("import os", fwd_hooks=sl.saturation_hooks(model, "L0H0"))
     """
     check_ties(ties)
-    check_is_lens(model, "saturation_hooks")
+    require_lens_model(model, "saturation_hooks")
     sites = attention_sites(model)
     hooks = []
     for path, chosen in select_with_scales(sites, heads, scale).items():
@@ -243,8 +243,4 @@ def _check_reachable(site: AttentionSite) -> None:
         raise UnsupportedModelError(
             f"The attention of {site.path} cannot be reached: {site.why_not}."
         )
-    if site.dropout:
-        raise UnsupportedModelError(
-            "The model is in training mode and drops out entries at random, so that no two runs of "
-            "it agree, saturated or not. Call model.eval() first."
-        )
+    check_evaluation_mode([site])

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sat_lens._checks import is_integer, is_number
 from sat_lens.errors import ArgumentError, NonFiniteError
 
 
@@ -157,7 +158,7 @@ def logit_difference(
         1.5
     """
     first, second = (_token_ids(t) for t in (answer, wrong))
-    if isinstance(position, bool) or not isinstance(position, int):
+    if not is_integer(position):
         raise ArgumentError(f"A position is a whole number, such as -1; found {position!r}.")
     if len(first) != len(second) or not len(first):
         raise ArgumentError(
@@ -293,7 +294,7 @@ def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
                 "mean over prompts."
             )
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise ArgumentError(f"A metric must give a scalar; {metric!r} gave {type(value).__name__}.")
     if not math.isfinite(value):
         raise NonFiniteError(f"The metric {metric!r} gave {value}. Check what it divides by.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sat_lens._checks import is_number
 from sat_lens.attention.transforms import check_scale
 from sat_lens.errors import ArgumentError, HeadSelectionError
 from sat_lens.sites import AttentionSite, Heads, Selection, labels_of, select_heads
@@ -89,7 +90,7 @@ def _from_mapping(
 def _number(c: Any, label: str) -> float:
     if isinstance(c, Tensor) and c.numel() == 1:
         c = c.item()
-    if not isinstance(c, (int, float)) or isinstance(c, bool):
+    if not is_number(c):
         raise ArgumentError(
             "scale must be a number >= 0, math.inf, a tensor [layer, head], a mapping from heads "
             f"to numbers, or a callable (layer, head) -> number; for {label}, {c!r} was given."

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens._checks import require_lens_model
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import check_scale
 from sat_lens.caching import NO_ROOM, normalised_similarity
@@ -29,7 +30,6 @@ from sat_lens.models import model_name
 from sat_lens.readings import Mean, Reading, SoftRun
 from sat_lens.results import Provenance, read_entries, read_result, write_result
 from sat_lens.sites import Heads
-from sat_lens.sites.discovery import check_is_lens
 from sat_lens.sites.naming import places
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def scaling_curve(
         True
     """
     _check(scales, metric)
-    check_is_lens(model, "scaling_curve")
+    require_lens_model(model, "scaling_curve")
     totals: dict[str, Tensor] = {}
     weights: dict[str, int] = {}
     streams = _residual_streams(model)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sat_lens._checks import check_count
 from sat_lens.errors import ArgumentError, ModelError, UnsupportedModelError
 
 _BLOCK_OUTPUT = re.compile(r"(\d+)\.hook_(resid_post|out)$")
@@ -60,7 +61,8 @@ def majority(n_sequences: int = 256, length: int = 64, seed: int = 0) -> Task:
         >>> task.tokens.shape, task.n_answers
         (torch.Size([4, 8]), 3)
     """
-    _check(n_sequences=(n_sequences, 1), length=(length, 2))
+    check_count("n_sequences", n_sequences)
+    check_count("length", length, at_least=2)
     tokens = _with_start(_draw((n_sequences, length - 1), 2, seed) + 1)
     lead = ((tokens == 2).long() - (tokens == 1).long()).cumsum(1)
     return _task("majority", tokens, lead.sign() + 1, n_tokens=3, n_answers=3, counts=True)
@@ -75,7 +77,8 @@ def token_count(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task
         >>> bool((task.answers[task.counted] >= 1).all())
         True
     """
-    _check(n_sequences=(n_sequences, 1), length=(length, 2))
+    check_count("n_sequences", n_sequences)
+    check_count("length", length, at_least=2)
     tokens = _with_start(_draw((n_sequences, length - 1), 4, seed) + 1)
     same = tokens[:, :, None] == tokens[:, None, :]
     answers = same.tril().sum(-1)
@@ -90,7 +93,9 @@ def dyck_depth(n_sequences: int = 256, length: int = 32, seed: int = 0, deepest:
         >>> int(dyck_depth(8, 16).answers.max()) <= 6
         True
     """
-    _check(n_sequences=(n_sequences, 1), length=(length, 2), deepest=(deepest, 1))
+    check_count("n_sequences", n_sequences)
+    check_count("length", length, at_least=2)
+    check_count("deepest", deepest)
     generator = torch.Generator().manual_seed(seed)
     depth = torch.zeros(n_sequences, dtype=torch.long)
     steps = []
@@ -117,7 +122,8 @@ def an_bn(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
         >>> sorted(set(task.answers[task.counted].tolist())) == [0, 1]
         True
     """
-    _check(n_sequences=(n_sequences, 1), length=(length, 6))
+    check_count("n_sequences", n_sequences)
+    check_count("length", length, at_least=6)
     generator = torch.Generator().manual_seed(seed)
     n = torch.randint(1, length // 3, (n_sequences, 1), generator=generator)
     noise = torch.rand(n_sequences, length - 1, generator=generator) < 0.3
@@ -137,7 +143,8 @@ def previous_token(n_sequences: int = 256, length: int = 32, seed: int = 0) -> T
         >>> bool((task.answers[:, 1:] == task.tokens[:, :-1]).all())
         True
     """
-    _check(n_sequences=(n_sequences, 1), length=(length, 2))
+    check_count("n_sequences", n_sequences)
+    check_count("length", length, at_least=2)
     tokens = _with_start(_draw((n_sequences, length - 1), 8, seed) + 1)
     answers = tokens.roll(1, dims=1)
     return _task("previous token", tokens, answers, n_tokens=9, n_answers=9, counts=False)
@@ -152,7 +159,8 @@ def induction(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
         >>> bool((task.tokens[:, 1:5] == task.tokens[:, 5:]).all())
         True
     """
-    _check(n_sequences=(n_sequences, 1), length=(length, 5))
+    check_count("n_sequences", n_sequences)
+    check_count("length", length, at_least=5)
     half = (length - 1) // 2
     generator = torch.Generator().manual_seed(seed)
     first = torch.rand(n_sequences, 4 * half, generator=generator).argsort(1)[:, :half] + 1
@@ -236,8 +244,11 @@ def train_on(
             "(TransformerBridge.boot_native), and an older one is installed. Train a model of your "
             "own on task.tokens and task.answers."
         ) from error
-    _check(n_layers=(n_layers, 1), n_heads=(n_heads, 1), d_model=(d_model, 1))
-    _check(steps=(steps, 1), batch=(batch, 1))
+    check_count("n_layers", n_layers)
+    check_count("n_heads", n_heads)
+    check_count("d_model", d_model)
+    check_count("steps", steps)
+    check_count("batch", batch)
     if d_model % n_heads:
         raise ArgumentError(f"n_heads must divide d_model = {d_model}; found {n_heads}.")
     config = TransformerBridgeConfig(
@@ -272,15 +283,6 @@ def train_on(
         optimizer.step()
         schedule.step()
     return model.eval()
-
-
-def _check(**arguments: tuple[int, int]) -> None:
-    """Refuse sizes that are no whole numbers, or less than the least that makes sense."""
-    for name, (value, least) in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(
-                f"{name} must be a whole number of at least {least}; found {value!r}."
-            )
 
 
 def _task(

@@ -290,7 +290,7 @@ def test_the_curve_refuses(demo, types_unchecked):
         ({"hidden": 3}, "hidden is a function"),
         ({"hidden": lambda *_: "x"}, "hidden must give a tensor"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"which": "biases"}, "which is one of"),
+        ({"which": "biases"}, "which must be one of"),
     ):
         with pytest.raises(ArgumentError, match=words):
             homogeneity_curve(demo, ["import os"], scales=[1, 2], progress=False, **wrong)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import numbers
-from typing import Literal, Protocol, TypeGuard, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sat_lens._checks import is_number
 from sat_lens.attention.distances import nearest_saturated
 from sat_lens.errors import ArgumentError
 
@@ -186,7 +186,7 @@ class RandomKey:
 
 def check_scale(c: float) -> None:
     """Raise an ArgumentError unless ``c`` is an inverse temperature: a number >= 0, or infinity."""
-    if not _is_number(c) or math.isnan(c) or c < 0:
+    if not is_number(c) or math.isnan(c) or c < 0:
         raise ArgumentError(
             f"The inverse temperature c must be a number >= 0 or math.inf, and {c!r} was given. "
             "Use 0 for uniform attention and math.inf for the saturated limit."
@@ -196,16 +196,12 @@ def check_scale(c: float) -> None:
 def check_ties(ties: object) -> None:
     """Raise an ArgumentError unless ``ties`` is "exact", "nearest" or a number >= 0."""
     named = isinstance(ties, str) and ties in ("exact", "nearest")
-    if named or (_is_number(ties) and 0 <= float(ties) < math.inf):
+    if named or (is_number(ties) and 0 <= float(ties) < math.inf):
         return
     raise ArgumentError(
         'ties must be "exact", "nearest" or a finite number d >= 0 (keys whose unscaled score is '
         f"within d of the maximum share the row), and {ties!r} was given."
     )
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _row_max(scores: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows 1"]:

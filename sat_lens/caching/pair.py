@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sat_lens._checks import require_lens_model
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import Ties
 from sat_lens.caching.prefix import Prefix
@@ -30,7 +31,6 @@ from sat_lens.models import model_name
 from sat_lens.results import Provenance
 from sat_lens.scales import ScaleLike
 from sat_lens.sites import Heads, attention_sites, select_heads
-from sat_lens.sites.discovery import check_is_lens
 
 _INPUT_NAMES = ("input", "input_ids", "tokens", "pixel_values", "input_values")
 
@@ -153,7 +153,7 @@ def run_with_saturation_cache(
         >>> bool((pair.soft.cache["pattern", 0] == pair.saturated.cache["pattern", 0]).all())
         True
     """
-    check_is_lens(model, "run_with_saturation_cache")
+    require_lens_model(model, "run_with_saturation_cache")
     if not inputs:
         # The model's run_with_cache wants its input by place.
         name = next((name for name in _INPUT_NAMES if name in kwargs), None)

@@ -5,9 +5,8 @@ same forms and refuses the same mistakes.
 """
 
 from sat_lens.data.batch import Batch, predicts_next
-from sat_lens.data.checks import is_count
 from sat_lens.data.counting import batch_sizes
 from sat_lens.data.reading import Data, batches
 from sat_lens.data.texts import text_windows
 
-__all__ = ["Batch", "Data", "batch_sizes", "batches", "is_count", "predicts_next", "text_windows"]
+__all__ = ["Batch", "Data", "batch_sizes", "batches", "predicts_next", "text_windows"]

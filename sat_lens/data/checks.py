@@ -12,17 +12,6 @@ from sat_lens.errors import DataError
 TOKEN_NAMES = ("input", "input_ids", "tokens")
 
 
-def is_count(value: object) -> bool:
-    """Say whether a value is a whole number of at least 1.
-
-    Example:
-        >>> from sat_lens.data import is_count
-        >>> is_count(1), is_count(0), is_count(2.0), is_count(True)
-        (True, False, False, False)
-    """
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def reads_tokens(model: Any) -> bool:
     """Say whether a model's input are tokens, and not pixels or waves."""
     original = getattr(model, "original_model", model)

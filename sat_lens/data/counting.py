@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sat_lens.data.checks import is_count
+from sat_lens._checks import is_count
 
 
 def batch_sizes(data: Any, batch_size: int) -> list[int] | None:

@@ -9,12 +9,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from sat_lens._checks import check_count
 from sat_lens.data.batch import Batch
 from sat_lens.data.checks import (
     TOKEN_NAMES,
     check_vocabulary,
     check_whole,
-    is_count,
     reads_tokens,
 )
 from sat_lens.data.texts import device_of, text_row
@@ -60,8 +60,7 @@ def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
         >>> [b.size for b in batches(sl.load_model("demo"), ["import os", "x = 1"], batch_size=1)]
         [1, 1]
     """
-    if not is_count(batch_size):
-        raise DataError(f"batch_size must be a whole number of at least 1; found {batch_size!r}.")
+    check_count("batch_size", batch_size, error=DataError)
     count, cuts = 0, list[int]()
     try:
         for batch in _read(model, data, batch_size, cuts):

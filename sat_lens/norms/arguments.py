@@ -3,55 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sat_lens.errors import ArgumentError, DataError, UnsupportedModelError
-
-
-def check_module(model: Any) -> None:
-    """Refuse what has no parameters to look at, such as the name of a model.
-
-    Raises:
-        ArgumentError: It is no ``torch.nn.Module``.
-    """
-    if isinstance(model, nn.Module):
-        return
-    hint = " Load it first: sat_lens.load_model(name)." if isinstance(model, str) else ""
-    raise ArgumentError(
-        f"Needed a model, a torch.nn.Module; found {_shown(model)} ({type(model).__name__}).{hint}"
-    )
-
-
-def check_lens_model(model: Any) -> None:
-    """Refuse what shows no activations.
-
-    Raises:
-        ArgumentError: It is no ``torch.nn.Module``.
-        UnsupportedModelError: It is no TransformerLens model.
-    """
-    check_module(model)
-    if not hasattr(model, "hook_dict"):
-        raise UnsupportedModelError(
-            f"Needed a TransformerLens model; found {type(model).__name__}. A Hugging Face model "
-            "becomes one with sat_lens.norms.lens_model(model, tokenizer)."
-        )
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number, or too small a one.
-
-    Raises:
-        ArgumentError: It is so; the message names the argument.
-    """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ArgumentError(
-            f"{name} must be a whole number from {least} on; found {_shown(value)}."
-        )
+from sat_lens._checks import is_number, shown
+from sat_lens.errors import ArgumentError, DataError
 
 
 def check_range(name: str, first: Any, last: Any) -> None:
@@ -61,11 +19,11 @@ def check_range(name: str, first: Any, last: Any) -> None:
         ArgumentError: The ends are no numbers, or out of order.
     """
     ends = [last] if first is None else [first, last]
-    known = all(isinstance(end, numbers.Real) and not isinstance(end, bool) for end in ends)
+    known = all(is_number(end) for end in ends)
     if not known or any(math.isnan(end) for end in ends) or ends != sorted(ends):
         raise ArgumentError(
             f"{name} goes from a first step to a later one, such as (100, 1000); found "
-            f"({_shown(first)}, {_shown(last)})."
+            f"({shown(first)}, {shown(last)})."
         )
 
 
@@ -117,8 +75,3 @@ def columns_of_length(
         if column.shape != (length,):
             raise ValueError(f"{name} has the shape {list(column.shape)} and not [{length}]")
     return columns
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from sat_lens._checks import check_count
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError
 from sat_lens.norms.files import STATE_DICT_SUFFIXES
 
@@ -220,8 +221,7 @@ def _are_steps(value: Any) -> bool:
 
 
 def _step(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise ArgumentError(f"A step is a whole number from 0 on; found {value!r}.")
+    check_count("A step", value, at_least=0)
     return int(value)
 
 

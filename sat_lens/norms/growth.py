@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens._checks import check_count, require_lens_model
 from sat_lens.errors import ArgumentError
 from sat_lens.norms.arguments import (
-    check_count,
-    check_lens_model,
     check_range,
     check_readable,
     columns_of_length,
@@ -234,7 +233,7 @@ def norm_growth(
                     model = (as_model or (lambda path: lens_model(path, tokenizer)))(
                         reader.located(index)
                     )
-                    check_lens_model(model)
+                    require_lens_model(model, "norm_growth with data")
                     check_readable(model, kept)
                     row |= saturation_measures(model, kept, batch_size=batch_size)
                 rows.append(row)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sat_lens._checks import check_count, check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.norms.arguments import check_count, check_module, columns_of_length
+from sat_lens.norms.arguments import columns_of_length
 from sat_lens.norms.lens import undisturbed
 from sat_lens.norms.measures import last_residual
 from sat_lens.norms.scaled import Which, scaled_parameters

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sat_lens._checks import require_lens_model
 from sat_lens.errors import NotReachedError
-from sat_lens.norms.arguments import check_lens_model
 from sat_lens.norms.lens import undisturbed
 
 
@@ -43,7 +43,7 @@ def saturation_measures(
         >>> measures["loss"] < measures["loss_saturated"]
         True
     """
-    check_lens_model(model)
+    require_lens_model(model, "saturation_measures")
     with undisturbed(model):
         return _outputs(model, data, batch_size, seed) | _heads(model, data, batch_size, min_keys)
 

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sat_lens._checks import check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.norms.arguments import check_module, columns_of_length
+from sat_lens.norms.arguments import columns_of_length
 from sat_lens.norms.heads import HEAD_NORMS, heads_of
 from sat_lens.norms.layouts import joint_rows
 from sat_lens.norms.naming import (

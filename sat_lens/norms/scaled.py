@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from sat_lens._checks import check_choice, check_module, check_number
 from sat_lens.errors import ArgumentError, ModelError
-from sat_lens.norms.arguments import check_module
 from sat_lens.norms.layouts import joint_rows
 from sat_lens.norms.naming import ParameterPlace, canonical_name, parameter_places, superseded
 from sat_lens.norms.sources import config_of
@@ -70,8 +68,7 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
         10.0
     """
     check_module(model)
-    if not isinstance(c, numbers.Real) or not math.isfinite(c):
-        raise ArgumentError(f"c must be a finite number; found {c!r}.")
+    check_number("c", c)
     block = _Block(model, float(c), which)
     try:
         block.begin()
@@ -180,8 +177,7 @@ class _Part:
 
 
 def _chosen(model: nn.Module, which: Which) -> list[_Part]:
-    if not isinstance(which, str) or which not in get_args(Which):
-        raise ArgumentError(f"which is one of {', '.join(get_args(Which))}; found {which!r}.")
+    check_choice("which", which, get_args(Which))
     _check_can_be_multiplied(model)
     named = {
         canonical_name(name): parameter.detach()

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sat_lens._checks import check_choice, check_count
 from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
 from sat_lens.errors import ArgumentError, FileFormatError
-from sat_lens.norms.arguments import check_count
 from sat_lens.paper.batched import SGD, AdamW, CellsRun, Stack, cell, stacked, train_cells
 from sat_lens.paper.measures import saturation
 from sat_lens.paper.network import (
@@ -247,9 +247,8 @@ def _axis(name: str, values: Any, least: float | None = None) -> Float[Tensor, "
 
 def _check(optimiser: str, momentum: float, steps: int, seed: int) -> None:
     check_count("steps", steps)
-    check_count("seed", seed, least=0)
-    if optimiser not in get_args(Rule):
-        raise ArgumentError(f"The optimiser is adamw or sgd; found {optimiser!r}.")
+    check_count("seed", seed, at_least=0)
+    check_choice("optimiser", optimiser, get_args(Rule))
     if not 0 <= momentum < 1 or (momentum and optimiser == "adamw"):
         raise ArgumentError(
             f"Momentum is in [0, 1) and SGD's alone; found {momentum} with {optimiser}."

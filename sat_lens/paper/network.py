@@ -18,8 +18,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sat_lens._checks import check_count
 from sat_lens.errors import ArgumentError, DataError
-from sat_lens.norms.arguments import check_count
 
 Transform = Callable[[Tensor], Tensor]
 Mask = Literal["multiplied", "infinite"]

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from sat_lens._checks import check_count, check_number, is_integer
 from sat_lens.attention import Limit, Scale, Transform
 from sat_lens.data import Batch, Data, batches
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.models import model_name
-from sat_lens.patching.items import Item, is_integer
+from sat_lens.patching.items import Item
 from sat_lens.results import Provenance
 from sat_lens.sites import AttentionSite
-
-
-def check_no_dropout(model: Any) -> None:
-    """Raise an ArgumentError if the model is none, or draws at random in its forward pass."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            "Needed a model, as sat_lens.load_model or TransformerLens gives it; found "
-            f"{type(model).__name__}."
-        )
-    active = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0
-    ]
-    if active:
-        raise ArgumentError(
-            f"Dropout is active ({active[0]}, {len(active)} in all), so that two runs of the same "
-            "prompt differ by chance. Call model.eval() first."
-        )
 
 
 def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str) -> Batch:
@@ -55,14 +36,6 @@ def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str) -> Batch
     return found[0]
 
 
-def check_choice(name: str, found: object, known: tuple[object, ...]) -> None:
-    """Raise an ArgumentError unless an argument is one of the known values."""
-    if found not in known:
-        raise ArgumentError(
-            f"{name} must be one of {', '.join(map(repr, known))}; {found!r} was given."
-        )
-
-
 def check_metric(metric: object) -> None:
     """Raise an ArgumentError unless a metric can be called."""
     if not callable(metric):
@@ -74,10 +47,7 @@ def check_metric(metric: object) -> None:
 
 def check_draws(controls: object, seed: object) -> None:
     """Raise an ArgumentError unless a number of random draws, and the seed of the first, are so."""
-    if not is_integer(controls) or controls < 1:
-        raise ArgumentError(
-            f"controls is how many times random keys are drawn, 1 or more; {controls!r} was given."
-        )
+    check_count("controls", controls)
     if not is_integer(seed):
         raise ArgumentError(f"seed is an integer; {seed!r} was given.")
 
@@ -167,11 +137,6 @@ def shapes_of(sites: list[AttentionSite]) -> dict[str, tuple[int, int]]:
 
 def check_tolerance(tolerance: float, candidates: int | None) -> None:
     """Raise an ArgumentError unless a search can be made with these."""
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise ArgumentError(f"tolerance is a number in the metric's units; found {tolerance!r}.")
-    if not 0 <= tolerance < math.inf:
-        raise ArgumentError(f"tolerance must be finite and at least 0; {tolerance} was given.")
-    if candidates is not None and not (is_integer(candidates) and candidates >= 1):
-        raise ArgumentError(
-            f"candidates is an integer of at least 1, or None for all; found {candidates!r}."
-        )
+    check_number("tolerance, in the metric's units,", tolerance, at_least=0)
+    if candidates is not None:
+        check_count("candidates", candidates)

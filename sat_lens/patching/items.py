@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, cast
 
+from sat_lens._checks import is_integer
 from sat_lens.errors import ArgumentError, HeadSelectionError
 from sat_lens.sites import AttentionSite, Heads, Selection, labels_of, select_heads
 
@@ -155,8 +155,3 @@ def _single_heads(sites: list[AttentionSite], selection: Selection) -> list[Item
         for site in sites
         for head in selection.get(site.path, [])
     ]
-
-
-def is_integer(value: object) -> TypeGuard[int]:
-    """Say whether something is an integer; truth values are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

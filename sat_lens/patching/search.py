@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
 from sat_lens.attention import Limit, Transform
 from sat_lens.data import Data
 from sat_lens.errors import ArgumentError
 from sat_lens.models import model_name
 from sat_lens.patching.arguments import (
-    check_choice,
     check_metric,
-    check_no_dropout,
     check_tolerance,
     name_of,
     provenance_of,
@@ -40,7 +39,6 @@ from sat_lens.patching.runs import Local, Patch, Setting, patched_logits
 from sat_lens.patching.saturable import SaturableHeads
 from sat_lens.patching.state import SearchState
 from sat_lens.sites import Heads, attention_sites
-from sat_lens.sites.discovery import check_is_lens
 
 
 def saturable_heads(
@@ -97,13 +95,14 @@ def saturable_heads(
     check_choice("direction", direction, ("noising", "denoising"))
     check_metric(metric)
     check_tolerance(tolerance, candidates)
-    check_is_lens(model, "saturable_heads")
-    check_no_dropout(model)
-    items = read_items(attention_sites(model), heads)
+    require_lens_model(model, "saturable_heads")
+    sites = attention_sites(model)
+    check_evaluation_mode(sites)
+    items = read_items(sites, heads)
     if items[0].is_group:
         raise ArgumentError("saturable_heads chooses among single heads; groups were given.")
     batch = read_batch(model, inputs, "inputs")
-    setting = Setting(model, attention_sites(model), Readout(metric, False, batch.size))
+    setting = Setting(model, sites, Readout(metric, False, batch.size))
     new = Limit() if transform is None else transform
     noising = direction == "noising"
     with torch.no_grad():

@@ -24,15 +24,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
 from sat_lens.attention import Limit, RandomKey, Transform
 from sat_lens.data import Data
 from sat_lens.patching.activations import COMPONENTS, Component
 from sat_lens.patching.arguments import (
-    check_choice,
     check_combination,
     check_draws,
     check_metric,
-    check_no_dropout,
     check_same_shape,
     heads_argument,
     name_of,
@@ -49,7 +48,6 @@ from sat_lens.patching.readout import Metric, Readout, check_not_padding
 from sat_lens.patching.result import HeadSweep
 from sat_lens.patching.runs import FromRun, Local, Patch, Setting, activations_of
 from sat_lens.sites import Heads, attention_sites
-from sat_lens.sites.discovery import check_is_lens
 
 Direction = Literal["noising", "denoising"]
 Source = Literal["local", "run"]
@@ -142,9 +140,9 @@ def sweep_heads(
     check_metric(metric)
     check_draws(controls, seed)
     check_positions(positions)
-    check_is_lens(model, "sweep_heads")
-    check_no_dropout(model)
+    require_lens_model(model, "sweep_heads")
     sites = attention_sites(model)
+    check_evaluation_mode(sites)
     items = read_items(sites, heads)
     batch = read_batch(model, inputs, "inputs")
     other = None if corrupted is None else read_batch(model, corrupted, "corrupted")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sat_lens.data import Batch, Data, batch_sizes, batches, is_count, predicts_next
+from sat_lens._checks import check_count, is_count, is_integer, require_lens_model
+from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
 from sat_lens.kernels import AttentionCall
@@ -26,7 +27,6 @@ from sat_lens.roles.sparing import newest_logits, without_key_value_cache
 from sat_lens.roles.statistics import measure
 from sat_lens.roles.sums import Sums
 from sat_lens.sites import AttentionSite, attention_sites
-from sat_lens.sites.discovery import check_is_lens
 
 
 def head_roles(
@@ -88,7 +88,7 @@ def head_roles(
     """
     _check(min_keys, rows, shard, query_positions, thresholds)
     if metric is not None or damage:
-        check_is_lens(model, "head_roles with a metric or damage")
+        require_lens_model(model, "head_roles with a metric or damage")
     sites = attention_sites(model)
     limits = thresholds or Thresholds()
     sums = {site.path: Sums.empty(site.n_heads) for site in sites}
@@ -212,10 +212,9 @@ def _check(
 ) -> None:
     if not (is_count(rows) or (isinstance(rows, str) and rows == "all")):
         raise ArgumentError(f'rows must be "all" or a whole number of at least 1; found {rows!r}.')
-    if not is_count(min_keys):
-        raise ArgumentError(f"min_keys must be a whole number of at least 1; found {min_keys!r}.")
+    check_count("min_keys", min_keys)
     pair = shard if isinstance(shard, tuple) and len(shard) == 2 else (0, 0)
-    if shard is not None and not (all(map(is_count, pair)) and pair[0] <= pair[1]):
+    if shard is not None and not (all(is_count(part) for part in pair) and pair[0] <= pair[1]):
         raise ArgumentError(
             f"A shard is (i, n) with i from 1 to n, such as (2, 8); found {shard!r}."
         )
@@ -232,8 +231,4 @@ def _check(
 
 
 def _are_positions(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and len(value) > 0
-        and all(isinstance(p, int) and not isinstance(p, bool) for p in value)
-    )
+    return isinstance(value, Sequence) and len(value) > 0 and all(map(is_integer, value))

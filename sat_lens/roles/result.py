@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor
 
+from sat_lens._checks import check_number
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import Provenance, read_result, write_result
 from sat_lens.roles.comparing import comparison
@@ -160,10 +161,7 @@ class HeadRoles:
             raise ArgumentError(
                 f"Needed another result of head_roles; found {type(other).__name__}."
             )
-        if isinstance(errors, bool) or not isinstance(errors, (int, float)) or not errors >= 0:
-            raise ArgumentError(
-                f"errors is a number of standard errors, at least 0; found {errors!r}."
-            )
+        check_number("errors, in standard errors,", errors, at_least=0)
         return comparison(self, other, errors)
 
     def relative_to(self, initialisation: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:

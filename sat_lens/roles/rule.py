@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from sat_lens.errors import ArgumentError
+from sat_lens._checks import check_number
 
 # The pattern that a role claims to describe.
 IDEAL = {
@@ -39,9 +39,7 @@ class Thresholds:
     def __post_init__(self) -> None:
         """Check that every threshold is a number in [0, 1]."""
         for name, value in dataclasses.asdict(self).items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (is_number and 0 <= value <= 1):
-                raise ArgumentError(f"The threshold {name} must lie in [0, 1]; found {value!r}.")
+            check_number(f"The threshold {name}", value, at_least=0, at_most=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,16 +80,6 @@ def parts_not_seen(model: Any) -> list[str]:
     return [] if known is None else list(known.idle)
 
 
-def check_is_lens(model: Any, what: str) -> None:
-    """Raise an ArgumentError unless TransformerLens wraps the model, since ``what`` needs hooks."""
-    if not hasattr(model, "hook_dict"):
-        raise ArgumentError(
-            f"{what} needs a TransformerLens model (a TransformerBridge or a HookedTransformer), "
-            f"and a {type(model).__name__} was given. A Hugging Face model becomes one with "
-            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)."
-        )
-
-
 def has_several_stacks(sites: list[AttentionSite]) -> bool:
     """Say whether results must be told apart by stack (encoder, decoder, cross)."""
     return len({site.stack for site in sites}) > 1

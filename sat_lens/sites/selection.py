@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sat_lens._checks import is_integer
 from sat_lens.errors import HeadSelectionError, UnsupportedModelError
 from sat_lens.sites.naming import AttentionSite
 
@@ -139,11 +139,7 @@ def _check_has_heads(site: AttentionSite) -> None:
 
 
 def _is_pair(name: Any) -> bool:
-    return (
-        isinstance(name, tuple)
-        and len(name) == 2
-        and all(isinstance(part, numbers.Integral) and not isinstance(part, bool) for part in name)
-    )
+    return isinstance(name, tuple) and len(name) == 2 and all(is_integer(part) for part in name)
 
 
 def _available(sites: list[AttentionSite]) -> str:

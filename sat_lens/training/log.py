@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from sat_lens._checks import is_number
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import library_versions
 
@@ -110,16 +111,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _is_row(entry: Mapping[str, Any]) -> bool:
     step = entry.get("step")
     return (
-        _is_number(step)
+        is_number(step)
         and isinstance(step, int)
         and 0 <= step < 2**63
         and all(isinstance(entry[name], str) for name in _WORDS if name in entry)
-        and all(v is None or _is_number(v) for k, v in entry.items() if k not in _WORDS)
+        and all(v is None or is_number(v) for k, v in entry.items() if k not in _WORDS)
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:

@@ -13,9 +13,10 @@ import pandas as pd
 from torch import nn
 from transformers import TrainerCallback
 
+from sat_lens._checks import check_count, check_module
 from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
 from sat_lens.norms import parameter_norms, saturation_measures
-from sat_lens.norms.arguments import check_count, check_module, check_readable, kept_data
+from sat_lens.norms.arguments import check_readable, kept_data
 from sat_lens.norms.lens import kept_random_state, lens_model, shares_memory, unwrapped
 from sat_lens.norms.measures import import_what_measures_need
 from sat_lens.training.log import TrainingLog
@@ -127,7 +128,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         if isinstance(step, nn.Module):
             raise ArgumentError("The model comes first: tracker.step(model, step).")
         check_module(model)
-        check_count("step", step, least=0)
+        check_count("step", step, at_least=0)
         if self._started is None:
             self._started = began
         with_norms = is_due(step, self._every, halves=True)
@@ -161,7 +162,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         check_module(model)
-        check_count("first_step", first_step, least=0)
+        check_count("first_step", first_step, at_least=0)
         own = {id(parameter) for parameter in model.parameters()}
         count = first_step
 
