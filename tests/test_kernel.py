@@ -25,7 +25,7 @@ import sat_lens as sl
 from sat_lens.attention import Limit, RandomKey
 from sat_lens.errors import ArgumentError, NotReachedError, UnsupportedModelError
 from sat_lens.kernels import AttentionCall, check, limit_is_exact, rescaled_attention
-from sat_lens.roles import fused
+from sat_lens.roles import statistics
 from sat_lens.sites import eager
 
 CPU = torch.device("cpu")
@@ -335,7 +335,7 @@ def test_no_matrix_of_scores_is_made(scale: float) -> None:
 
 
 def test_roles_of_long_texts_need_no_matrix_either(monkeypatch: Any) -> None:
-    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 2**16)
+    monkeypatch.setattr(statistics, "FUSED_BLOCK_ELEMENTS", 2**16)
     model, long = reader_of_long_texts("sdpa"), tiny.tokens(1, 1024)
     with Largest() as largest:
         found = sl.head_roles(model, long, progress=False)
@@ -347,7 +347,7 @@ def test_roles_of_long_texts_need_no_matrix_either(monkeypatch: Any) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 @pytest.mark.parametrize("block", [1, 700, 2**22])
 def test_roles_are_those_of_the_bridge(name: str, block: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(statistics, "FUSED_BLOCK_ELEMENTS", block)
     mask = torch.ones(3, 24, dtype=torch.long)
     mask[0, -5:] = 0
     data = [{"input_ids": tiny.tokens(3, 24), "attention_mask": mask}]

@@ -201,7 +201,7 @@ def test_measuring_leaves_gradients_and_the_output_alone(demo, tokens):
 
 def test_importance_of_the_loss_is_the_derivative(demo, tokens):
     from sat_lens.data import Batch
-    from sat_lens.roles.importance import as_z, row_importance, z_point
+    from sat_lens.roles.causal import as_z, row_importance, z_point
     from sat_lens.sites import attention_sites
 
     site = attention_sites(demo)[2]

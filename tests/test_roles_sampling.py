@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 import sat_lens as sl
 from sat_lens.data import Batch, batches
 from sat_lens.roles import merge
-from sat_lens.roles.positions import BatchReader
-from sat_lens.roles.sampling import content_seeds, drawn_order, resampling_weights
+from sat_lens.roles.positions import (
+    BatchReader,
+    content_seeds,
+    drawn_order,
+    resampling_weights,
+)
 from sat_lens.sites import AttentionSite
 
 SEQUENCES = st.lists(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sat_lens._checks import check_count, is_count, is_integer, require_lens_model
@@ -16,15 +19,12 @@ from sat_lens.intervention import observe_attention
 from sat_lens.kernels import AttentionCall
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
-from sat_lens.roles.damage import head_damage
-from sat_lens.roles.fused import measure_fused, shape_of
-from sat_lens.roles.importance import Metric, row_importance
-from sat_lens.roles.merging import all_reduced, fingerprint, shard_of_rank
+from sat_lens.roles.causal import Metric, head_damage, row_importance
+from sat_lens.roles.merging import fingerprint
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, BatchReader, Rows, special_ids
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import Thresholds
-from sat_lens.roles.sparing import newest_logits, without_key_value_cache
-from sat_lens.roles.statistics import measure
+from sat_lens.roles.statistics import measure, measure_fused, shape_of
 from sat_lens.roles.sums import Sums
 from sat_lens.sites import AttentionSite, attention_sites
 
@@ -232,3 +232,81 @@ def _check(
 
 def _are_positions(value: object) -> bool:
     return isinstance(value, Sequence) and len(value) > 0 and all(map(is_integer, value))
+
+
+@contextlib.contextmanager
+def newest_logits(model: Any) -> Iterator[None]:
+    """Unembed only the newest position while the block lasts, where the model has an unembedding.
+
+    Logits of all positions can cost as much as all layers, and nobody reads them here.
+
+    Example:
+        >>> import torch
+        >>> import sat_lens as sl
+        >>> model, tokens = sl.load_model("demo"), torch.tensor([[0, 5, 6]])
+        >>> with newest_logits(model):
+        ...     model(tokens).shape
+        torch.Size([1, 1, 2048])
+    """
+    unembedding = _unembedding(model)
+    if unembedding is None:
+        yield
+        return
+    handle = unembedding.register_forward_pre_hook(_keep_newest)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def without_key_value_cache(model: Any) -> dict[str, Any]:
+    """Return the arguments that keep the model from storing keys and values for a later pass."""
+    original = getattr(model, "original_model", model)
+    taken = inspect.signature(original.forward).parameters
+    return {"use_cache": False} if "use_cache" in taken else {}
+
+
+def _unembedding(model: Any) -> nn.Module | None:
+    of_lens = getattr(model, "unembed", None)
+    if isinstance(of_lens, nn.Module):
+        return of_lens
+    of_transformers = getattr(model, "get_output_embeddings", lambda: None)()
+    return of_transformers if isinstance(of_transformers, nn.Module) else None
+
+
+def _keep_newest(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    # A classifier of whole sequences gets [batch, d_model], which has no positions to leave out.
+    if args and isinstance(args[0], Tensor) and args[0].dim() == 3:
+        return (args[0][:, -1:], *args[1:])
+    return None
+
+
+def shard_of_rank() -> tuple[int, int]:
+    """Return this process's share of the data: (1, 1) unless torch.distributed is running."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() + 1, dist.get_world_size()
+    return 1, 1
+
+
+def all_reduced(
+    sums: dict[str, Sums], n_sequences: int, complete: bool
+) -> tuple[dict[str, Sums], int, bool]:
+    """Add up the sums of all processes, where torch.distributed is running.
+
+    The whole is complete if every process has read all of its share.
+    """
+    if shard_of_rank()[1] == 1:
+        return sums, n_sequences, complete
+    # NCCL reduces tensors on a GPU only, gloo those of the CPU.
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor([n_sequences, int(not complete)], device=device)
+    dist.all_reduce(total)
+    reduced = {}
+    for path, part in sums.items():
+        tensors = {name: tensor.to(device) for name, tensor in part.tensors().items()}
+        for tensor in tensors.values():
+            dist.all_reduce(tensor)
+        reduced[path] = Sums.from_tensors(
+            {name: t.cpu() for name, t in tensors.items()}, len(part.counted)
+        )
+    return reduced, int(total[0]), int(total[1]) == 0

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sat_lens.errors import ArgumentError
 from sat_lens.roles.result import HeadRoles
@@ -106,37 +105,6 @@ def _check_distinct(parts: Sequence[HeadRoles]) -> None:
                 raise ArgumentError(
                     f"Parts {j + 1} and {i + 1} are the same, and each may be merged once only."
                 )
-
-
-def shard_of_rank() -> tuple[int, int]:
-    """Give this process's share of the data: (1, 1) unless torch.distributed is running."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() + 1, dist.get_world_size()
-    return 1, 1
-
-
-def all_reduced(
-    sums: dict[str, Sums], n_sequences: int, complete: bool
-) -> tuple[dict[str, Sums], int, bool]:
-    """Add the sums of all processes; without torch.distributed they are what they were.
-
-    The whole is complete if every process has read all of its share.
-    """
-    if shard_of_rank()[1] == 1:
-        return sums, n_sequences, complete
-    # NCCL reduces tensors on a GPU only, gloo those of the CPU.
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor([n_sequences, int(not complete)], device=device)
-    dist.all_reduce(total)
-    reduced = {}
-    for path, part in sums.items():
-        tensors = {name: tensor.to(device) for name, tensor in part.tensors().items()}
-        for tensor in tensors.values():
-            dist.all_reduce(tensor)
-        reduced[path] = Sums.from_tensors(
-            {name: t.cpu() for name, t in tensors.items()}, len(part.counted)
-        )
-    return reduced, int(total[0]), int(total[1]) == 0
 
 
 def _shown(value: object) -> str:

@@ -1,7 +1,18 @@
-"""What the positions of a batch mean to an attention module: which rows count, where sinks are."""
+"""What the positions of a batch mean to an attention module.
+
+:class:`BatchReader` knows one batch. For each module it says which query rows count, which of them
+are sampled for what needs a sort or a search, and where the first, the special and the related keys
+are (:class:`Positions`, and :class:`OneSequence` in the form that the arithmetic needs).
+
+Every random draw is seeded by the content of a sequence alone. It is the same in any shard, order
+or batch, and beside any padding, so shards merge to the numbers of one pass.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,9 +24,215 @@ from torch import Tensor
 from sat_lens.attention import mask_threshold
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError
-from sat_lens.roles.sampling import NOT_DRAWN, content_seeds, drawn_order, resampling_weights
-from sat_lens.roles.sequences import Positions
+from sat_lens.roles.sums import BOOTSTRAPS
 from sat_lens.sites import AttentionSite
+
+# Above every number that is drawn.
+NOT_DRAWN = 2.0
+
+
+def content_seeds(batch: Batch) -> list[int]:
+    """Return a seed for each sequence that depends on its non-padding tokens and nothing else.
+
+    Example:
+        >>> first = Batch(torch.tensor([[5, 6, 0]]), {}, real=torch.tensor([[True, True, False]]))
+        >>> content_seeds(first) == content_seeds(Batch(torch.tensor([[5, 6]]), {}))
+        True
+    """
+    inputs = _rows(batch.inputs, batch.real)
+    if batch.decoder_tokens is None:
+        return [_seed(row) for row in inputs]
+    decoder = _rows(batch.decoder_tokens, batch.decoder_real)
+    return [_seed(*pair) for pair in zip(inputs, decoder, strict=True)]
+
+
+def resampling_weights(
+    seeds: Sequence[int], count: int = BOOTSTRAPS
+) -> Float[Tensor, "batch resample"]:
+    """Draw Poisson(1) weights for each sequence: a bootstrap whose weights shards can draw alone.
+
+    The first column is 1, for the data as it is. Source: Hanley and MacGibbon, "Creating
+    non-parametric bootstrap samples using Poisson frequencies", 2006.
+
+    Example:
+        >>> weights = resampling_weights([3, 3])
+        >>> weights.shape, bool((weights[0] == weights[1]).all())
+        (torch.Size([2, 101]), True)
+    """
+    drawn = torch.ones(len(seeds), 1 + count, dtype=torch.float64)
+    for row, seed in zip(drawn, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        row[1:] = torch.poisson(torch.ones(count), generator=generator)
+    return drawn
+
+
+def drawn_order(
+    seeds: Sequence[int], real: Bool[Tensor, "batch position"]
+) -> Float[Tensor, "batch position"]:
+    """Draw a number in [0, 1) for each non-padding position; the least are sampled.
+
+    Example:
+        >>> real = torch.tensor([[True, True, False], [False, True, True]])
+        >>> order = drawn_order([3, 3], real)
+        >>> bool((order[0, :2] == order[1, 1:]).all()), float(order[0, 2])
+        (True, 2.0)
+    """
+    order = torch.full(real.shape, NOT_DRAWN)
+    for row, kept, seed in zip(order, real.cpu(), seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed + 1)
+        row[kept] = torch.rand(int(kept.sum()), generator=generator)
+    return order.to(real.device)
+
+
+def _rows(values: Tensor, real: Tensor | None) -> list[Tensor]:
+    values = values.detach().cpu()
+    # The dtype that a tensor happens to have is no content.
+    values = values.float() if values.is_floating_point() else values.long()
+    if real is None or real.shape != values.shape:
+        return list(values)
+    return [row[kept] for row, kept in zip(values, real.cpu(), strict=True)]
+
+
+def _seed(*parts: Tensor) -> int:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{list(part.shape)}".encode() + part.contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
+RELATIONS = ("induction", "duplicate")
+NEAR_OFFSETS = {"previous": -1, "self": 0, "next": 1}
+# What a learned sink has for a position: one that is far from all.
+NO_POSITION = 2**40
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """The positions behind the query rows and keys of one attention module, for one batch.
+
+    Attributes:
+        weight: 0 for query rows that do not count; 1, or their importance per head, for others.
+        aligned: Whether rows and keys count the positions of one sequence. Where they do not
+            (cross-attention, attention within blocks), offsets and the first key mean nothing.
+        tokens_known: Whether it is known which keys are special tokens.
+        first: The first key of each sequence that is no padding.
+        special: Which keys are special tokens.
+        tokens: The tokens behind the keys, -1 at a learned sink; None where targets by token
+            (induction, duplicate) cannot be told.
+        sample: Sampled query rows, in random order; -1 where there are fewer.
+        n_searched: In how many of these critical scales are searched.
+        resampling: The bootstrap weights of each sequence.
+        first_query: The position of the first row.
+        n_sinks: How many of the last keys are learned sinks, which have no position.
+    """
+
+    weight: Float[Tensor, "batch #head query"]
+    aligned: bool
+    tokens_known: bool
+    first: Int[Tensor, " batch"]
+    special: Bool[Tensor, "batch key"]
+    tokens: Int[Tensor, "batch key"] | None
+    sample: Int[Tensor, "batch row"]
+    n_searched: int
+    resampling: Float[Tensor, "batch resample"]
+    first_query: int
+    n_sinks: int
+
+    @functools.cached_property
+    def sequences(self) -> list[OneSequence]:
+        """The positions of each sequence, shared by modules of one kind."""
+        shape = (self.weight.shape[-1], self.special.shape[-1])
+        return [OneSequence.of(self, b, *shape) for b in range(len(self.special))]
+
+
+def token_relations(
+    tokens: Int[Tensor, " key"], queries: Int[Tensor, " query"]
+) -> dict[str, Bool[Tensor, "query key"]]:
+    """Return which keys are induction and which are duplicate targets of the queries.
+
+    A duplicate is an earlier occurrence of the query's token, an induction target the key that
+    follows one (Olsson et al., "In-context Learning and Induction Heads", 2022).
+
+    Example:
+        >>> relations = token_relations(torch.tensor([7, 8, 7]), torch.tensor([2]))
+        >>> relations["induction"].tolist(), relations["duplicate"].tolist()
+        ([[False, True, False]], [[True, False, False]])
+    """
+    same = tokens[queries, None] == tokens
+    duplicate = same & (torch.arange(len(tokens), device=tokens.device) < queries[:, None])
+    return {"induction": duplicate.roll(1, -1), "duplicate": duplicate}
+
+
+@dataclasses.dataclass(frozen=True)
+class OneSequence:
+    """The positions of one sequence, in the form that the arithmetic needs."""
+
+    looked_at: Float[Tensor, "key 3"]
+    known: dict[str, float]
+    first: Tensor
+    relations: dict[str, tuple[Float[Tensor, "query key"], Bool[Tensor, " query"]]]
+    keys_near: dict[str, tuple[Int[Tensor, " query"], Bool[Tensor, " query"]]]
+    query_positions: Int[Tensor, " query"]
+    key_positions: Int[Tensor, " key"]
+    sample: Int[Tensor, " row"]
+    n_searched: int
+    resampling: Float[Tensor, " resample"]
+
+    def cut(self, queries: slice, n_keys: int) -> OneSequence:
+        """Return the same for some query rows and the first keys only."""
+        return dataclasses.replace(
+            self,
+            looked_at=self.looked_at[:n_keys],
+            relations={
+                name: (relation[queries, :n_keys], exists[queries])
+                for name, (relation, exists) in self.relations.items()
+            },
+            keys_near={
+                name: (keys[queries].clamp(max=n_keys - 1), (inside & (keys < n_keys))[queries])
+                for name, (keys, inside) in self.keys_near.items()
+            },
+            query_positions=self.query_positions[queries],
+            key_positions=self.key_positions[:n_keys],
+        )
+
+    @classmethod
+    def of(cls, positions: Positions, b: int, n_queries: int, n_keys: int) -> OneSequence:
+        """Return the positions of sequence b."""
+        # No key and no winner is at -1.
+        first = positions.first[b] if positions.aligned else torch.full_like(positions.first[b], -1)
+        special = positions.special[b]
+        start = positions.first_query
+        queries = torch.arange(start, start + n_queries, device=first.device)
+        keys = torch.arange(n_keys, device=first.device)
+        n_places = n_keys - positions.n_sinks
+        near = {}
+        for name, distance in NEAR_OFFSETS.items():
+            at = queries + distance
+            near[name] = (at.clamp(0, n_keys - 1), (at >= 0) & (at < n_places) & positions.aligned)
+        tokens = positions.tokens
+        targets = {} if tokens is None else token_relations(tokens[b], queries)
+        relations = {name: (target.float(), target.any(-1)) for name, target in targets.items()}
+        at_first = keys == first
+        looked_at = torch.stack([at_first, special, at_first | special], dim=-1).float()
+        sample = positions.sample[b]
+        known = {
+            "aligned_rows": float(positions.aligned),
+            "special_rows": float(positions.tokens_known),
+            "sink_rows": float(positions.aligned or positions.tokens_known),
+        }
+        return cls(
+            looked_at,
+            known,
+            first,
+            relations,
+            near,
+            queries,
+            keys.masked_fill(keys >= n_places, NO_POSITION),
+            sample[sample >= 0],
+            positions.n_searched,
+            positions.resampling[b],
+        )
+
 
 Rows = int | Literal["all"]
 ROWS_PER_SEQUENCE = 64
@@ -24,7 +241,7 @@ SEARCHED_ROWS = 16
 
 
 class BatchReader:
-    """Knows one batch, and describes its positions to each attention module that asks."""
+    """Describes the positions of one batch to each attention module."""
 
     def __init__(
         self,
@@ -44,7 +261,7 @@ class BatchReader:
         self._made: dict[tuple[object, ...], Positions] = {}
 
     def positions(self, site: AttentionSite, scores: Tensor) -> Positions:
-        """Describe the positions behind these scores; modules of one kind share the answer."""
+        """Return the positions behind these scores; modules of one kind share them."""
         own = site.path if self.importance is not None else site.stack
         # The layers of a large model are spread over devices.
         key = (own, tuple(scores.shape), scores.device)
@@ -92,7 +309,7 @@ class BatchReader:
     def _counted(
         self, real: Tensor | None, length: int, shape: tuple[int, int], device: torch.device
     ) -> Bool[Tensor, "batch query"]:
-        """Say which rows count, in the shape that the module gives to its rows."""
+        """Return which rows count, in the shape that the module gives to its rows."""
         counted = fitting_mask(real, (self.batch.size, length), device)
         if self.query_positions is not None:
             if not bool(counted.all()) and min(self.query_positions) < 0:
@@ -114,7 +331,7 @@ class BatchReader:
     def _order(
         self, real: Tensor | None, length: int, counted: Bool[Tensor, "batch query"]
     ) -> Float[Tensor, "batch query"]:
-        """Say in which order rows are sampled."""
+        """Return the numbers by which rows are sampled, the least first."""
         batch, n_queries = counted.shape
         positions = fitting_mask(real, (self.batch.size, length), counted.device)
         order = as_rows(drawn_order(self.seeds, positions), (batch, n_queries))
@@ -133,17 +350,17 @@ class BatchReader:
 def fitting_mask(
     mask: Tensor | None, shape: tuple[int, int], device: torch.device
 ) -> Bool[Tensor, "batch position"]:
-    """Give the mask if it is of that shape, and a mask that lets everything through otherwise."""
+    """Return the mask if it has that shape, and a mask of ones otherwise."""
     if mask is not None and tuple(mask.shape) == shape:
         return mask.to(device)
     return torch.ones(shape, dtype=torch.bool, device=device)
 
 
 def as_rows(values: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """Bring values of positions, ``[batch, ..., position]``, into the rows that a module has.
+    """Arrange values of positions, ``[batch, ..., position]``, as the query rows of a module.
 
-    It may have a row for each position, for the newest ones only, or blocks of a sequence folded
-    into the batch axis, the last one filled up; what fills it gets 0. None if it is none of these.
+    A module may have a row for each position, for the newest ones only, or for blocks of a sequence
+    folded into the batch axis, the last one padded (with 0 here). None if it is none of these.
 
     Example:
         >>> as_rows(torch.tensor([[1, 2, 3]]), (2, 2)).tolist()
@@ -161,13 +378,13 @@ def as_rows(values: Tensor, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _last_key_is_always_seen(scores: Float[Tensor, "batch head query key"]) -> bool:
-    """Tell a learned sink, which stands behind the keys of the text, from a key of a window."""
+    """Whether the last key is a learned sink, and not a key of a window."""
     raw = scores.detach().float()
     return bool((raw[..., -1] > mask_threshold(raw, raw)).all())
 
 
 def special_ids(model: Any) -> Int[Tensor, " token"]:
-    """Give the ids of the tokenizer's special tokens; -1, which is no token, if there are none."""
+    """Return the ids of the tokenizer's special tokens, or -1, which is no token."""
     tokenizer = getattr(model, "tokenizer", None)
     return torch.tensor(sorted(getattr(tokenizer, "all_special_ids", None) or [-1]))
 
@@ -175,7 +392,7 @@ def special_ids(model: Any) -> Int[Tensor, " token"]:
 def _sampled_rows(
     counted: Bool[Tensor, "batch query"], order: Float[Tensor, "batch query"], rows: Rows
 ) -> Int[Tensor, "batch row"]:
-    """Choose rows of each sequence, the same for every head; -1 where there are fewer."""
+    """Return sampled rows of each sequence, the same for every head; -1 where there are fewer."""
     wanted = counted.shape[1] if rows == "all" else min(rows, counted.shape[1])
     ranked = order.masked_fill(~counted, NOT_DRAWN).argsort(-1)[:, :wanted]
     return ranked.masked_fill(~counted.gather(-1, ranked), -1)

@@ -1,13 +1,14 @@
 """Statistics of attention rows, taken while a model runs.
 
-All rows are read block by block, a block being neighbouring rows of as many heads of one sequence
-as fit into the processor's cache: the arithmetic is little, and what would cost is memory traffic.
-Keys that lie in the future of a whole block are left out of it. What needs a sort or a search
-(nearest saturated row, critical scales) is taken from some rows of each sequence.
+All rows are read in blocks: neighbouring rows of as many heads of one sequence as fit into the
+processor's cache, because memory traffic costs more than the arithmetic. Keys that lie in the
+future of a whole block are left out of it. What needs a sort or a search (nearest saturated row,
+critical scales) is computed on sampled rows of each sequence.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -20,8 +21,9 @@ from sat_lens.attention.critical import critical_bins
 from sat_lens.attention.distances import distance_to_uniform, distances_to_saturated
 from sat_lens.attention.masks import EXTREME, mask_threshold
 from sat_lens.errors import NonFiniteError
+from sat_lens.kernels import AttentionCall
+from sat_lens.roles.positions import NO_POSITION, RELATIONS, OneSequence, Positions
 from sat_lens.roles.rule import Thresholds
-from sat_lens.roles.sequences import NO_POSITION, RELATIONS, OneSequence, Positions
 from sat_lens.roles.sums import (
     FARTHEST_OFFSET,
     M_BINS,
@@ -33,6 +35,7 @@ from sat_lens.roles.sums import (
 from sat_lens.vocabulary import ROLES
 
 BLOCK_ELEMENTS = 2**18
+FUSED_BLOCK_ELEMENTS = 2**22
 # Eight pieces leave out seven sixteenths of a causal pattern; short ones would cost more than that.
 PIECES = 8
 LEAST_ROWS = 64
@@ -74,6 +77,55 @@ def measure(
             measure_sample(sums, picked, at, sequence, weight, threshold, min_keys, thresholds)
 
 
+def shape_of(call: AttentionCall) -> Tensor:
+    """Return an empty tensor of the scores' shape, which takes no memory.
+
+    Example:
+        >>> shape_of(AttentionCall(*torch.zeros(3, 1, 2, 5, 4))).shape
+        torch.Size([1, 2, 5, 5])
+    """
+    shape = (*call.query.shape[:3], call.key.shape[2])
+    return torch.zeros((), device=call.query.device).expand(shape)
+
+
+def measure_fused(
+    sums: Sums, call: AttentionCall, positions: Positions, min_keys: int, thresholds: Thresholds
+) -> None:
+    """Add the statistics of one run of a fused kernel to the sums of its attention module.
+
+    A fused kernel shows no scores. They are recomputed from its queries and keys, a block of rows
+    at a time and then for the sampled rows, in memory linear in the length of the sequence.
+    """
+    batch, n_heads, n_queries, n_keys = shape_of(call).shape
+    size = max(1, FUSED_BLOCK_ELEMENTS // (batch * n_heads * n_keys))
+    for start in range(0, n_queries, size):
+        rows = torch.arange(start, min(start + size, n_queries), device=call.query.device)
+        block = _of_rows(positions, rows)
+        measure(sums, call.scores(rows.expand(batch, -1)), block, min_keys, thresholds)
+    sample = positions.sample
+    scores = call.scores(sample.clamp(min=0))
+    weights = positions.weight.expand(batch, n_heads, n_queries)
+    for b in range(batch):
+        kept = sample[b] >= 0
+        if bool(kept.any()):
+            rows = sample[b, kept]
+            sequence = OneSequence.of(_of_rows(positions, rows[:1]), b, 1, n_keys)
+            sequence = dataclasses.replace(sequence, n_searched=positions.n_searched)
+            picked, weight = scores[b][:, kept], weights[b][:, rows]
+            at = positions.first_query + rows
+            measure_sample(sums, picked, at, sequence, weight, EXTREME, min_keys, thresholds)
+
+
+def _of_rows(positions: Positions, rows: Int[Tensor, " row"]) -> Positions:
+    """Return the positions of some neighbouring rows, none of them sampled."""
+    return dataclasses.replace(
+        positions,
+        weight=positions.weight[:, :, rows],
+        sample=positions.sample[:, :0],
+        first_query=positions.first_query + int(rows[0]),
+    )
+
+
 def _blocks(
     scores: Float[Tensor, "head query key"], sequence: OneSequence, threshold: float
 ) -> Iterator[tuple[slice, slice, int]]:
@@ -95,10 +147,10 @@ def _blocks(
 def _read_block(
     scores: Float[Tensor, "head query key"], sequence: OneSequence, threshold: float
 ) -> tuple[dict[str, Tensor], Int[Tensor, "head query"], Float[Tensor, "head query"]]:
-    """Give the statistics of each row, the offset of its maximum, and its number of keys.
+    """Return the statistics of each row, the bin of its maximum's offset, and its number of keys.
 
-    Masked keys get a probability of 0 from the softmax itself. Rows without a visible key give
-    numbers without meaning, possibly NaN; they have no weight.
+    The softmax itself gives masked keys a probability of 0. Rows without a visible key give
+    meaningless numbers, possibly NaN; they have no weight.
     """
     pattern = scores.softmax(-1)
     top, winner = pattern.max(-1)
@@ -140,10 +192,7 @@ def measure_sample(
     min_keys: int,
     thresholds: Thresholds,
 ) -> None:
-    """Add the statistics of sampled rows of one sequence, those that need a sort or a search.
-
-    The rows belong to the positions ``queries``.
-    """
+    """Add what needs a sort or a search, from rows of one sequence at positions ``queries``."""
     scores = raw.masked_fill(raw <= threshold, -math.inf)
     n_visible = (scores != -math.inf).sum(-1)
     scores.masked_fill_((n_visible == 0)[..., None], 0.0)
@@ -179,7 +228,7 @@ def _mass_by_offset(
     queries: Int[Tensor, " row"],
     sequence: OneSequence,
 ) -> Float[Tensor, "head row offset"]:
-    """Give the probability at each offset; the last bin has the rest, which lies farther away."""
+    """Return the probability at each offset; the last bin has the rest, which lies farther away."""
     n_places = int((sequence.key_positions < NO_POSITION).sum())
     offsets = torch.arange(-FARTHEST_OFFSET, FARTHEST_OFFSET + 1, device=scores.device)
     at = queries[:, None] + offsets

@@ -1,10 +1,14 @@
-"""How much each query row of each head matters to a metric.
+"""What a head's attention does to a metric: weights of query rows, and damage by replacement.
 
 The importance of row q is |<dL/dz_q, z_q - mean z>|: to first order, what the metric would change
 by if the head gave its mean output there instead of its own (mean over the counted rows of the
-same sequence). One backward pass gives it for all heads and rows at once.
+same sequence). It is attribution patching (Nanda 2023; Syed, Rager and Conmy, "Attribution Patching
+Outperforms Automated Circuit Discovery", 2023) of mean ablation. One backward pass gives it for all
+heads and rows. Use it as a weight; it is a first-order estimate and no effect size.
 
-When not to use it: as the size of an effect. It is a first-order estimate, and a weight only.
+Damage is the causal check of a role: what happens to the metric if a head really did only what its
+label says? Each head's pattern is replaced by its argmax, by uniform attention, by its nearest
+saturated row, and its output by zero. That takes four forward passes per head and batch.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sat_lens.attention import Limit, Transform, Uniform
 from sat_lens.data import Batch
-from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.errors import ArgumentError, NonFiniteError, UnsupportedModelError
+from sat_lens.intervention import attached
 from sat_lens.metrics import next_token_loss
 from sat_lens.roles.positions import fitting_mask
 from sat_lens.sites import AttentionSite
@@ -30,7 +36,7 @@ Metric = Callable[[Any], Tensor] | str
 def row_importance(
     model: Any, batch: Batch, sites: list[AttentionSite], metric: Metric
 ) -> dict[str, Float[Tensor, "batch head query"]]:
-    """Give the importance of every query row, by the path of the attention module.
+    """Return the importance of every query row, by the path of the attention module.
 
     Args:
         model: A TransformerLens model.
@@ -61,7 +67,7 @@ def row_importance(
 
 
 def z_point(model: Any, site: AttentionSite) -> nn.Module:
-    """Find the hook point that carries z, the heads' outputs before the output projection.
+    """Return the hook point that carries z, the heads' outputs before the output projection.
 
     Raises:
         UnsupportedModelError: The module has none.
@@ -80,7 +86,7 @@ def z_point(model: Any, site: AttentionSite) -> nn.Module:
 
 
 def as_z(tensor: Tensor, n_heads: int) -> Float[Tensor, "batch query head d_head"]:
-    """View what a z hook point carries with the heads on an axis of their own."""
+    """Return what a z hook point carries, with the heads on an axis of their own."""
     if tensor.dim() == 4:
         return tensor
     return rearrange(tensor, "b q (h d) -> b q h d", h=n_heads)
@@ -102,7 +108,7 @@ def _keeping_z(model: Any, site: AttentionSite, outputs: dict[str, Tensor]) -> I
 
 
 def metric_on(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
-    """Give the metric as a function of this batch's logits; ``"loss"`` is the next-token loss."""
+    """Return the metric as a function of this batch's logits; ``"loss"`` is the next-token loss."""
     if metric == "loss":
         if batch.output_tokens is None:
             raise ArgumentError(
@@ -138,3 +144,81 @@ def _weigh(
     rows = counted[:, :, None, None].float()
     mean = (z * rows).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
     return rearrange((gradient * (z - mean)).sum(-1).abs(), "b q h -> b h q")
+
+
+REPLACEMENTS: dict[str, Transform] = {
+    "argmax": Limit(),
+    "uniform": Uniform(),
+    "nearest": Limit("nearest"),
+}
+
+
+def head_damage(
+    model: Any, batch: Batch, sites: list[AttentionSite], metric: Metric
+) -> dict[str, dict[str, Float[Tensor, "batch head"]]]:
+    """Measure the damage of every replacement at every head, for each sequence of a batch.
+
+    Args:
+        model: A TransformerLens model.
+        batch: The input.
+        sites: The attention modules to look at.
+        metric: A function of the logits, the lower the better, or ``"loss"``. One that has
+            ``.per_prompt`` gives a value per sequence; the value of another counts for all.
+
+    Returns:
+        path of the module -> replacement (argmax, uniform, nearest, zero) -> damage.
+
+    Raises:
+        ArgumentError: The metric is unknown or gives no number.
+        NonFiniteError: The metric is not finite.
+        UnsupportedModelError: A module has no place where its z can be set to zero.
+    """
+    values = _per_prompt(metric, batch)
+    with torch.no_grad():
+        before = values(batch.run(model))
+
+        def damage(intervention: contextlib.AbstractContextManager[Any]) -> Tensor:
+            with intervention:
+                return values(batch.run(model)) - before
+
+        found: dict[str, dict[str, Tensor]] = {}
+        for site in sites:
+            heads = range(site.n_heads)
+            found[site.path] = {
+                name: torch.stack(
+                    [damage(attached(model, sites, {site.path: [([h], new)]})) for h in heads], 1
+                )
+                for name, new in REPLACEMENTS.items()
+            }
+            zeroed = [damage(_without_output(model, site, head)) for head in heads]
+            found[site.path]["zero"] = torch.stack(zeroed, 1)
+    return found
+
+
+@contextlib.contextmanager
+def _without_output(model: Any, site: AttentionSite, head: int) -> Iterator[None]:
+    def hook(_module: nn.Module, _args: Any, z: Tensor) -> Tensor:
+        changed = as_z(z, site.n_heads).clone()
+        changed[:, :, head] = 0
+        return changed.reshape(z.shape)
+
+    handle = z_point(model, site).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _per_prompt(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
+    chosen = metric_on(metric, batch)
+    function = getattr(chosen, "per_prompt", chosen)
+
+    def values(logits: Any) -> Tensor:
+        value = torch.as_tensor(function(logits)).detach().double().cpu()
+        if value.numel() not in (1, batch.size):
+            raise ArgumentError(f"The metric gave shape {list(value.shape)}; a scalar was needed.")
+        if not bool(value.isfinite().all()):
+            raise NonFiniteError(f"The metric {metric!r} is not finite.")
+        return value.expand(batch.size)
+
+    return values
