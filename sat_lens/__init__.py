@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sat_lens.models import load_model
     from sat_lens.norms import norm_growth, parameter_norms, scaled_parameters
     from sat_lens.patching import saturable_heads, sweep_heads
+    from sat_lens.results import load
     from sat_lens.roles import HeadRoles, head_roles
     from sat_lens.sites import attention_sites
     from sat_lens.spectrum import scaling_curve
@@ -32,6 +33,7 @@ _PLACES = {
     "SaturationTracker": "sat_lens.training",
     "attention_sites": "sat_lens.sites",
     "head_roles": "sat_lens.roles",
+    "load": "sat_lens.results",
     "load_model": "sat_lens.models",
     "norm_growth": "sat_lens.norms",
     "parameter_norms": "sat_lens.norms",
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "attention_sites",
     "head_roles",
+    "load",
     "load_model",
     "metrics",
     "norm_growth",

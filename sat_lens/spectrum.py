@@ -11,7 +11,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -28,7 +27,7 @@ from sat_lens.errors import ArgumentError
 from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import model_name
 from sat_lens.readings import Mean, Reading, SoftRun
-from sat_lens.results import Provenance, read_entries, read_result, write_result
+from sat_lens.results import Provenance, Result, check_columns
 from sat_lens.sites import Heads
 from sat_lens.sites.naming import places
 
@@ -36,22 +35,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
-KIND = "scaling curve"
 _BLOCK_OUTPUT = re.compile(r"blocks\.\d+\.hook_out$")
+# What a printed curve shows of its columns.
+SHOWN = ("loss", "kl", "top1", "metric")
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScalingCurve:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ScalingCurve(Result, kind="scaling curve"):
     """Measures of the output at each inverse temperature; made by :func:`scaling_curve`.
 
     ``complete`` is False if the run was interrupted: the numbers then describe the batches that
     were read.
     """
 
-    provenance: Provenance
     scales: tuple[float, ...]
-    columns: dict[str, Tensor] = dataclasses.field(repr=False)
+    columns: dict[str, Tensor]
     complete: bool = True
 
     def frame(self) -> pd.DataFrame:
@@ -74,11 +73,14 @@ class ScalingCurve:
     @property
     def notes(self) -> list[str]:
         """What has to be said beside the numbers: which similarities are undefined, and why."""
-        return [f"{n}: {NO_ROOM}" for n, v in self.columns.items() if bool(v.isnan().all())]
+        undefined = [f"{n}: {NO_ROOM}" for n, v in self.columns.items() if bool(v.isnan().all())]
+        return [*super().notes, *undefined]
 
-    def __repr__(self) -> str:
-        """Show the table and the notes."""
-        return "\n".join([f"Scaling curve of {self.provenance}", str(self.frame()), *self.notes])
+    def _lines(self) -> list[str]:
+        table = self.frame()
+        ends = sorted({self.scales[0], self.scales[-1], *({1.0} & set(self.scales))})
+        shown = table.reindex(ends)[[name for name in SHOWN if name in table]]
+        return str(shown.round(3)).splitlines()
 
     def plot(self) -> Figure:
         """Draw every measure against the inverse temperature."""
@@ -86,29 +88,8 @@ class ScalingCurve:
 
         return scaling_curve_figure(self.frame(), str(self.provenance))
 
-    def save(self, path: str | Path) -> None:
-        """Write the result as one safetensors file with a JSON header."""
-        meta = {
-            "provenance": dataclasses.asdict(self.provenance),
-            "scales": ["inf" if math.isinf(c) else c for c in self.scales],
-            "columns": list(self.columns),
-            "complete": self.complete,
-        }
-        write_result(path, KIND, self.columns, meta)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ScalingCurve:
-        """Read a result that :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: The file is missing, broken, foreign, or holds something else.
-        """
-        columns, meta = read_result(path, KIND)
-        with read_entries(path):
-            scales = tuple(float(c) for c in meta["scales"])
-            # A safetensors file keeps no order.
-            ordered = {name: columns[name].reshape(len(scales)) for name in meta["columns"]}
-            return cls(Provenance(**meta["provenance"]), scales, ordered, meta["complete"])
+    def _check(self) -> None:
+        check_columns(self.columns, len(self.scales))
 
 
 def scaling_curve(

@@ -14,8 +14,8 @@ from pandas.testing import assert_frame_equal
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, DataError, FileFormatError, NonFiniteError
 from sat_lens.figures.layout import measure_groups
-from sat_lens.results import Provenance, write_result
-from sat_lens.spectrum import DEFAULT_SCALES, KIND, ScalingCurve
+from sat_lens.results import Provenance, read_result, write_result
+from sat_lens.spectrum import DEFAULT_SCALES, ScalingCurve
 
 TEXT = "def area(width, height):\n    return width * height\n"
 TEXTS = [TEXT, "import os, sys, re", "x = 1 + 2 + 3"]
@@ -228,16 +228,19 @@ def test_a_curve_comes_back_as_it_was(demo, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "changes"),
     [
-        ({"kl": torch.zeros(2)}, {"scales": None}),
-        ({"kl": torch.zeros(2)}, {"scales": ["x", 1]}),
-        ({"kl": torch.zeros(2)}, {"columns": ["loss"]}),
-        ({"kl": torch.zeros(3)}, {}),
-        ({"kl": torch.zeros(2)}, {"provenance": {"colour": "red"}}),
+        ({"columns/kl": torch.zeros(2)}, {"scales": None}),
+        ({"columns/kl": torch.zeros(2)}, {"scales": ["x", 1]}),
+        ({"columns/kl": torch.zeros(2)}, {"columns": ["kl"]}),
+        ({}, {}),
+        ({"columns/kl": torch.zeros(3)}, {}),
+        ({"columns/kl": torch.zeros(2)}, {"provenance": {"colour": "red"}}),
     ],
 )
 def test_a_garbled_file(tmp_path, columns, changes):
-    meta = {"provenance": {"model": "m"}, "scales": [0, "inf"], "columns": ["kl"], "complete": True}
-    write_result(tmp_path / "curve", KIND, columns, meta | changes)
+    curve = ScalingCurve(Provenance("m"), (0.0, math.inf), {"kl": torch.zeros(2)})
+    curve.save(tmp_path / "curve")
+    _, meta = read_result(tmp_path / "curve", "scaling curve")
+    write_result(tmp_path / "curve", "scaling curve", columns, meta | changes)
     with refusal(FileFormatError, "curve", "lacks or garbles"):
         ScalingCurve.load(tmp_path / "curve")
 
