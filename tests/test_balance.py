@@ -14,8 +14,7 @@ from torch import nn
 
 import sat_lens as sl
 from sat_lens.norms import rescaling_share
-from sat_lens.norms.balance import rotary_kind
-from sat_lens.norms.pairs import balanced_pair, nuclear_norm, pair_squares
+from sat_lens.norms.balance import nuclear_norm, pair_squares, rotary_kind
 
 D_HEAD = 8
 
@@ -23,6 +22,17 @@ D_HEAD = 8
 def orthonormal(rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator).double()).Q
+
+
+def balanced_pair(first, second):
+    """The pair of least norm with the same product ``first @ second.T``, by its decomposition."""
+    u, s, vh = torch.linalg.svd(first @ second.T, full_matrices=False)
+    # A product of lower rank needs fewer dimensions than there are.
+    size = min(len(s), first.shape[1])
+    root, missing = s[:size].sqrt(), (0, first.shape[1] - size)
+    return nn.functional.pad(u[:, :size] * root, missing), nn.functional.pad(
+        vh[:size].T * root, missing
+    )
 
 
 def test_squares_of_a_pair_of_known_singular_values():

@@ -12,7 +12,7 @@ from torch import nn
 
 from sat_lens.errors import ArgumentError
 from sat_lens.norms import norm_growth
-from sat_lens.norms.fits import fit_exponent
+from sat_lens.norms.growth import fit_exponent
 
 STEPS = [0, *(2**k for k in range(12))]
 SIZE = 4096

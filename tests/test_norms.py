@@ -17,7 +17,7 @@ from torch import nn
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError, NonFiniteError
 from sat_lens.norms import ParameterNorms, parameter_norms
 from sat_lens.norms.heads import HeadWeights, heads_of, product_norm
-from sat_lens.norms.naming import canonical_name, parameter_places, superseded
+from sat_lens.norms.names import canonical_name, parameter_places, superseded
 from sat_lens.norms.sources import module_parameters
 
 GQA = {"num_key_value_heads": 2}
@@ -249,7 +249,7 @@ def test_names_are_stripped_of_wrappers_and_doubles():
     }
     assert superseded(["m.gate_up_proj.weight"]) == set()
     places = parameter_places(["encoder.layer.0.attention.self.query.weight"])
-    assert [(p.stack, p.layer, p.role) for p in places.values()] == [("", 0, "q")]
+    assert [(p.stack, p.layer, p.projection) for p in places.values()] == [("", 0, "q")]
 
 
 def test_refusals(tmp_path, types_unchecked):

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from sat_lens.errors import ArgumentError, DataError, UnsupportedModelError
-from sat_lens.norms.lens import lens_model, shares_memory
+from sat_lens.norms.measures import lens_model, shares_memory
 from sat_lens.training import SaturationTracker, read_training_log
 from sat_lens.training.tracker import is_due
 

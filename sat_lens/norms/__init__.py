@@ -1,12 +1,10 @@
 """Parameter norms: of one model, through training, and scaled on purpose."""
 
 from sat_lens.norms.balance import RescalingShare, rescaling_share
-from sat_lens.norms.fits import Exponent
-from sat_lens.norms.growth import NormGrowth, norm_growth
+from sat_lens.norms.growth import Exponent, NormGrowth, norm_growth
 from sat_lens.norms.homogeneity import HomogeneityCurve, homogeneity_curve
-from sat_lens.norms.lens import lens_model
-from sat_lens.norms.measures import saturation_measures
-from sat_lens.norms.naming import COMPONENTS
+from sat_lens.norms.measures import lens_model, saturation_measures
+from sat_lens.norms.names import COMPONENTS
 from sat_lens.norms.parameters import ParameterNorms, parameter_norms
 from sat_lens.norms.scaled import scaled_parameters
 

@@ -1,10 +1,16 @@
-"""How much of a norm is mere rescaling: weight pairs that share a dimension nobody else reads.
+"""How much of a norm is mere rescaling: pairs of matrices of which only the product counts.
 
 Scores see ``W_Q`` and ``W_K`` only as ``W_Q W_K^T``, and what a head writes sees ``W_V`` and
 ``W_O`` only as ``W_V W_O``: an invertible matrix A may go into the one and its inverse into the
 other. A neuron of a ReLU layer allows the same with a positive number, and so does, with any gate,
-a neuron of the linear branch of a gated layer. Such changes leave the network as it is and its norm
-not, so a part of every raw norm says nothing. The formulas are in :mod:`sat_lens.norms.pairs`.
+a neuron of the linear branch of a gated layer. Such changes leave the network as it is but not its
+norm, so a part of every raw norm says nothing.
+
+By the inequality of arithmetic and geometric means ``|P|^2 + |R|^2 >= 2 |P| |R|``, with equality
+where one number has balanced the pair. Over all invertible A the least ``|P A|^2 + |R A^-T|^2`` is
+twice the nuclear norm of ``P R^T`` (the variational form of that norm, see Srebro, Rennie and
+Jaakkola 2004); ``P = U S^1/2`` and ``R = V S^1/2`` from the singular value decomposition of the
+product attain it.
 
 Biases are left out of these norms. They belong to the symmetry all the same: a bias of queries,
 keys, values or neurons is multiplied by what its matrix is.
@@ -24,13 +30,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sat_lens.errors import UnsupportedModelError
-from sat_lens.norms.heads import HeadWeights, heads_of
-from sat_lens.norms.naming import ParameterPlace, canonical_name, parameter_places
-from sat_lens.norms.notes import inner_norms
-from sat_lens.norms.pairs import pair_squares
-from sat_lens.norms.parameters import squared_norm
-from sat_lens.norms.sources import Parameters, module_parameters
+from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.norms.heads import HeadWeights, heads_of, model_width
+from sat_lens.norms.names import canonical_name, inner_norms
+from sat_lens.norms.sources import Parameters, module_parameters, squared_norm, wide
 from sat_lens.results import Provenance
 
 if TYPE_CHECKING:
@@ -45,6 +48,9 @@ _IN = ("in", "up_proj", "c_fc", "fc1", "lin1", "linear1", "w_in", "fc_in", "wi")
 _GATED_IN = ("in", "up_proj", "w_in", "w3", "wi_1")
 _GATE = ("gate", "gate_proj", "w_gate", "w1", "wi_0")
 _OUT = ("out", "down_proj", "c_proj", "fc2", "lin2", "linear2", "w_out", "fc_out", "wo", "w2")
+
+# The label of a pair, which pair it is, and its squared norms.
+Row = tuple[str, str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,37 +137,71 @@ def rescaling_share(model: Any) -> RescalingShare:
         True
     """
     parameters = module_parameters(model)
-    places = parameter_places(parameters.shapes)
-    kind = rotary_kind(parameters.config)
-    notes: list[str] = []
-    rows: list[Row] = []
-    names = [*places, *(canonical_name(path) for path, _ in model.named_modules())]
+    rotary = rotary_kind(parameters.config)
+    # Not every norm has parameters.
+    names = [*parameters.shapes, *(canonical_name(path) for path, _ in model.named_modules())]
     normed, normed_values = bool(inner_norms(names, "qk")), bool(inner_norms(names, "v"))
+    rows: list[Row] = []
     for module in heads_of(parameters, model):
-        attention = _attention_rows(module, kind)
+        attention = _attention_rows(module, rotary)
         rows += [row for row in attention if not (normed_values if row[1] == VO else normed)]
-    rows += _mlp_rows(parameters, places)
+    rows += _mlp_rows(parameters)
     if not rows:
         raise UnsupportedModelError(
             f"{type(model).__name__} shows no weight pair: no heads that could be told apart, and "
             "no feed-forward layer that is ReLU or gated."
         )
+    notes = []
     if normed:
         notes.append("Queries and keys are normalised: their pairs are left out.")
     if normed_values:
         notes.append("Values are normalised: their pairs are left out.")
     if not any(pair == MLP for _, pair, _ in rows):
         notes.append("No feed-forward layer was found to be ReLU or gated.")
-    if kind:
-        notes.append(f"Positions are rotary ({kind}): fewer rescalings of queries and keys.")
+    if rotary:
+        notes.append(f"Positions are rotary ({rotary}): fewer rescalings of queries and keys.")
     labels, pairs, squares = zip(*rows, strict=True)
     total = sum(squared_norm(parameters.read(name)) for name in parameters.shapes)
     provenance = Provenance(parameters.name)
     return RescalingShare(provenance, labels, pairs, torch.stack(squares), total, tuple(notes))
 
 
+def pair_squares(
+    first: Float[Tensor, "rows inner"], second: Float[Tensor, "others inner"], blocks: int = 1
+) -> Float[Tensor, "3"]:
+    """Return the squared norms of a pair: raw, balanced by one number, and least.
+
+    Args:
+        first: One matrix; the network sees ``first @ second.T`` alone.
+        second: The other.
+        blocks: How many independent blocks the symmetry has: 1 where any invertible matrix may
+            stand between the two, the inner size where only one number for each dimension may.
+
+    Raises:
+        ArgumentError: The blocks do not divide the inner size.
+
+    Example:
+        >>> pair_squares(4 * torch.eye(2), torch.eye(2)).round().tolist()
+        [34.0, 16.0, 16.0]
+    """
+    if first.shape[1] % blocks:
+        raise ArgumentError(f"{blocks} blocks do not divide {first.shape[1]} dimensions.")
+    a, b = wide(first.detach()), wide(second.detach())
+    raw = a.square().sum() + b.square().sum()
+    by_block = (t.unflatten(1, (blocks, -1)).transpose(0, 1) for t in (a, b))
+    return torch.stack([raw, 2 * a.norm() * b.norm(), 2 * nuclear_norm(*by_block).sum()])
+
+
+def nuclear_norm(
+    first: Float[Tensor, "*batch rows inner"], second: Float[Tensor, "*batch others inner"]
+) -> Float[Tensor, "*batch"]:
+    """Return the sum of the singular values of ``first @ second.T``, without forming it."""
+    small_a, small_b = (torch.linalg.qr(t, mode="r").R for t in (first, second))
+    return torch.linalg.svdvals(small_a @ small_b.mT).sum(-1)
+
+
 def rotary_kind(config: Mapping[str, Any]) -> str:
-    """Say whether positions are rotary: ``""`` if not, ``"halves"``, or ``"other"`` planes.
+    """Return which planes rotary positions turn: ``""`` for none, ``"halves"``, or ``"other"``.
 
     Example:
         >>> rotary_kind({"rope_theta": 1e4}), rotary_kind({"model_type": "gptj", "rotary_dim": 4})
@@ -175,33 +215,31 @@ def rotary_kind(config: Mapping[str, Any]) -> str:
     return "other" if partial or config.get("model_type") in _ADJACENT else "halves"
 
 
-Row = tuple[str, str, Tensor]
-
-
-def _attention_rows(module: HeadWeights, kind: str) -> Iterator[Row]:
+def _attention_rows(module: HeadWeights, rotary: str) -> Iterator[Row]:
     groups = len(module.k)
     per_group = len(module.q) // groups
     for group in range(groups):
         heads = slice(group * per_group, (group + 1) * per_group)
         label = module.labels[heads.start]
         label += f"-{heads.stop - 1}" if per_group > 1 else ""
-        yield label, QK, _qk_squares(module.q[heads].flatten(0, 1), module.k[group], kind)
+        yield label, QK, _qk_squares(module.q[heads].flatten(0, 1), module.k[group], rotary)
         outputs = module.o[heads].permute(0, 2, 1).flatten(0, 1)
         yield label, VO, pair_squares(module.v[group], outputs)
 
 
-def _qk_squares(q: Tensor, k: Tensor, kind: str) -> Tensor:
+def _qk_squares(q: Tensor, k: Tensor, rotary: str) -> Tensor:
     squares = pair_squares(q, k)
-    if not kind:
+    if not rotary:
         return squares
-    if kind == "other":
+    if rotary == "other":
         return squares[[0, 1, 1]]
-    planes = [t.double().unflatten(1, (2, -1)).square().sum((0, 1)).sqrt() for t in (q, k)]
+    planes = [wide(t).unflatten(1, (2, -1)).square().sum((0, 1)).sqrt() for t in (q, k)]
     squares[2] = 2 * (planes[0] * planes[1]).sum()
     return squares
 
 
-def _mlp_rows(parameters: Parameters, places: Mapping[str, ParameterPlace]) -> Iterator[Row]:
+def _mlp_rows(parameters: Parameters) -> Iterator[Row]:
+    places = parameters.places
     modules: dict[str, dict[str, str]] = {}
     for name, shape in parameters.shapes.items():
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
@@ -210,12 +248,10 @@ def _mlp_rows(parameters: Parameters, places: Mapping[str, ParameterPlace]) -> I
     for leaves in modules.values():
         pair = _mlp_pair(leaves, parameters.config)
         if pair is not None:
-            place = places[pair[0]]
-            prefix = f"{place.stack}." if place.stack else ""
             reads, writes = (parameters.read(name) for name in pair)
             if _columns_are_neurons(reads, "w_in" in leaves, parameters.config):
                 reads, writes = reads.T, writes.T
-            yield f"{prefix}L{place.layer}", MLP, pair_squares(reads.T, writes, blocks=len(reads))
+            yield places[pair[0]].layer_label, MLP, pair_squares(reads.T, writes, blocks=len(reads))
 
 
 def _mlp_pair(leaves: Mapping[str, str], config: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -229,7 +265,6 @@ def _mlp_pair(leaves: Mapping[str, str], config: Mapping[str, Any]) -> tuple[str
 
 
 def _columns_are_neurons(reads: Tensor, named_so: bool, config: Mapping[str, Any]) -> bool:
-    """Tell the layout [in, out] of TransformerLens's own W_in and of GPT-2 from PyTorch's."""
-    widths = (config.get(key) for key in ("hidden_size", "d_model", "n_embd"))
-    width = next((size for size in widths if size), None)
+    """Whether a matrix is [in, out], as in TransformerLens's own W_in and in GPT-2."""
+    width = model_width(config)
     return named_so or (len(reads) == width and reads.shape[1] != width)

@@ -15,7 +15,7 @@ from torch import nn
 
 from sat_lens._checks import check_count
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError
-from sat_lens.norms.files import STATE_DICT_SUFFIXES
+from sat_lens.norms.sources import STATE_DICT_SUFFIXES
 
 _STEP = re.compile(r"(\d+)(?:\.[A-Za-z]+)?$")
 _CHECKPOINT = re.compile(r"^(checkpoint|step|model|state)?[-_]?\d+(\.[A-Za-z]+)?$")

@@ -1,38 +1,41 @@
 """The weights of single heads, and norms of their products that rescaling cannot change.
 
 Multiplying ``W_Q`` by a and dividing ``W_K`` by a leaves every score as it was, so the norm of
-either alone says nothing; that of ``W_Q W_K^T`` does not change. It is found from two d_head by
-d_head Gram matrices, ``|A B^T|_F^2 = tr(A^T A B^T B)``, so no d_model by d_model matrix is made.
+either alone says nothing; that of ``W_Q W_K^T`` does not change. It follows from two Gram matrices
+of size d_head, ``|A B^T|_F^2 = tr(A^T A B^T B)``, so the product of size d_model is never formed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from sat_lens.norms.files import identity
-from sat_lens.norms.layouts import head_count, split_heads
-from sat_lens.norms.naming import parameter_places
-from sat_lens.norms.sources import Parameters
-
-if TYPE_CHECKING:
-    from sat_lens.sites.naming import Place
+from sat_lens.norms.names import ParameterPlace
+from sat_lens.norms.sources import Parameters, identity, wide
+from sat_lens.sites.naming import Place, places
 
 HEAD_NORMS = ("W_Q", "W_K", "W_V", "W_O", "qk_product", "ov_product")
 _PATTERN = ".hook_pattern"
+# GPT-2 keeps its matrices as [in, out], and PyTorch as [out, in].
+_CONV1D = ("gpt2", "openai-gpt")
+_N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+
+# W_Q [head, d_model, d_qk], W_K [group, d_read, d_qk], W_V [group, d_read, d_v], W_O [head, d_v,
+# d_write]: heads of one group share keys and values.
+Matrices = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadWeights:
     """The matrices of one attention module, head by head; keys and values by group of heads.
 
-    Latent attention is given by what its factors multiply to. ``path`` is the module's name in the
+    Latent attention is given by the products of its factors. ``path`` is the module's name in the
     names of its parameters.
     """
 
@@ -51,19 +54,18 @@ class HeadWeights:
         return [f"{prefix}L{self.layer}H{head}" for head in range(len(self.q))]
 
     def norms(self) -> Float[Tensor, "head norm"]:
-        """Give the norms of :data:`HEAD_NORMS` for each head, in float64."""
-        q, k, v, o = (t.to(_wide(t)) for t in (self.q, self.k, self.v, self.o))
+        """Return the norms of :data:`HEAD_NORMS` for each head, in float64."""
+        q, k, v, o = (wide(t) for t in (self.q, self.k, self.v, self.o))
         heads_per_group = len(q) // len(k)
         k, v = (t.repeat_interleave(heads_per_group, 0) for t in (k, v))
         raw = [t.flatten(1).norm(dim=1) for t in (q, k, v, o)]
-        products = [product_norm(q, k), product_norm(v, o.transpose(-1, -2))]
-        return torch.stack(raw + products, dim=1).double().cpu()
+        return torch.stack([*raw, product_norm(q, k), product_norm(v, o.mT)], dim=1).cpu()
 
 
 def product_norm(
     a: Float[Tensor, "head d_in d_head"], b: Float[Tensor, "head d_out d_head"]
 ) -> Float[Tensor, " head"]:
-    """Give the Frobenius norm of ``A B^T`` for each head, without forming the product.
+    """Return the Frobenius norm of ``A B^T`` for each head, without forming the product.
 
     For queries and keys pass ``W_Q, W_K``; for values and outputs ``W_V, W_O^T``.
 
@@ -75,58 +77,192 @@ def product_norm(
     return grams.sum((-1, -2)).clamp(min=0).sqrt()
 
 
-def heads_of(parameters: Parameters, model: Any = None) -> Iterator[HeadWeights]:
-    """Give the heads of a model, attention module by attention module.
+def heads_of(parameters: Parameters, model: nn.Module | None = None) -> Iterator[HeadWeights]:
+    """Yield the heads of a model, attention module by attention module.
 
     A TransformerLens model says itself where its attention is, and often what its matrices are;
-    else they are found among the named parameters. Modules whose heads cannot be told apart (no
-    number of heads known, experts inside attention, a joint projection in cross-attention, a layout
-    that no rule knows) are passed over.
+    otherwise they are found among the named parameters. Modules whose heads cannot be told apart
+    are skipped: the number of heads is unknown, the module has experts, a joint projection serves
+    cross-attention, or no rule knows the layout.
 
     Args:
         parameters: The parameters by name.
         model: The model that they belong to, where there is one.
     """
-    places = parameter_places(parameters.shapes)
-    modules: dict[str, dict[str, str]] = {}
-    for name, place in places.items():
-        if place.attention and place.role and not place.bias:
-            modules.setdefault(place.attention, {})[place.role] = name
+    names: dict[str, dict[str, str]] = {}
+    for name, place in parameters.places.items():
+        if place.projection and not place.bias:
+            names.setdefault(place.attention, {})[place.projection] = name
     seen = set()
-    if hasattr(model, "hook_dict"):
-        attention = {n: p.attention for n, p in places.items() if p.attention}
+    if model is not None and hasattr(model, "hook_dict"):
+        attention = {n: p.attention for n, p in parameters.places.items() if p.attention}
         paths = {identity(parameters.read(name)): path for name, path in attention.items()}
         for site, module in _lens_modules(model):
             own = (identity(parameter.detach()) for parameter in module.parameters())
             path = next((paths[key] for key in own if key in paths), "")
-            weights = _shown_weights(module) or _named_weights(parameters, modules.get(path, {}))
+            weights = _shown_weights(module) or _named_weights(parameters, names.get(path, {}))
             seen.add(path)
             if weights:
                 yield HeadWeights(site.stack, site.layer, *weights, path=path)
-    for path, names in modules.items():
-        weights = None if path in seen else _named_weights(parameters, names)
+    for path, of_module in names.items():
+        weights = None if path in seen else _named_weights(parameters, of_module)
         if weights:
-            place = places[next(iter(names.values()))]
+            place = parameters.places[next(iter(of_module.values()))]
             yield HeadWeights(place.label_stack, place.layer or 0, *weights, path=path)
 
 
-Matrices = tuple[Tensor, Tensor, Tensor, Tensor]
+def head_count(config: Mapping[str, Any], stack: str = "") -> int:
+    """Return the number of heads that a model's settings name, 0 if they name none."""
+    own = f"{stack or 'decoder'}_attention_heads"
+    for key in (own, *_N_HEADS):
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    tower = stack.partition("_")[0]
+    keys = (stack, f"{stack}_config", f"{tower}_config", "text_config", "encoder")
+    nested = (config[key] for key in keys if isinstance(config.get(key), Mapping))
+    return next(filter(None, (head_count(part, stack) for part in nested)), 0)
+
+
+def model_width(config: Mapping[str, Any]) -> int:
+    """Return the width of the residual stream that a model's settings name, 0 if they name none."""
+    widths = (config.get(key) for key in ("hidden_size", "d_model", "n_embd"))
+    return next((int(size) for size in widths if size), 0)
+
+
+def joint_rows(
+    place: ParameterPlace, shape: Sequence[int], config: Mapping[str, Any]
+) -> tuple[bool, dict[str, Tensor]] | None:
+    """Find the rows of a joint projection, or of its bias, that make queries, keys and values.
+
+    Returns:
+        Whether the matrix must be transposed first, and row numbers by ``"q"``, ``"k"``, ``"v"``;
+        None for what is no joint projection, or one whose layout is not known.
+    """
+    n_heads = head_count(config, place.stack)
+    # In cross-attention a joint projection makes keys and values alone.
+    if place.projection not in ("joint", "interleaved") or place.cross or not n_heads:
+        return None
+    width = model_width(config) or (min(shape) if len(shape) == 2 else 0)
+    d_head = int(config.get("head_dim") or 0) or width // n_heads
+    if not d_head:
+        return None
+    rows = _split_joint(torch.arange(max(shape)), place.projection, n_heads, d_head, config)
+    return None if rows is None else (_is_conv1d(shape), rows)
+
+
+def split_heads(
+    matrices: Mapping[str, Tensor], n_heads: int, config: Mapping[str, Any]
+) -> Matrices | None:
+    """Split an attention module's matrices, by projection, into those of its heads.
+
+    Returns:
+        None for a layout that no rule knows.
+    """
+    if "o" not in matrices:
+        return None
+    o = matrices["o"]
+    if o.dim() == 3:
+        if any(name not in matrices or matrices[name].dim() != 3 for name in "qkv"):
+            return None
+        return matrices["q"], matrices["k"], matrices["v"], o
+    if "kv_b" in matrices:
+        return _latent(matrices, n_heads, config)
+    joint = next((name for name in ("joint", "interleaved") if name in matrices), None)
+    if joint:
+        weight = matrices[joint]
+        if _is_conv1d(weight.shape):
+            weight, o = weight.T, o.T
+        rows = _split_joint(weight, joint, n_heads, o.shape[1] // n_heads, config)
+    else:
+        rows = {name: matrices[name] for name in "qkv" if name in matrices}
+        # A bridge splits their joint projection into [out, in], and leaves the output as it is.
+        o = o.T if config.get("model_type") in _CONV1D else o
+    if rows is None or len(rows) < 3 or o.shape[1] % n_heads:
+        return None
+    d_v = o.shape[1] // n_heads
+    d_qk = len(rows["k"]) * d_v // len(rows["v"])
+    if any(len(rows[name]) % size for name, size in (("q", n_heads), ("k", d_qk), ("v", d_v))):
+        return None
+    if n_heads % (len(rows["v"]) // d_v):
+        return None
+    return (
+        # A gated query projection holds the gate's rows after the query's, head by head.
+        rows["q"].unflatten(0, (n_heads, -1))[:, :d_qk].mT,
+        rows["k"].unflatten(0, (-1, d_qk)).mT,
+        rows["v"].unflatten(0, (-1, d_v)).mT,
+        o.unflatten(1, (n_heads, d_v)).permute(1, 2, 0),
+    )
+
+
+def _split_joint(
+    weight: Shaped[Tensor, "out *rest"],
+    projection: str,
+    n_heads: int,
+    d_head: int,
+    config: Mapping[str, Any],
+) -> dict[str, Tensor] | None:
+    """Split a joint projection into the rows of queries, keys and values; None if sizes do not fit.
+
+    A plain one holds all queries, then all keys, then all values. An interleaved one holds the
+    queries of one group of heads, their key and their value, group by group.
+    """
+    groups, odd = divmod(len(weight) - n_heads * d_head, 2 * d_head)
+    if odd or groups < 1 or n_heads % groups:
+        return None
+    kind = config.get("model_type")
+    # GPT-BigCode interleaves under a name that others use for the plain layout.
+    bigcode = kind == "gpt_bigcode" and not config.get("multi_query", True)
+    if projection == "interleaved" or bigcode:
+        blocks = weight.unflatten(0, (groups, n_heads // groups + 2, d_head))
+        parts = [blocks[:, :-2], blocks[:, -2:-1], blocks[:, -1:]]
+        return {name: part.flatten(0, 2) for name, part in zip("qkv", parts, strict=True)}
+    if kind == "codegen":
+        # CodeGen was trained on four cores, and keeps queries, values and keys core by core.
+        q, v, k = weight.unflatten(0, (4, -1)).split(n_heads * d_head // 4, dim=1)
+        return {"q": q.flatten(0, 1), "k": k.flatten(0, 1), "v": v.flatten(0, 1)}
+    sizes = [n_heads * d_head, groups * d_head, groups * d_head]
+    return dict(zip("qkv", weight.split(sizes), strict=True))
+
+
+def _is_conv1d(shape: Sequence[int]) -> bool:
+    """Whether a joint projection is [in, out]: it has more outputs than inputs."""
+    return len(shape) == 2 and shape[0] < shape[1]
+
+
+def _latent(
+    matrices: Mapping[str, Tensor], n_heads: int, config: Mapping[str, Any]
+) -> Matrices | None:
+    """Multiply out the factors of latent attention; the gains of the norms between are left out."""
+    sizes = [config.get(key) for key in ("qk_nope_head_dim", "kv_lora_rank", "v_head_dim")]
+    if not all(isinstance(size, int) for size in sizes) or "kv_a" not in matrices:
+        return None
+    nope, rank, d_v = (int(size or 0) for size in sizes)
+    kv_a, kv_b, o = matrices["kv_a"], matrices["kv_b"], matrices["o"]
+    q = matrices["q"] if "q" in matrices else matrices["q_b"] @ matrices["q_a"]
+    latent, rotary = kv_a[:rank], kv_a[rank:]
+    per_head = kv_b.unflatten(0, (n_heads, nope + d_v)) @ latent
+    k = torch.cat([per_head[:, :nope], rotary.expand(n_heads, -1, -1)], dim=1)
+    return (
+        q.unflatten(0, (n_heads, -1)).mT,
+        k.mT,
+        per_head[:, nope:].mT,
+        o.unflatten(1, (n_heads, d_v)).permute(1, 2, 0),
+    )
 
 
 def _named_weights(parameters: Parameters, names: Mapping[str, str]) -> Matrices | None:
     if not names:
         return None
-    place = parameter_places(parameters.shapes)[next(iter(names.values()))]
+    place = parameters.places[next(iter(names.values()))]
     n_heads = head_count(parameters.config, place.stack)
     if not n_heads or (place.cross and "joint" in names):
         return None
-    matrices = {role: parameters.read(name) for role, name in names.items()}
+    matrices = {projection: parameters.read(name) for projection, name in names.items()}
     return split_heads(matrices, n_heads, parameters.config)
 
 
 def _lens_modules(model: Any) -> Iterator[tuple[Place, nn.Module]]:
-    from sat_lens.sites.naming import places
-
     points = {id(point): name for name, point in reversed(list(model.hook_dict.items()))}
     paths = [name.removesuffix(_PATTERN) for name in points.values() if name.endswith(_PATTERN)]
     for place in places(sorted(paths, key=paths.index, reverse=True)):
@@ -142,8 +278,3 @@ def _shown_weights(module: nn.Module) -> Matrices | None:
         # Latent, expert and per-layer geometries have no such view; their names are read.
         return None
     return (q, k, v, o) if q.dim() == k.dim() == v.dim() == o.dim() == 3 else None
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    # Apple's devices have no float64.
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

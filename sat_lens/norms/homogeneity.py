@@ -22,8 +22,7 @@ from tqdm.auto import tqdm
 from sat_lens._checks import check_count, check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.norms.arguments import columns_of_length
-from sat_lens.norms.lens import undisturbed
-from sat_lens.norms.measures import last_residual
+from sat_lens.norms.measures import last_residual, undisturbed
 from sat_lens.norms.scaled import Which, scaled_parameters
 from sat_lens.results import Provenance, read_entries, read_result, write_result
 

@@ -1,17 +1,39 @@
-"""How saturated a model is on some data: one small set of numbers, for runs over checkpoints."""
+"""How saturated a model is on some data, whatever holds the model: a TransformerLens model, a
+checkpoint directory, or a Hugging Face model in training.
+
+A model in training is never touched. It is measured through a twin: the same modules once more,
+whose parameters are the same memory, so an optimiser's step is seen at once and nothing is copied.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from sat_lens._checks import require_lens_model
-from sat_lens.errors import NotReachedError
-from sat_lens.norms.lens import undisturbed
+from sat_lens.caching import normalised_similarity, run_with_saturation_cache
+from sat_lens.data import batches, predicts_next
+from sat_lens.errors import (
+    ArgumentError,
+    FileFormatError,
+    ModelError,
+    NotReachedError,
+    UnsupportedModelError,
+)
+from sat_lens.metrics import next_token_loss
+from sat_lens.models import quiet_loading
+from sat_lens.roles import ROLES, head_roles
+from sat_lens.version import newer_lens
+
+# Unless told not to, transformers asks at the terminal whether to run a checkpoint's own code.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def saturation_measures(
@@ -27,7 +49,7 @@ def saturation_measures(
         seed: Seed of the random keys of the control.
 
     Returns:
-        ``loss`` and ``loss_saturated`` (next-token, nats; for causal language models),
+        ``loss`` and ``loss_saturated`` (next-token, nats; where the model predicts the next token),
         ``cos_saturated``, ``cos_random`` and ``S`` of the residual stream after the last layer, the
         mean ``lean``, ``tv_argmax`` and ``tv_mean`` of all heads, and ``role_...``, how many heads
         have each role.
@@ -48,23 +70,13 @@ def saturation_measures(
         return _outputs(model, data, batch_size, seed) | _heads(model, data, batch_size, min_keys)
 
 
-def import_what_measures_need() -> None:
-    """Import TransformerLens and the rest now, so that no training step has to wait for it."""
-    for room in ("caching", "data", "metrics", "roles"):
-        importlib.import_module(f"sat_lens.{room}")
-    # Older versions have no bridges; whoever needs one is told so by lens_model.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("transformer_lens.model_bridge.sources")
-
-
 def _outputs(model: Any, data: Any, batch_size: int, seed: int) -> dict[str, float]:
-    from sat_lens.caching import normalised_similarity, run_with_saturation_cache
-    from sat_lens.data import batches
-
     last = last_residual(model)
     sums: dict[str, float] = {}
-    total = 0
+    total, predicts = 0, None
     for batch in batches(model, data, batch_size):
+        if predicts is None:
+            predicts = predicts_next(model, batch)
         pair = run_with_saturation_cache(
             model, batch.inputs, names_filter=lambda name: name == last, **batch.kwargs
         )
@@ -73,10 +85,10 @@ def _outputs(model: Any, data: Any, batch_size: int, seed: int) -> dict[str, flo
             "cos_saturated": float(similarity.cos_saturated[-1]),
             "cos_random": float(similarity.cos_random[-1]),
         }
-        for name, run in (("loss", pair.soft), ("loss_saturated", pair.saturated)):
-            loss = _loss(model, batch, run.logits)
-            if loss is not None:
-                found[name] = loss
+        if predicts and batch.output_tokens is not None:
+            loss = next_token_loss(batch.output_tokens, batch.output_real)
+            found["loss"] = float(loss(pair.soft.logits))
+            found["loss_saturated"] = float(loss(pair.saturated.logits))
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value * batch.size
         total += batch.size
@@ -86,11 +98,8 @@ def _outputs(model: Any, data: Any, batch_size: int, seed: int) -> dict[str, flo
 
 
 def _heads(model: Any, data: Any, batch_size: int, min_keys: int) -> dict[str, float]:
-    from sat_lens.roles import ROLES, head_roles
-
-    frame = head_roles(
-        model, data, batch_size=batch_size, min_keys=min_keys, progress=False
-    ).frame()
+    roles = head_roles(model, data, batch_size=batch_size, min_keys=min_keys, progress=False)
+    frame = roles.frame()
     means = {name: float(frame[name].mean()) for name in ("lean", "tv_argmax", "tv_mean")}
     counts = frame["role"].value_counts()
     return means | {f"role_{role}": float(counts.get(role, 0)) for role in ROLES}
@@ -108,15 +117,168 @@ def last_residual(model: Any) -> str:
     return names[-1]
 
 
-def _loss(model: Any, batch: Any, logits: Any) -> float | None:
-    from sat_lens.metrics import next_token_loss
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode without gradients; leave mode and random state as found."""
+    modes = [(module, module.training) for module in model.modules()]
+    with kept_random_state(), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
-    causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
-    tokens = batch.tokens
-    if not causal or tokens is None or not isinstance(logits, Tensor) or logits.dim() != 3:
-        return None
-    if logits.shape[:2] != tokens.shape or batch.decoder_tokens is not None:
-        return None
-    if torch.is_floating_point(tokens):
-        return None
-    return float(next_token_loss(tokens, batch.real)(logits))
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave PyTorch's random state, on every device in use, as it was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def import_transformer_lens() -> None:
+    """Import TransformerLens now, so that no training step has to wait for it."""
+    # Older versions have no bridges; lens_model says so to those who need one.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformer_lens.model_bridge.sources")
+
+
+def lens_model(source: Path | nn.Module, tokenizer: Any = None) -> Any:
+    """Return a TransformerLens model of a checkpoint directory or of a model in memory.
+
+    A TransformerLens model comes back as it is; a Hugging Face model comes back as a bridge over a
+    twin that shares its memory, and is itself left alone.
+
+    Args:
+        source: A directory that save_pretrained or the Trainer wrote, or a model.
+        tokenizer: A tokenizer or its directory, for texts; a checkpoint's own where it has one.
+
+    Raises:
+        ArgumentError: A file of weights alone, which says nothing of its architecture.
+        ModelError, UnsupportedModelError: It cannot be loaded, or TransformerLens has no adapter.
+
+    Example:
+        >>> import transformers
+        >>> from sat_lens.norms import lens_model
+        >>> config = transformers.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)
+        >>> lens_model(transformers.GPT2LMHeadModel(config)).cfg.n_heads
+        2
+    """
+    if isinstance(source, nn.Module):
+        model = unwrapped(source)
+        if hasattr(model, "hook_dict"):
+            return model
+        return _bridge(_twin(model), type(model).__name__, tokenizer)
+    if not source.is_dir():
+        raise ArgumentError(
+            f"{source} holds weights and no architecture, so it cannot be run on data. Give a "
+            "directory with config.json, a model in memory, or as_model=, a function that makes a "
+            "model of it."
+        )
+    return _from_directory(source, tokenizer)
+
+
+def shares_memory(view: nn.Module, model: nn.Module) -> bool:
+    """Whether a view's parameters are all the model's own memory, and so never go stale."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return all(p.untyped_storage().data_ptr() in own for p in view.parameters())
+
+
+def unwrapped(model: Any) -> Any:
+    """Take a model out of what DataParallel, torch.compile and PEFT put around it.
+
+    PEFT's adapters, such as LoRA's, are in the model that comes out; a model with learned prompts,
+    which are in the wrapper, stays in it.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+            inner = model.module
+        if inner is None and hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            prompts = any(config.is_prompt_learning for config in model.peft_config.values())
+            inner = None if prompts else model.get_base_model()
+        if inner is None:
+            return model
+        model = inner
+
+
+def _twin(model: nn.Module) -> Any:
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"Measuring saturation needs a TransformerLens or a Hugging Face model; found "
+            f"{type(model).__name__}. Norms alone can be measured without data."
+        )
+    shared: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    twin: Any = copy.deepcopy(model, shared)
+    for module in twin.modules():
+        # Hooks belong to the training run, and a replaced forward may lead back to its model.
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module.__dict__.pop("forward", None)
+    if hasattr(twin, "set_attn_implementation"):
+        twin.set_attn_implementation("eager")
+    return twin.eval()
+
+
+def _from_directory(folder: Path, tokenizer: Any) -> Any:
+    # It takes seconds to import, and norms alone do without.
+    import transformers
+
+    if not (folder / "config.json").exists():
+        raise FileFormatError(f"{folder} holds no config.json, so its model cannot be built.")
+    if tokenizer is None and (folder / "tokenizer_config.json").exists():
+        tokenizer = folder
+    try:
+        with quiet_loading():
+            config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+            architecture = (config.architectures or [""])[0]
+            model = getattr(transformers, architecture).from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{folder} names an architecture that transformers does not have: {error}."
+        ) from error
+    except Exception as error:
+        raise ModelError(f"{folder} could not be loaded: {str(error)[:300]}") from error
+    return _bridge(model, architecture, tokenizer)
+
+
+def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
+    try:
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+    except ImportError as error:
+        raise ModelError(
+            "Measuring a Hugging Face model on data needs TransformerLens 3.9 or newer "
+            "(TransformerBridge). Give models of TransformerLens's own classes, or leave data out "
+            "to measure norms alone."
+        ) from error
+    try:
+        with quiet_loading():
+            bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"TransformerLens has no adapter for {architecture}: {str(error)[:200]}{newer_lens()}"
+        ) from error
+    if tokenizer is not None:
+        bridge.tokenizer = _tokenizer(tokenizer)
+    return bridge.eval()
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    if callable(tokenizer):
+        return tokenizer
+    if not isinstance(tokenizer, (str, Path)):
+        raise ArgumentError(
+            f"tokenizer is a tokenizer or its directory; found {type(tokenizer).__name__}."
+        )
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(tokenizer), **_LOCAL)
+    except Exception as error:
+        raise ModelError(f"No tokenizer could be loaded from {tokenizer}: {error}") from error

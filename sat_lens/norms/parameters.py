@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,24 +19,17 @@ from torch import Tensor, nn
 
 from sat_lens._checks import check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
+from sat_lens.models import model_name
 from sat_lens.norms.arguments import columns_of_length
-from sat_lens.norms.heads import HEAD_NORMS, heads_of
-from sat_lens.norms.layouts import joint_rows
-from sat_lens.norms.naming import (
-    COMPONENTS,
-    ParameterPlace,
-    canonical_name,
-    parameter_places,
-)
-from sat_lens.norms.notes import notes_on
-from sat_lens.norms.sources import Parameters, module_parameters
+from sat_lens.norms.heads import HEAD_NORMS, heads_of, joint_rows
+from sat_lens.norms.names import COMPONENTS, ParameterPlace, canonical_name, inner_norms
+from sat_lens.norms.sources import Parameters, module_parameters, squared_norm
 from sat_lens.results import Provenance, read_entries, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "parameter norms"
-OUTSIDE = "outside"
 Table = Literal["component", "layer", "head", "parameter"]
 
 
@@ -131,7 +124,7 @@ class ParameterNorms:
         """Draw the norms of the components, block by block in the model's order."""
         from sat_lens.figures import growth_figure
 
-        blocks = self.frame("layer").drop(index=OUTSIDE, errors="ignore")
+        blocks = self.frame("layer").drop(index="outside", errors="ignore")
         blocks = blocks.loc[:, (blocks > 0).any()]
         return growth_figure(
             blocks.set_axis(range(len(blocks)), axis=0),
@@ -191,8 +184,6 @@ def parameter_norms(model: nn.Module) -> ParameterNorms:
         >>> norms.frame("head").shape
         (32, 6)
     """
-    from sat_lens.models import model_name
-
     check_module(model)
     return norms_of(module_parameters(model), model, model_name(model))
 
@@ -201,9 +192,8 @@ def norms_of(
     parameters: Parameters, model: nn.Module | None = None, name: str = ""
 ) -> ParameterNorms:
     """Measure the norms of named parameters; the model, where there is one, shows its heads."""
-    places = parameter_places(parameters.shapes)
     rows: list[tuple[str, str, str, float, int]] = []
-    for key, place in places.items():
+    for key, place in parameters.places.items():
         for component, part in _parts(parameters, key, place):
             square = squared_norm(part)
             if not math.isfinite(square):
@@ -211,7 +201,7 @@ def norms_of(
                     f"The parameter {key} of {parameters.name} holds NaN or infinity. Take a "
                     "checkpoint from before the training diverged."
                 )
-            rows.append((key, component, _layer(place), square, part.numel()))
+            rows.append((key, component, place.layer_label, square, part.numel()))
     labels: list[str] = []
     heads = [torch.zeros(0, len(HEAD_NORMS), dtype=torch.float64)]
     told_apart = set()
@@ -229,33 +219,14 @@ def norms_of(
         sizes=torch.tensor(sizes),
         labels=tuple(labels),
         heads=torch.cat(heads),
-        notes=notes_on(
-            places,
-            told_apart,
-            parameters.integers,
-            () if model is None else (canonical_name(path) for path, _ in model.named_modules()),
-        ),
+        notes=_notes(parameters, told_apart, model),
     )
-
-
-def squared_norm(tensor: Tensor) -> float:
-    """Sum the squares of a tensor in float64, piece by piece."""
-    pieces = tensor.detach().flatten().split(CHUNK)
-    return sum(float(wide(piece).square().sum()) for piece in pieces)
-
-
-CHUNK = 1 << 22
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Give a tensor in float64, on the CPU where its device has none."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def _parts(
     parameters: Parameters, name: str, place: ParameterPlace
 ) -> Iterator[tuple[str, Tensor]]:
-    """Give a parameter's components; a joint projection serves two."""
+    """Yield a parameter's components; a joint projection serves two."""
     tensor = parameters.read(name)
     joint = joint_rows(place, tensor.shape, parameters.config)
     if joint is None:
@@ -267,7 +238,37 @@ def _parts(
     yield "ov", by_row[rows["v"].to(tensor.device)]
 
 
-def _layer(place: ParameterPlace) -> str:
-    if place.layer is None:
-        return OUTSIDE
-    return f"{place.stack}.L{place.layer}" if place.stack else f"L{place.layer}"
+def _notes(
+    parameters: Parameters, told_apart: Set[str], model: nn.Module | None
+) -> tuple[str, ...]:
+    """Say in words what norms and products leave out."""
+    places, found = parameters.places, []
+    if parameters.integers:
+        found.append(
+            "Integer parameters, such as quantised weights, have no norm and are left out: "
+            f"{_first(parameters.integers)}."
+        )
+    if any(place.bias and place.projection for place in places.values()):
+        found.append("Projections have biases, which the products leave out.")
+    # Not every norm has parameters.
+    modules = [] if model is None else [canonical_name(path) for path, _ in model.named_modules()]
+    normed = inner_norms([*places, *modules])
+    if normed:
+        found.append(
+            f"Queries, keys, values or latents are normalised inside attention ({normed[0]} and "
+            "others): the scale of what comes before such a norm has no effect."
+        )
+    if any(place.projection in ("kv_a", "kv_b") for place in places.values()):
+        found.append("Attention is latent: products are of the factors multiplied out.")
+    attention = dict.fromkeys(place.attention for place in places.values() if place.attention)
+    unknown = [path for path in attention if path not in told_apart]
+    if unknown:
+        found.append(
+            f"Heads could not be told apart in {_first(unknown)}: the layout or the number of "
+            "heads is unknown."
+        )
+    return tuple(found)
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]}{f' and {len(names) - 1} others' if names[1:] else ''}"

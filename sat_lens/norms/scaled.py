@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from sat_lens._checks import check_choice, check_module, check_number
 from sat_lens.errors import ArgumentError, ModelError
-from sat_lens.norms.layouts import joint_rows
-from sat_lens.norms.naming import ParameterPlace, canonical_name, parameter_places, superseded
+from sat_lens.norms.heads import joint_rows
+from sat_lens.norms.names import ParameterPlace, canonical_name, parameter_places, superseded
 from sat_lens.norms.sources import config_of
 
 Which = Literal["all", "attention", "qk", "matrices"]

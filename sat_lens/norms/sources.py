@@ -1,30 +1,41 @@
-"""The parameters of a model, a checkpoint directory or a file, by name, each counted once."""
+"""The parameters of a model, a checkpoint directory or a file, by name, each counted once.
+
+Files are read one tensor at a time, and reading one never runs code.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import logging
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sat_lens.errors import ArgumentError, FileFormatError, ModelError
-from sat_lens.norms.files import Lazy, config_beside, identity, open_tensors, tensors_of_state
-from sat_lens.norms.naming import canonical_name, parameter_places, superseded
+from sat_lens.errors import FileFormatError, ModelError
+from sat_lens.norms.names import ParameterPlace, canonical_name, parameter_places, superseded
 
 logger = logging.getLogger(__name__)
 
+STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# Under which keys a training script's file may keep its state dict.
+_NESTED = ("state_dict", "model_state_dict", "model")
 # What state dicts hold beside parameters: tables, masks, statistics, constants.
 _TABLES = (
     *("inv_freq", "rotary_sin", "rotary_cos", ".mask", ".masked_bias", ".IGNORE"),
     *("running_mean", "running_var", "final_logits_bias", "act_fn.beta", "act_fn.eps"),
     ".layer_scalar",
 )
+_CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +44,11 @@ class Parameters:
 
     Attributes:
         name: What to call it in messages.
-        shapes: Shape of each parameter, by its name without wrappers.
-        read: Gives one parameter by that name.
-        config: The model's settings as far as known: number of heads and the like.
-        integers: Names of parameters of whole numbers, as quantised weights are, which have no
-            norm and stand in none of the above.
+        shapes: The shape of each parameter, by canonical name.
+        read: A function that reads one of them.
+        config: The model's settings, as in a Hugging Face ``config.json``; may be empty.
+        integers: Names of integer parameters, such as quantised weights. They have no norm and
+            appear in none of the above.
     """
 
     name: str
@@ -46,41 +57,44 @@ class Parameters:
     config: Mapping[str, Any]
     integers: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def places(self) -> dict[str, ParameterPlace]:
+        """Where each parameter belongs, by name."""
+        return parameter_places(self.shapes)
+
     @property
     def size(self) -> int:
         """The number of elements of all parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def without(self, names: set[str]) -> Parameters:
+    def without(self, names: Set[str]) -> Parameters:
         """Leave some parameters out."""
         kept = {name: shape for name, shape in self.shapes.items() if name not in names}
         return dataclasses.replace(self, shapes=kept)
 
 
 @contextlib.contextmanager
-def open_parameters(source: Any, name: str = "") -> Iterator[Parameters]:
+def open_parameters(source: Path | nn.Module, name: str = "") -> Iterator[Parameters]:
     """Open a model, a checkpoint directory or a file of weights.
 
     Raises:
         FileFormatError: The file is missing, broken, no checkpoint, or would have to run code.
         ModelError: The model has no parameters, or none that have values.
-        ArgumentError: The source is none of these.
     """
     if isinstance(source, nn.Module):
         yield dataclasses.replace(module_parameters(source), name=name or type(source).__name__)
         return
-    if not isinstance(source, (str, Path)):
-        raise ArgumentError(
-            "A checkpoint is a directory, a file of weights or a model in memory; found "
-            f"{type(source).__name__}."
-        )
-    path = Path(source)
     with contextlib.ExitStack() as stack:
-        yield _from_lazy(name or str(path), open_tensors(path, stack), config_beside(path))
+        tensors = _directory(source, stack) if source.is_dir() else _file(source, stack)
+        yield _from_lazy(name or str(source), tensors, _config_beside(source))
 
 
 def module_parameters(model: nn.Module) -> Parameters:
-    """Give the parameters of a model in memory; tied ones once.
+    """Return the parameters of a model in memory, tied ones once.
+
+    Raises:
+        ModelError: The model is sharded over processes, or has no floating-point parameters with
+            values.
 
     Example:
         >>> module_parameters(torch.nn.Linear(2, 3)).shapes
@@ -106,14 +120,13 @@ def module_parameters(model: nn.Module) -> Parameters:
         what = "only integer (quantised) parameters" if integers else "no parameters"
         raise ModelError(f"{kind} has {what}, so there is no norm to take.")
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    parameters = Parameters(
-        kind, shapes, found.__getitem__, config_of(model), integers=tuple(integers)
-    )
+    config = config_of(model)
+    parameters = Parameters(kind, shapes, found.__getitem__, config, integers=tuple(integers))
     return parameters.without(superseded(shapes))
 
 
 def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Parameters:
-    """Give a model's parameters under the names that its files use.
+    """Return a model's parameters under the names that the files of its run use.
 
     A file's names are those of the model, or of its state dict (a TransformerBridge changes them
     there), or what transformers turns those into when it saves.
@@ -122,16 +135,13 @@ def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Par
         return own
     states = [model.state_dict()]
     if hasattr(model, "save_pretrained"):
-        # Older versions save what the state dict says.
+        # Older versions of transformers save the state dict as it is.
         with contextlib.suppress(ImportError):
             from transformers.core_model_loading import revert_weight_conversion
 
             states.append(revert_weight_conversion(model, states[0]))
-    known = [
-        own,
-        *(_from_lazy(own.name, tensors_of_state(state), dict(own.config)) for state in states),
-    ]
-    found = max(known, key=lambda parameters: len(parameters.shapes.keys() & names))
+    renamed = (_from_lazy(own.name, _state_tensors(state), own.config) for state in states)
+    found = max((own, *renamed), key=lambda parameters: len(parameters.shapes.keys() & names))
     if found.size < own.size:
         logger.warning(
             "The files leave out %d of the %d parameters of %s, as TransformerLens's state dict "
@@ -143,22 +153,23 @@ def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Par
     return found
 
 
-def _check_unsharded(model: nn.Module) -> None:
-    split = [
-        n for n, p in model.named_parameters() if hasattr(p, "placements") or hasattr(p, "ds_id")
-    ]
-    wrapped = [m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
-    if split or wrapped:
-        what = split[0] if split else "The model"
-        raise ModelError(
-            f"{what} is split over several processes (FSDP, DeepSpeed or tensor parallelism), and "
-            "one of them does not see all weights. Follow such a run by its checkpoints: "
-            "sat_lens.norm_growth(folder)."
-        )
+def tied_names(parameters: Parameters) -> set[str]:
+    """Return the unembeddings of a file that repeat an embedding bit for bit."""
+    matrices: dict[str, list[str]] = {}
+    for name, shape in parameters.shapes.items():
+        if len(shape) == 2:
+            matrices.setdefault(parameters.places[name].component, []).append(name)
+    return {
+        head
+        for head in matrices.get("unembedding", [])
+        for embedding in matrices.get("embedding", [])
+        if parameters.shapes[head] == parameters.shapes[embedding]
+        and torch.equal(parameters.read(head), parameters.read(embedding))
+    }
 
 
 def config_of(model: Any) -> dict[str, Any]:
-    """Give a model's settings as a dict: Hugging Face's where there are any, else its own."""
+    """Return a model's settings as a dict: Hugging Face's where there are any, else its own."""
     wrapped = getattr(model, "original_model", None)
     configs: list[Any] = [getattr(wrapped, "config", None), getattr(model, "config", None)]
     for config in configs:
@@ -170,23 +181,50 @@ def config_of(model: Any) -> dict[str, Any]:
     return dict(getattr(plain, "__dict__", {}))
 
 
-def tied_names(parameters: Parameters) -> set[str]:
-    """Name the output heads of a file that repeat an embedding bit for bit."""
-    places = parameter_places(parameters.shapes)
-    by_component: dict[str, list[str]] = {}
-    for name, shape in parameters.shapes.items():
-        if len(shape) == 2:
-            by_component.setdefault(places[name].component, []).append(name)
-    return {
-        head
-        for head in by_component.get("unembedding", [])
-        for embedding in by_component.get("embedding", [])
-        if parameters.shapes[head] == parameters.shapes[embedding]
-        and torch.equal(parameters.read(head), parameters.read(embedding))
-    }
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors share that are the same memory, and so are tied."""
+    # A transposed view of a tied matrix is the same weights.
+    return tensor.device, tensor.data_ptr(), tensor.numel()
 
 
-def _from_lazy(name: str, tensors: Mapping[str, Lazy], config: dict[str, Any]) -> Parameters:
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where its device has none (Apple's)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Cut a tensor into flat pieces whose float64 copies fit into memory."""
+    return tensor.detach().flatten().split(_CHUNK)
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """Sum the squares of a tensor in float64."""
+    return sum(float(wide(piece).square().sum()) for piece in chunks(tensor))
+
+
+def _check_unsharded(model: nn.Module) -> None:
+    split = [
+        n for n, p in model.named_parameters() if hasattr(p, "placements") or hasattr(p, "ds_id")
+    ]
+    wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    if split or wrapped:
+        what = split[0] if split else "The model"
+        raise ModelError(
+            f"{what} is split over several processes (FSDP, DeepSpeed or tensor parallelism), and "
+            "no single one sees all weights. Follow such a run by its checkpoints: "
+            "sat_lens.norm_growth(folder)."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lazy:
+    """A tensor that is read when asked for."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def _from_lazy(name: str, tensors: Mapping[str, _Lazy], config: Mapping[str, Any]) -> Parameters:
     named = {canonical_name(key): lazy for key, lazy in tensors.items()}
     kept = {key: lazy for key, lazy in named.items() if not _is_table(key, lazy.shape)}
     if not kept:
@@ -197,6 +235,106 @@ def _from_lazy(name: str, tensors: Mapping[str, Lazy], config: dict[str, Any]) -
 
 
 def _is_table(name: str, shape: tuple[int, ...]) -> bool:
-    # GPT-2 and its kin kept their causal mask under the name of a bias.
+    # GPT-2 and similar models kept their causal mask under the name of a bias.
     is_mask = name.endswith(".bias") and len(shape) == 4 and shape[:2] == (1, 1)
     return is_mask or 0 in shape or name.endswith(_TABLES)
+
+
+def _directory(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        if (path / weights).exists():
+            return _file(path / weights, stack)
+        if (path / f"{weights}.index.json").exists():
+            return _shards(path / f"{weights}.index.json", stack)
+    raise FileFormatError(
+        f"{path} is no checkpoint: it holds neither model.safetensors nor pytorch_model.bin, as "
+        "save_pretrained and the Trainer write them."
+    )
+
+
+def _shards(index: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileFormatError(f"{index} is no index of weights: {error}.") from error
+    tensors: dict[str, _Lazy] = {}
+    for file in files:
+        tensors |= _file(index.parent / Path(str(file)).name, stack)
+    return tensors
+
+
+def _file(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+    if not path.is_file():
+        raise FileFormatError(f"There is no checkpoint {path}.")
+    if path.suffix == ".safetensors":
+        return _safetensors(path, stack)
+    if path.suffix in STATE_DICT_SUFFIXES:
+        return _state_dict(path)
+    raise FileFormatError(
+        f"{path} is no checkpoint: a file of weights ends in .safetensors or in "
+        f"{', '.join(STATE_DICT_SUFFIXES)}."
+    )
+
+
+def _safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+    try:
+        file = stack.enter_context(safe_open(path, framework="pt"))
+        shapes = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"{path} is broken or no safetensors file ({error}).") from error
+    return {
+        name: _Lazy(tuple(part.get_shape()), partial(file.get_tensor, name))
+        for name, part in shapes.items()
+        if part.get_dtype() in ("F64", "F32", "F16", "BF16")
+    }
+
+
+def _state_dict(path: Path) -> dict[str, _Lazy]:
+    state = _load_pickle(path)
+    for key in _NESTED:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
+        raise FileFormatError(f"{path} holds no state dict, a mapping from names to tensors.")
+    return _state_tensors(state)
+
+
+def _state_tensors(state: Mapping[str, Any]) -> dict[str, _Lazy]:
+    """Return the floating-point tensors of a state dict by name, tied ones once."""
+    tensors: dict[str, _Lazy] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            if identity(value) not in seen:
+                tensors[str(name)] = _Lazy(tuple(value.shape), value.detach)
+            seen.add(identity(value))
+    return tensors
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files in the format before PyTorch 1.6 cannot be mapped, and are read whole.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FileFormatError(
+            f"{path} holds more than weights: reading it would run code, which is refused. Save "
+            "model.state_dict() alone, or as safetensors."
+        ) from error
+    except Exception as error:
+        # A file of arbitrary bytes can make the unpickler raise any error.
+        raise FileFormatError(
+            f"{path} is broken or no state dict ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """Return the settings that stand beside weights; weights without any are no error."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -27,7 +27,7 @@ from sat_lens.errors import ArgumentError, DataError
 from sat_lens.figures import marks
 from sat_lens.figures.curves import INK
 from sat_lens.norms.checkpoints import list_checkpoints
-from sat_lens.norms.lens import lens_model, undisturbed
+from sat_lens.norms.measures import lens_model, undisturbed
 from sat_lens.paper.drawing import lines, panels
 from sat_lens.results import Provenance
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
 from sat_lens.models import load_tokenizer
 from sat_lens.norms import NormGrowth, norm_growth
-from sat_lens.norms.lens import lens_model
+from sat_lens.norms.measures import lens_model
 from sat_lens.paper.network import next_token_loss, windows
 
 EQUAL_SPACES = 16

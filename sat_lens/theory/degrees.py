@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sat_lens.errors import ArgumentError, NonFiniteError, NotReachedError
-from sat_lens.norms.lens import undisturbed
+from sat_lens.norms.measures import undisturbed
 from sat_lens.norms.scaled import Which, scaled_parameters
 
 if TYPE_CHECKING:

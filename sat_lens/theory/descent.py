@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.norms.lens import kept_random_state
+from sat_lens.norms.measures import kept_random_state
 from sat_lens.results import Provenance
 from sat_lens.theory.degrees import Forward, call, degree_of_homogeneity, doubled, in_double
 from sat_lens.theory.flow import gradients_of, move, squares, trainable

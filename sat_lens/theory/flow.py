@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.norms.lens import kept_random_state
+from sat_lens.norms.measures import kept_random_state
 from sat_lens.results import Provenance
 from sat_lens.theory.degrees import Forward, call, degree_of_homogeneity, doubled, in_double
 from sat_lens.theory.stationary import Loss, growth_rate

@@ -17,8 +17,13 @@ from sat_lens._checks import check_count, check_module
 from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
 from sat_lens.norms import parameter_norms, saturation_measures
 from sat_lens.norms.arguments import check_readable, kept_data
-from sat_lens.norms.lens import kept_random_state, lens_model, shares_memory, unwrapped
-from sat_lens.norms.measures import import_what_measures_need
+from sat_lens.norms.measures import (
+    import_transformer_lens,
+    kept_random_state,
+    lens_model,
+    shares_memory,
+    unwrapped,
+)
 from sat_lens.training.log import TrainingLog
 
 logger = logging.getLogger(__name__)
@@ -100,7 +105,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._path = None if path is None else Path(path)
         self._data = kept_data(data)
         if data is not None:
-            import_what_measures_need()
+            import_transformer_lens()
         self._every = every
         self._measure_every = measure_every
         self._log = log

@@ -1,7 +1,7 @@
-"""What a parameter is, read off its name: its component, its stack, its layer.
+"""What a parameter is, read from its name: its component, stack, layer and projection.
 
-Names are all that a checkpoint file gives, so they are all that is used, for live models as well:
-a model and its checkpoint are then sorted in the same way. What no rule knows is ``other``.
+A checkpoint file gives nothing but names, so only names are used, for models in memory too: a model
+and its checkpoint are then sorted alike. What no rule recognises is ``other``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPONENTS = (
 )
 # Wrappers that stand between a module and its name: TransformerLens, DataParallel, torch.compile.
 _WRAPPERS = ("_original_component.", "original_model.", "_orig_mod.")
-# What an attention module calls its matrices, over the families that were looked at.
+# What model families call the projections of an attention module.
 _LEAVES = {
     "q": "q q_proj query q_lin query_proj linear_q wq w_q b_q",
     "k": "k k_proj key k_lin key_proj linear_k wk w_k _w_k b_k _b_k",
@@ -35,24 +35,28 @@ _LEAVES = {
     "kv_a": "kv_a_proj_with_mqa",
     "kv_b": "kv_b_proj",
 }
-_ROLE = {leaf: role for role, leaves in _LEAVES.items() for leaf in leaves.split()}
+_PROJECTION = {leaf: projection for projection, ls in _LEAVES.items() for leaf in ls.split()}
+_COMPONENT = {"q": "qk", "k": "qk", "q_a": "qk", "q_b": "qk", "v": "ov", "o": "ov"}
+_ONLY_SCORES = ("relative_attention_bias", "sinks")
 _STACKS = ("vision", "encoder", "decoder")
+# Joint matrices, and the names of the parts that a TransformerBridge splits them into.
 _PARTS = {
     "qkv": ("q", "k", "v"),
     "gate_up_proj": ("gate", "in"),
     "input_linear": ("gate", "in"),
 }
-_COMPONENT_OF_ROLE = {"q": "qk", "k": "qk", "q_a": "qk", "q_b": "qk", "v": "ov", "o": "ov"}
-_SCORES = ("relative_attention_bias", "sinks")
 _NORM = re.compile(r"norm|^ln(\d*|f|out|final|pre|post)(_\w+)?$|_ln$", re.IGNORECASE)
+_INNER_NORM = re.compile(
+    r"^(q|k|v|qk|kv|query|key|value)_(\w+_)?(layer_?norm|norm|ln)$", re.IGNORECASE
+)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_NOT_SOFTMAX = re.compile(r"linear_attn|linear_attention", re.IGNORECASE)
+_LINEAR_ATTENTION = re.compile(r"linear_attn|linear_attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
 _MLP = re.compile(
     r"mlp|ffn|feed_?forward|dense|^fc\d|^w[123]$|^linear[12]$|expert|router|moe|^intermediate$|^output$",
     re.IGNORECASE,
 )
-_HEAD = re.compile(
+_UNEMBEDDING = re.compile(
     r"head$|unembed|embed_out|classifier|^cls$|^score$|final_logits_bias|^w_u$|^b_u$", re.I
 )
 _EMBEDDING = re.compile(r"embed|emb$|^wte$|^wpe$|^shared$|^pos$|cls_token|^w_e$|^w_pos$", re.I)
@@ -68,7 +72,7 @@ class ParameterPlace:
         stack: ``"encoder"``, ``"decoder"`` or ``"vision"`` where there are several, else ``""``.
         layer: The block's index, None outside blocks.
         attention: Path of its attention module, ``""`` outside attention.
-        role: Which matrix of the attention module it is, ``""`` if none of those known.
+        projection: Which projection of the attention module it belongs to, ``""`` if none is known.
         cross: Whether the attention module is a cross-attention.
         bias: Whether it is a bias.
     """
@@ -77,7 +81,7 @@ class ParameterPlace:
     stack: str
     layer: int | None
     attention: str = ""
-    role: str = ""
+    projection: str = ""
     cross: bool = False
     bias: bool = False
 
@@ -85,6 +89,13 @@ class ParameterPlace:
     def label_stack(self) -> str:
         """The stack that the labels of its heads name."""
         return "cross" if self.cross else self.stack
+
+    @property
+    def layer_label(self) -> str:
+        """The layer with its stack, such as ``"decoder.L3"``; ``"outside"`` outside blocks."""
+        if self.layer is None:
+            return "outside"
+        return f"{self.stack}.L{self.layer}" if self.stack else f"L{self.layer}"
 
 
 def canonical_name(name: str) -> str:
@@ -114,15 +125,15 @@ def parameter_places(names: Iterable[str]) -> dict[str, ParameterPlace]:
     found = {name: _place(name, attention) for name in listed}
     if len({place.stack for place in found.values() if place.layer is not None}) < 2:
         found = {name: dataclasses.replace(place, stack="") for name, place in found.items()}
-    for prefix, stack in _stacks_told_apart(found).items():
-        for name, place in found.items():
-            if place.layer is not None and _prefix(name) == prefix:
-                found[name] = dataclasses.replace(place, stack=stack)
+    stacks = _ambiguous_stacks(found)
+    for name, place in found.items():
+        if place.layer is not None and _before_blocks(name) in stacks:
+            found[name] = dataclasses.replace(place, stack=stacks[_before_blocks(name)])
     return found
 
 
 def superseded(names: Iterable[str]) -> set[str]:
-    """Name the joint matrices whose parts stand beside them.
+    """Return the joint matrices whose parts stand beside them.
 
     A TransformerBridge splits joint projections and keeps the original; counting both would count
     the same weights twice.
@@ -132,59 +143,97 @@ def superseded(names: Iterable[str]) -> set[str]:
         {'a.qkv.weight'}
     """
     known = set(names)
-    double = set()
+    found = set()
     for name in known:
         module, _, last = name.rpartition(".")
         parent, _, leaf = module.rpartition(".")
         parts = _PARTS.get(leaf, ())
         if parts and all(f"{parent}.{part}.{last}" in known for part in parts):
-            double.add(name)
-    return double
+            found.add(name)
+    return found
+
+
+def inner_norms(names: Iterable[str], of: str = "qkv") -> list[str]:
+    """Return the norms inside attention, between a projection and what uses it.
+
+    Args:
+        names: Names of modules or parameters.
+        of: First letters of what is normalised: queries, keys, values.
+
+    Example:
+        >>> inner_norms(["h.0.attn.q_norm.weight", "h.0.attn_norm.weight", "h.0.attn.v_norm"])
+        ['h.0.attn.q_norm.weight', 'h.0.attn.v_norm']
+    """
+    found = []
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if _ATTENTION.search(part)), len(parts))
+        if any(_INNER_NORM.match(part) and part[0].lower() in of for part in parts[at + 1 :]):
+            found.append(name)
+    return found
 
 
 def _attention_modules(names: Iterable[str]) -> set[str]:
-    """Name the modules that have all four projections, whatever they are called themselves."""
-    roles: dict[str, set[str]] = {}
+    """Return the modules that have all four projections, whatever they are called themselves."""
+    projections: dict[str, set[str]] = {}
     for name in names:
         module, _, leaf = name.removesuffix(".weight").rpartition(".")
-        roles.setdefault(module, set()).add(_ROLE.get(leaf.lower(), ""))
-    return {module for module, found in roles.items() if found >= {"q", "k", "v", "o"}}
+        projections.setdefault(module, set()).add(_PROJECTION.get(leaf.lower(), ""))
+    return {module for module, found in projections.items() if found >= {"q", "k", "v", "o"}}
 
 
 def _place(name: str, attention: Set[str]) -> ParameterPlace:
     parts = name.split(".")
+    # The first number is the block's index, except that of a convolution.
     index = next(
         (i for i, part in enumerate(parts) if part.isdigit() and "conv" not in "".join(parts[:i])),
         None,
     )
     layer = None if index is None else int(parts[index])
-    before = parts if index is None else parts[:index]
-    stack = next((s for s in _STACKS if any(p.startswith(s) for p in before)), "")
+    stack = next((s for s in _STACKS if any(p.startswith(s) for p in parts[:index])), "")
     bias = parts[-1].lower().endswith("bias") or parts[-1].lower().startswith(("b_", "_b_"))
     modules = parts if parts[-1] not in ("weight", "bias", "w", "b") else parts[:-1]
     if any(_NORM.search(part) for part in modules):
         return ParameterPlace("layer norm", stack, layer, bias=bias)
-    ends = range(len(modules))
+    paths = [".".join(modules[: i + 1]) for i in range(len(modules))]
     at = next(
-        (
-            i
-            for i in ends
-            if _ATTENTION.search(modules[i]) or ".".join(modules[: i + 1]) in attention
-        ),
+        (i for i, path in enumerate(paths) if _ATTENTION.search(modules[i]) or path in attention),
         None,
     )
-    if at is not None and layer is not None and not _NOT_SOFTMAX.search(modules[at]):
-        return _in_attention(modules, at, stack, layer, bias)
-    return ParameterPlace(_outside_attention(modules, layer), stack, layer, bias=bias)
+    if at is None or layer is None or _LINEAR_ATTENTION.search(modules[at]):
+        return ParameterPlace(_component_outside_attention(modules, layer), stack, layer, bias=bias)
+    leaf = modules[-1].lower()
+    # Experts inside attention have matrices of any name, and no heads of their own.
+    projection = "" if "experts" in modules else _PROJECTION.get(leaf, "")
+    return ParameterPlace(
+        "qk" if leaf.endswith(_ONLY_SCORES) else _COMPONENT.get(projection, "attention"),
+        stack,
+        layer,
+        attention=paths[at],
+        projection=projection,
+        cross=any(_CROSS.search(part) for part in modules[at:]),
+        bias=bias,
+    )
 
 
-def _stacks_told_apart(places: Mapping[str, ParameterPlace]) -> dict[str, str]:
+def _component_outside_attention(modules: list[str], layer: int | None) -> str:
+    def named(pattern: re.Pattern[str]) -> bool:
+        return any(pattern.search(part) for part in modules)
+
+    if layer is not None:
+        return "mlp" if named(_MLP) and not named(_LINEAR_ATTENTION) else "other"
+    if named(_UNEMBEDDING) or modules == ["decoder"]:
+        return "unembedding"
+    return "embedding" if named(_EMBEDDING) else "other"
+
+
+def _ambiguous_stacks(places: Mapping[str, ParameterPlace]) -> dict[str, str]:
     """Name the stacks whose attention modules would share their labels, by their prefixes."""
     sharing: dict[tuple[str, int | None, bool], set[str]] = {}
     for name, place in places.items():
-        if place.role:
+        if place.projection:
             key = (place.stack, place.layer, place.cross)
-            sharing.setdefault(key, set()).add(_prefix(name))
+            sharing.setdefault(key, set()).add(_before_blocks(name))
     named: dict[str, str] = {}
     for prefixes in sharing.values():
         if len(prefixes) > 1:
@@ -195,34 +244,6 @@ def _stacks_told_apart(places: Mapping[str, ParameterPlace]) -> dict[str, str]:
     return named
 
 
-def _prefix(name: str) -> str:
-    """Give what stands before a block's index."""
+def _before_blocks(name: str) -> str:
+    """Return the part of a name before a block's index."""
     return re.split(r"\.\d+\.", name, maxsplit=1)[0]
-
-
-def _in_attention(
-    modules: list[str], at: int, stack: str, layer: int, bias: bool
-) -> ParameterPlace:
-    leaf = modules[-1].lower()
-    # Experts inside attention have matrices of any name, and no heads of their own.
-    role = "" if "experts" in modules else _ROLE.get(leaf, "")
-    component = "qk" if leaf.endswith(_SCORES) else _COMPONENT_OF_ROLE.get(role, "attention")
-    return ParameterPlace(
-        component,
-        stack,
-        layer,
-        attention=".".join(modules[: at + 1]),
-        role=role,
-        cross=any(_CROSS.search(part) for part in modules[at:]),
-        bias=bias,
-    )
-
-
-def _outside_attention(modules: list[str], layer: int | None) -> str:
-    if layer is not None and not any(_NOT_SOFTMAX.search(part) for part in modules):
-        return "mlp" if any(_MLP.search(part) for part in modules) else "other"
-    if layer is None and (any(_HEAD.search(p) for p in modules) or modules == ["decoder"]):
-        return "unembedding"
-    if layer is None and any(_EMBEDDING.search(part) for part in modules):
-        return "embedding"
-    return "other"
