@@ -75,7 +75,7 @@ class NextTokenLoss:
     """The mean cross-entropy of the next token, in nats; padding counts nothing."""
 
     tokens: Int[Tensor, "batch position"]
-    real: Tensor | None = None
+    non_padding: Tensor | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
         """Give the mean over the positions of each prompt.
@@ -92,17 +92,17 @@ class NextTokenLoss:
         targets = self.tokens[:, 1:].to(logits.device)
         pairs = zip(logits[:, :-1], targets, strict=True)
         losses = torch.stack([F.cross_entropy(x.float(), t, reduction="none") for x, t in pairs])
-        real = self._real(losses)
-        return (losses * real).sum(1) / real.sum(1)
+        mask = self._counted(losses)
+        return (losses * mask).sum(1) / mask.sum(1)
 
     def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
         """Give the mean over prompts, each weighing the same."""
         return self.per_prompt(logits).mean()
 
-    def _real(self, losses: Tensor) -> Tensor:
-        if self.real is None:
+    def _counted(self, losses: Tensor) -> Tensor:
+        if self.non_padding is None:
             return torch.ones_like(losses)
-        return (self.real[:, 1:] & self.real[:, :-1]).to(losses)
+        return (self.non_padding[:, 1:] & self.non_padding[:, :-1]).to(losses)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class KLToSoft:
 
     soft_logits: Float[Tensor, "batch position vocab"]
     positions: Sequence[int] | None = None
-    real: Tensor | None = None
+    non_padding: Tensor | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
         """Give the mean over the positions of each prompt; padding counts nothing.
@@ -127,10 +127,10 @@ class KLToSoft:
         at = slice(None) if self.positions is None else list(self.positions)
         pairs = zip(self.soft_logits, logits, strict=True)
         divergence = torch.stack([_divergence(soft[at], changed[at]) for soft, changed in pairs])
-        if self.real is None:
+        if self.non_padding is None:
             return divergence.mean(1)
-        real = self.real[:, at].to(divergence)
-        return (divergence * real).sum(1) / real.sum(1)
+        mask = self.non_padding[:, at].to(divergence)
+        return (divergence * mask).sum(1) / mask.sum(1)
 
     def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
         """Give the mean over prompts."""
@@ -175,10 +175,10 @@ def next_token_loss(
 
     Args:
         tokens: The tokens that the logits are of.
-        attention_mask: True or 1 at real positions, False or 0 at padding; None is all real.
+        attention_mask: False or 0 at padding; None for prompts without any.
 
     Raises:
-        ArgumentError: A prompt has fewer than two real tokens, so none to predict.
+        ArgumentError: A prompt has fewer than two tokens beside padding, so none to predict.
 
     Example:
         >>> import torch
@@ -186,17 +186,17 @@ def next_token_loss(
         >>> round(float(next_token_loss(torch.tensor([[0, 1]]))(torch.zeros(1, 2, 4))), 4)
         1.3863
     """
-    real = None if attention_mask is None else _mask_of(attention_mask, tokens.shape)
-    if not bool(has_next_token(tokens, real).all()):
+    mask = None if attention_mask is None else _mask_of(attention_mask, tokens.shape)
+    if not bool(has_next_token(tokens, mask).all()):
         raise ArgumentError(
             "A prompt has fewer than two tokens in a row that are no padding, so there is no next "
             "token to predict. Leave it out, or use another metric."
         )
-    return NextTokenLoss(tokens, real)
+    return NextTokenLoss(tokens, mask)
 
 
 def has_next_token(
-    tokens: Int[Tensor, "batch position"], real: Tensor | None = None
+    tokens: Int[Tensor, "batch position"], mask: Tensor | None = None
 ) -> Bool[Tensor, " batch"]:
     """Say of each prompt whether it has a next token to predict.
 
@@ -206,7 +206,7 @@ def has_next_token(
         >>> has_next_token(torch.tensor([[5, 6], [5, 0]]), torch.tensor([[1, 1], [1, 0]])).tolist()
         [True, False]
     """
-    kept = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
+    kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     return (kept[:, 1:] & kept[:, :-1]).any(1)
 
 
@@ -220,7 +220,7 @@ def kl_to_soft(
     Args:
         soft_logits: The logits to compare with.
         positions: The query positions that are read; None is all.
-        attention_mask: True or 1 at real positions, False or 0 at padding; None is all real.
+        attention_mask: False or 0 at padding; None for prompts without any.
 
     Raises:
         ArgumentError: The mask is of another shape, or leaves a prompt nothing to read.
@@ -234,12 +234,12 @@ def kl_to_soft(
     """
     if attention_mask is None:
         return KLToSoft(soft_logits.detach(), positions)
-    real = _mask_of(attention_mask, soft_logits.shape[:2])
-    if not bool(real[:, slice(None) if positions is None else list(positions)].any(1).all()):
+    mask = _mask_of(attention_mask, soft_logits.shape[:2])
+    if not bool(mask[:, slice(None) if positions is None else list(positions)].any(1).all()):
         raise ArgumentError(
             "A prompt is padded at every position that is read. Leave it out, or read others."
         )
-    return KLToSoft(soft_logits.detach(), positions, real)
+    return KLToSoft(soft_logits.detach(), positions, mask)
 
 
 def _divergence(

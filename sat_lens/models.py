@@ -1,9 +1,9 @@
-"""Load a model by name: the bundled demo, a local directory, or a hub name with a revision.
+"""Load a model by name, and what the other rooms ask about a model.
 
-All three go through TransformerLens's ``TransformerBridge``, so what is said of one holds for the
-others. Nothing that a model ships is run as code, unless ``trust_remote_code=True`` is passed on.
-
-When not to use it: if you have a model already. Everything in this library takes it as it is.
+A name is that of the bundled demo, a local directory, or a hub name with a revision. All three go
+through TransformerLens's ``TransformerBridge``, so what is said of one holds for the others.
+Nothing that a model ships is run as code, unless ``trust_remote_code=True`` is passed on. A model
+that you have already need not be loaded here: everything in this library takes it as it is.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import pickle
 import re
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from sat_lens._checks import is_integer, is_lens_model
 from sat_lens.errors import ArgumentError, ModelError, SatLensError, UnsupportedModelError
 from sat_lens.version import newer_lens
 
@@ -68,8 +72,6 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
         ) from error
     if revision is not None:
         options["revision"] = revision
-    import torch
-
     options.setdefault("dtype", torch.float32)
     with hub_or_cache(path), installing_nothing(), quiet_loading() as said:
         try:
@@ -118,6 +120,89 @@ def model_name(model: Any) -> str:
     if name == str(DEMO_FOLDER):
         return DEMO
     return Path(name).name if os.path.isdir(name) else name
+
+
+def device_of(model: Any) -> torch.device:
+    """Return the device of the model's first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def wrapped_model(model: Any) -> Any:
+    """Return the Hugging Face model inside of a bridge, and any other model itself."""
+    return getattr(model, "original_model", model)
+
+
+def main_input_name(model: Any) -> str:
+    """Return the name of the model's main input, such as ``input_ids`` or ``input_features``.
+
+    It is empty for what is neither of TransformerLens nor of Hugging Face, which may read anything.
+    """
+    usual = "input_ids" if is_lens_model(model) else ""
+    return str(getattr(wrapped_model(model), "main_input_name", usual))
+
+
+def vocabulary_size(model: Any) -> int:
+    """Return the number of tokens that the model knows; 0 where nothing says it."""
+    own = getattr(getattr(model, "cfg", None), "d_vocab", 0)
+    config = getattr(wrapped_model(model), "config", None)
+    return int(own or getattr(config, "vocab_size", 0) or 0)
+
+
+def context_length(model: Any) -> int:
+    """Return the largest number of positions that the model takes; 0 where nothing says it."""
+    return int(getattr(getattr(model, "cfg", None), "n_ctx", 0) or 0)
+
+
+def placeholder_tokens(model: Any) -> list[int]:
+    """Return the tokens in whose place a model puts images or sounds, as its configuration says."""
+    config = getattr(wrapped_model(model), "config", None)
+    named = vars(config) if config is not None else {}
+    return [v for name, v in named.items() if _PLACEHOLDER.search(name) and is_integer(v)]
+
+
+def unembedding(model: Any) -> nn.Module | None:
+    """Return the module that makes logits of the residual stream, if the model has one."""
+    of_lens = getattr(model, "unembed", None)
+    if isinstance(of_lens, nn.Module):
+        return of_lens
+    of_transformers = getattr(model, "get_output_embeddings", lambda: None)()
+    return of_transformers if isinstance(of_transformers, nn.Module) else None
+
+
+def residual_stream(model: Any) -> list[str]:
+    """Return the names of the hook points of the residual stream after each block, in order.
+
+    Not all of them need to fire: a block that returns a list, say, passes its hook point by.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.models import residual_stream
+        >>> residual_stream(sl.load_model("demo"))[-1]
+        'blocks.3.hook_resid_post'
+    """
+    return residual_names(getattr(model, "hook_dict", ()))
+
+
+def residual_names(names: Iterable[str]) -> list[str]:
+    """Return those of the names of activations that are the residual stream after a block."""
+    named = list(names)
+    after_blocks = [name for name in named if name.endswith(".hook_resid_post")]
+    return after_blocks or [name for name in named if _BLOCK_OUTPUT.search(name)]
+
+
+def last_residual(model: Any) -> str:
+    """Return the name of the hook point of the residual stream after the last block.
+
+    Raises:
+        UnsupportedModelError: The model has none.
+    """
+    names = residual_stream(model)
+    if not names:
+        raise UnsupportedModelError(
+            "The model has no hook for the residual stream after a block (hook_resid_post or "
+            "hook_out). Load it as a TransformerLens model."
+        )
+    return names[-1]
 
 
 def _resolve(name: str) -> tuple[str, str | None]:
@@ -188,6 +273,8 @@ def _check_complete(name: str, said: list[str]) -> None:
 
 
 _LONGEST = 400
+_BLOCK_OUTPUT = re.compile(r"blocks\.\d+\.hook_out$")
+_PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)$")
 _ANSI = re.compile(r"\x1b?\[[0-9;]*m")
 # A row of the report that transformers 5 gives, and the sentence that 4 does.
 _ROW = re.compile(r"^(\S.*?) *\| *(MISSING|MISMATCH|CONVERSION) *\|? *(.*?) *$", re.MULTILINE)

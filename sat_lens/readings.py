@@ -32,9 +32,9 @@ class SoftRun:
 
     logits: Tensor
     stream: dict[str, Tensor]
-    top: Int[Tensor, " real"]
-    log_p: Float[Tensor, "real vocab"]
-    p: Float[Tensor, "real vocab"]
+    top: Int[Tensor, " kept"]
+    log_p: Float[Tensor, "kept vocab"]
+    p: Float[Tensor, "kept vocab"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,29 +76,31 @@ class Reading:
         """Compare residual streams with the soft ones."""
         found = {}
         for name, label in self.streams.items():
+            if name not in soft.stream:
+                continue
             in_decoder = name.startswith("decoder")
-            real = self.batch.output_real if in_decoder else self.batch.real
+            mask = self.batch.output_non_padding if in_decoder else self.batch.non_padding
             before = soft.stream[name]
-            count = before.shape[:2].numel() if real is None else int(real.sum())
-            found[label] = float(mean_cosine(before, changed[name], real)), count
+            count = before.shape[:2].numel() if mask is None else int(mask.sum())
+            found[label] = float(mean_cosine(before, changed[name], mask)), count
         return found
 
-    def _rows(self, logits: Tensor) -> Float[Tensor, "real vocab"]:
-        real, rows = self.batch.output_real, logits.flatten(0, -2)
-        if real is not None and real.shape == logits.shape[:-1]:
-            rows = rows[real.to(rows.device).flatten()]
+    def _rows(self, logits: Tensor) -> Float[Tensor, "kept vocab"]:
+        mask, rows = self.batch.output_non_padding, logits.flatten(0, -2)
+        if mask is not None and mask.shape == logits.shape[:-1]:
+            rows = rows[mask.to(rows.device).flatten()]
         return rows.float()
 
     def _losses(
-        self, tokens: Int[Tensor, "batch position"], log_q: Float[Tensor, "real vocab"]
+        self, tokens: Int[Tensor, "batch position"], log_q: Float[Tensor, "kept vocab"]
     ) -> Float[Tensor, " next"]:
         """Give the loss at each position that has a next token, neither of them padding."""
-        real = self.batch.output_real
-        real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.to(tokens.device)
-        has_next = real & real.roll(-1, 1)
+        mask = self.batch.output_non_padding
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device)
+        has_next = mask & mask.roll(-1, 1)
         has_next[:, -1] = False
-        wanted = tokens.roll(-1, 1)[real]
-        return -log_q.gather(-1, wanted[:, None])[has_next[real], 0]
+        wanted = tokens.roll(-1, 1)[mask]
+        return -log_q.gather(-1, wanted[:, None])[has_next[mask], 0]
 
 
 def _mean(values: Tensor) -> Mean:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from sat_lens.caching import NO_ROOM, normalised_similarity
 from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import replace_attention, saturate
-from sat_lens.models import model_name
+from sat_lens.models import model_name, residual_stream
 from sat_lens.readings import Mean, Reading, SoftRun
 from sat_lens.results import Provenance, Result, check_columns
 from sat_lens.sites import Heads
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
-_BLOCK_OUTPUT = re.compile(r"blocks\.\d+\.hook_out$")
 # What a printed curve shows of its columns.
 SHOWN = ("loss", "kl", "top1", "metric")
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf)
@@ -155,7 +153,7 @@ def scaling_curve(
                 raise
             complete = False
     columns = {name: values / weights[name] for name, values in totals.items()}
-    for label in streams.values():
+    for label in columns.keys() & set(streams.values()):
         columns[label] = normalised_similarity(columns[label], columns[_control(label)])
     provenance = Provenance(model_name(model), data_name)
     return ScalingCurve(provenance, tuple(float(c) for c in scales), columns, complete)
@@ -226,8 +224,7 @@ def _control(label: str) -> str:
 
 def _residual_streams(model: Any) -> dict[str, str]:
     """Find the names of the residual stream after each block, by the label of its similarity."""
-    names = [name for name in model.hook_dict if name.endswith(".hook_resid_post")]
-    names = names or [name for name in model.hook_dict if _BLOCK_OUTPUT.search(name)]
+    names = residual_stream(model)
     found = places([name.rpartition(".")[0] for name in names])
     labels = [f"S_{place.stack}{'.' if place.stack else ''}L{place.layer}" for place in found]
     return dict(zip(names, labels, strict=True))
@@ -236,4 +233,4 @@ def _residual_streams(model: Any) -> dict[str, str]:
 def _run(model: Any, read: Reading) -> tuple[Tensor, dict[str, Tensor]]:
     batch, names = read.batch, list(read.streams)
     logits, cache = model.run_with_cache(batch.inputs, names_filter=names, **batch.kwargs)
-    return logits, {name: cache[name] for name in names}
+    return logits, {name: cache[name] for name in names if name in cache}

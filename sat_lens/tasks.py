@@ -11,7 +11,6 @@ When not to use it: as a benchmark. The tasks are for knowing the answer beforeh
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sat_lens._checks import check_count
-from sat_lens.errors import ArgumentError, ModelError, UnsupportedModelError
-
-_BLOCK_OUTPUT = re.compile(r"(\d+)\.hook_(resid_post|out)$")
+from sat_lens.errors import ArgumentError, ModelError
+from sat_lens.models import last_residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +188,7 @@ def distinct_states(
         >>> int(distinct_states(train_on(task, steps=1), task.tokens)[0])
         1
     """
-    found = {name: _BLOCK_OUTPUT.search(name) for name in getattr(model, "hook_dict", ())}
-    layers = {name: int(match[1]) for name, match in found.items() if match}
-    if not layers:
-        raise UnsupportedModelError(
-            "The model has no hook for the residual stream after a block (hook_resid_post or "
-            "hook_out). Load it as a TransformerLens model."
-        )
-    last = max(layers, key=lambda name: layers[name])
+    last = last_residual(model)
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter=last)
     states = (cache[last] * 10**decimals).round()

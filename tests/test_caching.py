@@ -204,7 +204,7 @@ def test_padded_positions_are_not_counted(demo, activation, side, given_as):
         pair = pair_of(demo, TEXTS, padding_side=side)
     else:
         pair = pair_of(demo, tokens, attention_mask=real.long())
-    assert torch.equal(pair.real, real)
+    assert torch.equal(pair.non_padding, real)
     found = pair.similarity(activation).cos_saturated
     runs = (pair.soft, pair.saturated)
     for i, value in enumerate(found):

@@ -52,7 +52,7 @@ def test_padding_changes_no_logit_at_a_real_position(demo, rows):
     assert [batch.size for batch in padded] == [len(rows)]
     logits = logits_of(demo, padded[0])
     for i, row in enumerate(rows):
-        assert padded[0].real[i].tolist() == [j < len(row) for j in range(logits.shape[1])]
+        assert padded[0].non_padding[i].tolist() == [j < len(row) for j in range(logits.shape[1])]
         alone = logits_of(demo, read(demo, torch.tensor([row]))[0])[0]
         torch.testing.assert_close(logits[i, : len(row)], alone, rtol=1e-4, atol=1e-4)
 
@@ -72,7 +72,9 @@ def test_texts_come_in_order_in_batches(demo, n, batch_size):
     texts = [f"x{i} = {i}" for i in range(n)]
     found = read(demo, (text for text in texts), batch_size=batch_size)
     assert [batch.size for batch in found[:-1]] == [batch_size] * (len(found) - 1)
-    rows = [row[keep].tolist() for b in found for row, keep in zip(b.tokens, b.real, strict=True)]
+    rows = [
+        row[keep].tolist() for b in found for row, keep in zip(b.tokens, b.non_padding, strict=True)
+    ]
     assert rows == [ids(demo, text) for text in texts]
 
 
@@ -129,7 +131,7 @@ def test_a_dict_passes_the_models_own_arguments_on(demo):
     tokens = torch.tensor([[0, 5, 6], [0, 7, 2]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     (batch,) = read(demo, [{"input": tokens, "attention_mask": mask, "use_cache": False}])
-    assert batch.real.tolist() == [[True] * 3, [True, True, False]]
+    assert batch.non_padding.tolist() == [[True] * 3, [True, True, False]]
     assert batch.kwargs["use_cache"] is False
     assert torch.equal(logits_of(demo, batch), demo(tokens, attention_mask=mask).detach())
 
@@ -141,8 +143,8 @@ def test_a_dict_says_what_a_decoder_reads():
     item = {"input": tokens, **extra, "decoder_attention_mask": mask}
     (batch,) = read(case.build(), [item])
     assert torch.equal(batch.decoder_tokens, extra["decoder_input"])
-    assert batch.decoder_real.all()
-    assert batch.real is None
+    assert batch.decoder_non_padding.all()
+    assert batch.non_padding is None
 
 
 def test_images_are_no_tokens():
@@ -264,7 +266,7 @@ def test_roles_take_a_dataset(demo, streamed, column):
 def test_a_model_without_tokenizer_reads_tokens_only():
     model = tiny.native()
     (batch,) = read(model, [{"input_ids": [5, 6]}, {"input_ids": [7]}])
-    assert batch.real.tolist() == [[True, True], [True, False]]
+    assert batch.non_padding.tolist() == [[True, True], [True, False]]
     with refusal("no tokenizer", "token tensors"):
         read(model, "a text")
 

@@ -89,8 +89,8 @@ def test_draws_depend_on_content_alone(rows, left, right):
         [False] * left + [True] * len(row) + [False] * (width - len(row) + right) for row in rows
     ]
     real = torch.tensor(real)
-    assert content_seeds(Batch(torch.tensor(padded), {}, real=real)) == alone
-    assert content_seeds(Batch(torch.tensor(padded).int(), {}, real=real)) == alone
+    assert content_seeds(Batch(torch.tensor(padded), {}, non_padding=real)) == alone
+    assert content_seeds(Batch(torch.tensor(padded).int(), {}, non_padding=real)) == alone
     weights = resampling_weights(alone)
     assert torch.equal(weights, torch.cat([resampling_weights([seed]) for seed in alone]))
     assert bool((weights[:, 0] == 1).all())
@@ -120,7 +120,7 @@ def test_layers_on_several_devices_have_positions_of_their_own(monkeypatch):
     drawn = "sat_lens.roles.positions.drawn_order"
     monkeypatch.setattr(drawn, lambda _seeds, real: torch.zeros(real.shape, device=real.device))
     tokens = tiny.tokens(2, 9)
-    batch = Batch(tokens, {}, tokens=tokens, real=torch.ones(2, 9).bool())
+    batch = Batch(tokens, {}, tokens=tokens, non_padding=torch.ones(2, 9).bool())
     reader = BatchReader(batch, torch.tensor([5, 6]), None, 4, None)
     site = AttentionSite("blocks.0.attn", "", 0, "self", 3, "scores")
     for device in ("cpu", "meta", "cpu"):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens._checks import require_lens_model
@@ -25,14 +25,13 @@ from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import Ties
 from sat_lens.caching.prefix import Prefix
 from sat_lens.caching.similarity import Similarity, mean_cosine
+from sat_lens.data import INPUT_NAMES, non_padding_masks
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.intervention import replace_attention, saturate
-from sat_lens.models import model_name
+from sat_lens.models import main_input_name, model_name, residual_names
 from sat_lens.results import Provenance
 from sat_lens.scales import ScaleLike
 from sat_lens.sites import Heads, attention_sites, select_heads
-
-_INPUT_NAMES = ("input", "input_ids", "tokens", "pixel_values", "input_values")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,15 +46,15 @@ class CachedRun:
 class SaturationPair:
     """A soft and a saturated run of the same input; see :func:`run_with_saturation_cache`.
 
-    ``real`` is False at padded positions of the input, ``decoder_real`` at those of a decoder with
-    an input of its own; None if nothing is padded.
+    ``non_padding`` is False at padded positions of the input, ``decoder_non_padding`` at those of a
+    decoder with an input of its own; None if nothing is padded.
     """
 
     soft: CachedRun
     saturated: CachedRun
     provenance: Provenance
-    real: Tensor | None = dataclasses.field(repr=False)
-    decoder_real: Tensor | None = dataclasses.field(repr=False)
+    non_padding: Tensor | None = dataclasses.field(repr=False)
+    decoder_non_padding: Tensor | None = dataclasses.field(repr=False)
     _run_random: Callable[[int], CachedRun] = dataclasses.field(repr=False)
     _sliced: bool = dataclasses.field(repr=False)
     _random: dict[int, CachedRun] = dataclasses.field(default_factory=dict, repr=False)
@@ -64,7 +63,8 @@ class SaturationPair:
         """Compare an activation of the two runs, layer by layer, with a random-key control.
 
         The control is a further forward pass in which the same heads attend to one random key per
-        query; it is made when first asked for and kept. Cosines are means over real positions.
+        query; it is made when first asked for and kept. Cosines are means over positions that are
+        no padding.
 
         Args:
             activation: The short name of a cached activation, such as ``"resid_post"``, ``"z"`` or
@@ -103,8 +103,8 @@ class SaturationPair:
         for name in names:
             soft, *others = (_by_position(run, name, activation) for run in runs)
             in_decoder = name.startswith(("decoder", "logits"))
-            real = self.decoder_real if in_decoder else self.real
-            cosines.append(torch.stack([mean_cosine(soft, other, real) for other in others]))
+            mask = self.decoder_non_padding if in_decoder else self.non_padding
+            cosines.append(torch.stack([mean_cosine(soft, other, mask) for other in others]))
         saturated, random = torch.stack(cosines, dim=1)
         if not bool((saturated + random).isfinite().all()):
             raise NonFiniteError(
@@ -156,11 +156,12 @@ def run_with_saturation_cache(
     require_lens_model(model, "run_with_saturation_cache")
     if not inputs:
         # The model's run_with_cache wants its input by place.
-        name = next((name for name in _INPUT_NAMES if name in kwargs), None)
+        names = (*INPUT_NAMES, main_input_name(model))
+        name = next((name for name in names if name in kwargs), None)
         if name is None:
             raise ArgumentError("Needed an input to run the model on, and none was given.")
         inputs = (kwargs.pop(name),)
-    real = _real_positions(model, inputs, kwargs)
+    non_padding, of_output = non_padding_masks(model, inputs[0], kwargs)
 
     def run(*around: contextlib.AbstractContextManager[Any]) -> CachedRun:
         with contextlib.ExitStack() as stack:
@@ -180,8 +181,8 @@ def run_with_saturation_cache(
         soft=soft,
         saturated=saturated,
         provenance=Provenance(model_name(model), scale=_shown(scale), ties=str(ties)),
-        real=real,
-        decoder_real=_decoder_positions(real, kwargs),
+        non_padding=non_padding,
+        decoder_non_padding=of_output,
         _run_random=lambda seed: run(replace_attention(model, RandomKey(seed), heads)),
         _sliced=kwargs.get("pos_slice") is not None,
     )
@@ -205,6 +206,8 @@ def _both(
 
 def _names_of(cache: Any, activation: str) -> list[str]:
     """Find the full names of an activation in every layer, each activation once."""
+    if activation == "resid_post" and (names := residual_names(cache.keys())):
+        return names
     endings = tuple(
         dict.fromkeys([f".hook_{activation}", f".{activation}", *_ALSO.get(activation, ())])
     )
@@ -240,34 +243,6 @@ _ALSO = {
     "z": (".o.hook_in",),
     "attn_out": (".attn.hook_out", ".self_attn.hook_out"),
 }
-
-
-def _real_positions(
-    model: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Bool[Tensor, "batch position"] | None:
-    """Find the positions that are no padding; None if all are or nothing says so."""
-    mask = kwargs.get("attention_mask", kwargs.get("one_zero_attention_mask"))
-    if isinstance(mask, Tensor):
-        return mask.bool() if mask.dim() == 2 else None
-    texts = inputs[0]
-    if not isinstance(texts, list) or len(texts) < 2 or not isinstance(texts[0], str):
-        return None
-    # The model pads several texts by itself, to the length of the longest.
-    named = {name: kwargs[name] for name in ("prepend_bos",) if name in kwargs}
-    lengths = torch.tensor([model.to_tokens(text, **named).shape[-1] for text in texts])[:, None]
-    places = torch.arange(int(lengths.max()))
-    side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
-    return places.flip(0) < lengths if side == "left" else places < lengths
-
-
-def _decoder_positions(
-    real: Tensor | None, kwargs: dict[str, Any]
-) -> Bool[Tensor, "batch position"] | None:
-    """Find the positions of the output that are no padding: those of the decoder, if it has any."""
-    if not {"decoder_input", "decoder_input_ids"} & kwargs.keys():
-        return real
-    mask = kwargs.get("decoder_attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _shown(scale: ScaleLike) -> str:

@@ -60,9 +60,9 @@ class Similarity:
 def mean_cosine(
     first: Float[Tensor, "batch position *rest"],
     second: Float[Tensor, "batch position *rest"],
-    real: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Float[Tensor, ""]:
-    """Give the mean cosine over the last axis, over real positions where ``real`` says which.
+    """Return the mean cosine over the last axis, over the positions that ``mask`` keeps.
 
     Raises:
         ArgumentError: Some positions are padded, and the mask is not of these positions.
@@ -74,14 +74,14 @@ def mean_cosine(
         1.0
     """
     cosines = torch.cosine_similarity(first.double(), second.double(), dim=-1).cpu()
-    if real is None or bool(real.all()):
+    if mask is None or bool(mask.all()):
         return cosines.mean()
-    if cosines.shape[: real.dim()] != real.shape:
+    if cosines.shape[: mask.dim()] != mask.shape:
         raise ArgumentError(
             f"An activation with positions {list(cosines.shape[:2])} cannot be freed of padding by "
-            f"a mask of {list(real.shape)}. Give inputs of equal length."
+            f"a mask of {list(mask.shape)}. Give inputs of equal length."
         )
-    return cosines[real.cpu()].mean()
+    return cosines[mask.cpu()].mean()
 
 
 def normalised_similarity(

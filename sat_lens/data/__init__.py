@@ -4,9 +4,17 @@ Everything that runs a model over data reads it through :func:`batches`, so all 
 same forms and refuses the same mistakes.
 """
 
-from sat_lens.data.batch import Batch, predicts_next
-from sat_lens.data.counting import batch_sizes
-from sat_lens.data.reading import Data, batches
+from sat_lens.data.batch import Batch, non_padding_masks, predicts_next
+from sat_lens.data.reading import INPUT_NAMES, Data, batch_sizes, batches
 from sat_lens.data.texts import text_windows
 
-__all__ = ["Batch", "Data", "batch_sizes", "batches", "predicts_next", "text_windows"]
+__all__ = [
+    "INPUT_NAMES",
+    "Batch",
+    "Data",
+    "batch_sizes",
+    "batches",
+    "non_padding_masks",
+    "predicts_next",
+    "text_windows",
+]

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sat_lens.models import placeholder_tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One forward pass: the model's arguments and what is known of its positions.
 
-    ``tokens`` and ``real`` describe the input's positions, ``decoder_tokens`` and ``decoder_real``
-    those of a decoder with an input of its own; ``real`` is False at padding. Each is None where
-    the arguments do not say.
+    ``tokens`` and ``non_padding`` describe the input's positions, ``decoder_tokens`` and
+    ``decoder_non_padding`` those of a decoder with an input of its own. A mask is False at padding.
+    Each is None where the arguments do not say.
     """
 
     inputs: Tensor
     kwargs: dict[str, Any]
     tokens: Int[Tensor, "batch position"] | None = None
-    real: Bool[Tensor, "batch position"] | None = None
+    non_padding: Bool[Tensor, "batch position"] | None = None
     decoder_tokens: Int[Tensor, "batch decoder_position"] | None = None
-    decoder_real: Bool[Tensor, "batch decoder_position"] | None = None
+    decoder_non_padding: Bool[Tensor, "batch decoder_position"] | None = None
 
     def run(self, model: Any, **kwargs: Any) -> Any:
         """Run the model on this batch."""
@@ -36,9 +39,9 @@ class Batch:
         return self.tokens if self.decoder_tokens is None else self.decoder_tokens
 
     @property
-    def output_real(self) -> Tensor | None:
+    def output_non_padding(self) -> Tensor | None:
         """Which of these positions are no padding."""
-        return self.real if self.decoder_tokens is None else self.decoder_real
+        return self.non_padding if self.decoder_tokens is None else self.decoder_non_padding
 
     def with_output_tokens(self, tokens: Int[Tensor, "batch position"]) -> Batch:
         """The same batch with other tokens behind the logits."""
@@ -55,15 +58,55 @@ class Batch:
         return int(self.inputs.shape[0])
 
 
+def as_mask(mask: Any) -> Bool[Tensor, "batch position"] | None:
+    """Return a mask of positions as bools; None for masks of other shapes, which mask pairs."""
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def non_padding_masks(
+    model: Any, inputs: Any, arguments: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return which positions of a model's input, and of its output, are no padding.
+
+    None stands for all of them. Several texts are padded by the model, to the longest of them.
+
+    Args:
+        model: A TransformerLens model.
+        inputs: Its main input.
+        arguments: The other arguments of its forward pass.
+    """
+    mask = arguments.get("attention_mask", arguments.get("one_zero_attention_mask"))
+    if isinstance(mask, Tensor):
+        found = as_mask(mask)
+    elif isinstance(inputs, list) and len(inputs) > 1 and isinstance(inputs[0], str):
+        found = _padded_by(model, inputs, arguments)
+    else:
+        found = None
+    if not {"decoder_input", "decoder_input_ids"} & arguments.keys():
+        return found, found
+    return found, as_mask(arguments.get("decoder_attention_mask"))
+
+
+def _padded_by(
+    model: Any, texts: list[str], arguments: Mapping[str, Any]
+) -> Bool[Tensor, "batch position"]:
+    named = {name: arguments[name] for name in ("prepend_bos",) if name in arguments}
+    lengths = torch.tensor([model.to_tokens(text, **named).shape[-1] for text in texts])[:, None]
+    places = torch.arange(int(lengths.max()))
+    side = arguments.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
+    return places.flip(0) < lengths if side == "left" else places < lengths
+
+
 _PROBE_TOKENS = 16
 
 
 def predicts_next(model: Any, batch: Batch) -> bool:
-    """Say whether the model's logits predict the next token, so that a next-token loss means much.
+    """Whether the model's logits predict the next token, so that a next-token loss has a meaning.
 
     Logits that depend on later tokens have seen what they would predict (a masked language model).
     Two runs are compared before the middle of the text that differ in the tokens from there on; a
-    few tokens of one sequence are enough, where the batch is made of tokens alone.
+    few tokens of one sequence are enough, where the batch is made of tokens alone. Tokens in whose
+    place the model puts images or sounds are left as they are.
 
     Example:
         >>> import torch
@@ -80,6 +123,8 @@ def predicts_next(model: Any, batch: Batch) -> bool:
     half = tokens.shape[1] // 2
     other = tokens.clone()
     other[:, half:] = torch.where(tokens[:, half:] > 0, tokens[:, half:] - 1, 1)
+    fixed = torch.tensor(placeholder_tokens(model), dtype=tokens.dtype, device=tokens.device)
+    other = torch.where(torch.isin(tokens, fixed) | torch.isin(other, fixed), tokens, other)
     with torch.no_grad():
         runs = [batch.with_output_tokens(each).run(model) for each in (tokens, other)]
     if not all(isinstance(run, Tensor) and run.shape[:2] == tokens.shape for run in runs):
@@ -93,11 +138,11 @@ def predicts_next(model: Any, batch: Batch) -> bool:
 
 
 def _start_of(batch: Batch) -> Batch:
-    """Give the first tokens of the first sequence; the batch itself where it cannot be cut."""
+    """Return the first tokens of the first sequence; the batch itself where it cannot be cut."""
     named = batch.kwargs.keys()
-    if batch.tokens is None or named - {"attention_mask"} or (named and batch.real is None):
+    if batch.tokens is None or named - {"attention_mask"} or (named and batch.non_padding is None):
         return batch
-    if batch.real is not None and not bool(batch.real[0, :_PROBE_TOKENS].all()):
+    if batch.non_padding is not None and not bool(batch.non_padding[0, :_PROBE_TOKENS].all()):
         return batch
     tokens = batch.tokens[:1, :_PROBE_TOKENS]
     return Batch(tokens, {}, tokens=tokens)

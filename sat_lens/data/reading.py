@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from sat_lens._checks import check_count
-from sat_lens.data.batch import Batch
-from sat_lens.data.checks import (
-    TOKEN_NAMES,
-    check_vocabulary,
-    check_whole,
-    reads_tokens,
-)
-from sat_lens.data.texts import device_of, text_row
+from sat_lens._checks import check_count, is_count
+from sat_lens.data.batch import Batch, as_mask
+from sat_lens.data.texts import text_row
 from sat_lens.errors import DataError
+from sat_lens.models import context_length, device_of, main_input_name, vocabulary_size
 
 _log = logging.getLogger(__name__)
 
 Data = Tensor | str | Iterable[Any]
-_INPUT_NAMES = (*TOKEN_NAMES, "pixel_values", "input_values")
+TOKEN_NAMES = ("input", "input_ids", "tokens")
+INPUT_NAMES = (*TOKEN_NAMES, "pixel_values", "input_values")
 _OF_SEQUENCES = (
     "attention_mask",
     "decoder_input",
@@ -78,6 +74,33 @@ def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
         raise DataError("The data is empty: at least one sequence is needed.")
 
 
+def batch_sizes(data: Any, batch_size: int) -> list[int] | None:
+    """Return the sizes of the batches that :func:`sat_lens.data.batches` will make of data.
+
+    Returns:
+        None where only reading would tell, as for an iterator or a data set.
+
+    Example:
+        >>> from sat_lens.data import batch_sizes
+        >>> batch_sizes(["import os", "x = 1", "y = 2"], batch_size=2)
+        [2, 1]
+    """
+    if not is_count(batch_size):
+        return None
+    if isinstance(data, str):
+        return [1]
+    if isinstance(data, Tensor):
+        count = 1 if data.dim() < 2 else len(data)
+    elif isinstance(data, Sequence) and all(isinstance(item, str) for item in data):
+        count = len(data)
+    elif isinstance(data, Sequence) and all(isinstance(item, Tensor) for item in data):
+        return [1 if item.dim() < 2 else len(item) for item in data]
+    else:
+        return None
+    starts = range(0, count, batch_size)
+    return [min(batch_size, count - start) for start in starts]
+
+
 def _read(model: Any, data: Data, batch_size: int, cuts: list[int]) -> Iterator[Batch]:
     """Read batches; how many tokens were cut off each sequence that was too long goes to cuts."""
     if isinstance(data, Tensor):
@@ -94,7 +117,7 @@ def _read(model: Any, data: Data, batch_size: int, cuts: list[int]) -> Iterator[
 def _from_items(
     model: Any, items: Iterable[Any], batch_size: int, cuts: list[int]
 ) -> Iterator[Batch]:
-    context = int(getattr(getattr(model, "cfg", None), "n_ctx", 0) or 0)
+    context = context_length(model)
     rows: list[list[int]] = []
     for item in items:
         found = _rows(model, item)
@@ -158,7 +181,7 @@ def _unpadded(ids: list[int], mask: Any) -> list[int]:
         return list(ids)
     if len(mask) != len(ids):
         raise DataError(f"Needed one mask entry per token; found {len(mask)} for {len(ids)}.")
-    return [token for token, real in zip(ids, mask, strict=True) if real]
+    return [token for token, kept in zip(ids, mask, strict=True) if kept]
 
 
 def _padded(model: Any, rows: list[list[int]]) -> Batch:
@@ -170,21 +193,21 @@ def _padded(model: Any, rows: list[list[int]]) -> Batch:
         [row + [pad] * (width - len(row)) for row in rows], device=device_of(model)
     )
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-    real = torch.arange(width, device=tokens.device) < lengths[:, None]
-    kwargs = {} if bool(real.all()) else {"attention_mask": real.long()}
-    check_vocabulary(model, tokens)
-    return Batch(tokens, kwargs, tokens=tokens, real=real)
+    mask = torch.arange(width, device=tokens.device) < lengths[:, None]
+    kwargs = {} if bool(mask.all()) else {"attention_mask": mask.long()}
+    _check_vocabulary(model, tokens)
+    return Batch(tokens, kwargs, tokens=tokens, non_padding=mask)
 
 
 def _from_tensor(model: Any, tensor: Tensor, name: str = "input") -> Batch:
     if tensor.numel() == 0:
         raise DataError(f"A batch of shape {list(tensor.shape)} holds nothing.")
-    if name in TOKEN_NAMES and reads_tokens(model):
-        check_whole(tensor)
+    if name in TOKEN_NAMES and main_input_name(model) == "input_ids":
+        _check_whole(tensor)
     moved = tensor.to(device_of(model))
     tokens = moved if not moved.is_floating_point() and moved.dim() == 2 else None
     if tokens is not None:
-        check_vocabulary(model, tokens)
+        _check_vocabulary(model, tokens)
     return Batch(moved, {}, tokens=tokens)
 
 
@@ -196,12 +219,13 @@ def _sequences(tensor: Tensor) -> Tensor:
 def _from_mapping(model: Any, item: Mapping[str, Any]) -> Batch:
     device = device_of(model)
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}
-    name = next((name for name in _INPUT_NAMES if name in moved), None)
+    names = dict.fromkeys((*INPUT_NAMES, main_input_name(model) or "input"))
+    name = next((name for name in names if name in moved), None)
     if name is None or not isinstance(moved[name], Tensor):
         kind = "" if name is None else f", and {name} is a {type(moved[name]).__name__}"
         raise DataError(
             f"A batch as a dict needs the model's input as a tensor under one of "
-            f"{', '.join(_INPUT_NAMES)}; found the keys "
+            f"{', '.join(names)}; found the keys "
             f"{', '.join(map(str, item)) or 'none'}{kind}."
         )
     plain = _from_tensor(model, _sequences(moved.pop(name)), name)
@@ -210,19 +234,15 @@ def _from_mapping(model: Any, item: Mapping[str, Any]) -> Batch:
             moved[other] = _sequences(moved[other])
     decoder = moved.get("decoder_input", moved.get("decoder_input_ids"))
     if isinstance(decoder, Tensor):
-        check_whole(decoder)
+        _check_whole(decoder)
     return Batch(
         plain.inputs,
         moved,
         tokens=plain.tokens,
-        real=_as_mask(moved.get("attention_mask", moved.get("one_zero_attention_mask"))),
+        non_padding=as_mask(moved.get("attention_mask", moved.get("one_zero_attention_mask"))),
         decoder_tokens=decoder,
-        decoder_real=_as_mask(moved.get("decoder_attention_mask")),
+        decoder_non_padding=as_mask(moved.get("decoder_attention_mask")),
     )
-
-
-def _as_mask(mask: Tensor | None) -> Tensor | None:
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _unreadable(data: object) -> DataError:
@@ -236,3 +256,23 @@ def _unreadable(data: object) -> DataError:
         "(tensors or dicts of the model's arguments) or a data set with a column text, tokens or "
         f"input_ids; found {type(data).__name__}.{alone}"
     )
+
+
+def _check_whole(tokens: Tensor) -> None:
+    """Raise a DataError unless these are whole numbers."""
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise DataError(
+            f"Token ids are whole numbers (torch.long); found a tensor of {tokens.dtype}."
+        )
+
+
+def _check_vocabulary(model: Any, tokens: Tensor) -> None:
+    """Raise a DataError if a token is not in the model's vocabulary."""
+    size = vocabulary_size(model)
+    low, high = int(tokens.min()), int(tokens.max())
+    wrong = low if low < 0 else high
+    if size > 0 and not 0 <= wrong < size:
+        raise DataError(
+            f"Token ids of this model lie between 0 and {size - 1}; found {wrong}. Was the data "
+            "tokenised for another model?"
+        )

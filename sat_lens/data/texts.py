@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sat_lens.errors import DataError
+from sat_lens.models import device_of
 
 
 def text_windows(
@@ -72,7 +73,7 @@ def text_row(model: Any, text: str) -> list[int]:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """Give the model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
         DataError: It has none, or one that knows no tokens.
@@ -86,8 +87,3 @@ def tokenizer_of(model: Any) -> Any:
             "with tokenizer.save_pretrained(folder), or give token tensors."
         )
     return tokenizer
-
-
-def device_of(model: Any) -> torch.device:
-    """Say where the model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

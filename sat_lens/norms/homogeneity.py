@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from sat_lens._checks import check_count, check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
+from sat_lens.models import last_residual
 from sat_lens.norms.arguments import columns_of_length
-from sat_lens.norms.measures import last_residual, undisturbed
+from sat_lens.norms.measures import undisturbed
 from sat_lens.norms.scaled import Which, scaled_parameters
 from sat_lens.results import Provenance, read_entries, read_result, write_result
 
@@ -44,7 +45,8 @@ class HomogeneityCurve:
     def frame(self) -> pd.DataFrame:
         """Return one row a factor c.
 
-        Columns, all of the final hidden representation and averaged over real positions:
+        Columns, all of the final hidden representation and averaged over positions that are no
+        padding:
         ``cos_saturated``, the cosine to the network at the largest c; ``cos_random``, to that
         network attending to random keys, and ``S``, the first normalised by it, both NaN for what
         is no TransformerLens model; ``cos_model``, to the network at c = 1.
@@ -173,7 +175,10 @@ def homogeneity_curve(
                 states = run(c)
                 others = (saturated, control, plain)
                 sums[:, i] += batch.size * torch.tensor(
-                    [math.nan if o is None else _cosine(states, o, batch.real) for o in others]
+                    [
+                        math.nan if o is None else _cosine(states, o, batch.non_padding)
+                        for o in others
+                    ]
                 )
             total += batch.size
     cos_saturated, cos_random, cos_model = sums / total
@@ -209,8 +214,8 @@ def _random_keys(model: Any, seed: int) -> contextlib.AbstractContextManager[Any
     return replace_attention(model, RandomKey(seed))
 
 
-def _cosine(first: Tensor, second: Tensor, real: Tensor | None) -> float:
+def _cosine(first: Tensor, second: Tensor, mask: Tensor | None) -> float:
     cosines = torch.cosine_similarity(first, second, dim=-1)
-    if real is not None and cosines.shape == real.shape:
-        return float(cosines[real.to(cosines.device)].mean())
+    if mask is not None and cosines.shape == mask.shape:
+        return float(cosines[mask.to(cosines.device)].mean())
     return float(cosines.mean())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,10 @@ from sat_lens.errors import (
     ArgumentError,
     FileFormatError,
     ModelError,
-    NotReachedError,
     UnsupportedModelError,
 )
 from sat_lens.metrics import next_token_loss
-from sat_lens.models import quiet_loading
+from sat_lens.models import last_residual, quiet_loading
 from sat_lens.roles import ROLES, head_roles
 from sat_lens.version import newer_lens
 
@@ -50,7 +50,8 @@ def saturation_measures(
 
     Returns:
         ``loss`` and ``loss_saturated`` (next-token, nats; where the model predicts the next token),
-        ``cos_saturated``, ``cos_random`` and ``S`` of the residual stream after the last layer, the
+        ``cos_saturated``, ``cos_random`` and ``S`` of the residual stream after the last layer (NaN
+        where the model passes it by no hook point), the
         mean ``lean``, ``tv_argmax`` and ``tv_mean`` of all heads, and ``role_...``, how many heads
         have each role.
 
@@ -80,13 +81,13 @@ def _outputs(model: Any, data: Any, batch_size: int, seed: int) -> dict[str, flo
         pair = run_with_saturation_cache(
             model, batch.inputs, names_filter=lambda name: name == last, **batch.kwargs
         )
-        similarity = pair.similarity("resid_post", seed=seed)
-        found = {
-            "cos_saturated": float(similarity.cos_saturated[-1]),
-            "cos_random": float(similarity.cos_random[-1]),
-        }
+        found = {"cos_saturated": math.nan, "cos_random": math.nan}
+        if last in pair.soft.cache:
+            similarity = pair.similarity("resid_post", seed=seed)
+            found["cos_saturated"] = float(similarity.cos_saturated[-1])
+            found["cos_random"] = float(similarity.cos_random[-1])
         if predicts and batch.output_tokens is not None:
-            loss = next_token_loss(batch.output_tokens, batch.output_real)
+            loss = next_token_loss(batch.output_tokens, batch.output_non_padding)
             found["loss"] = float(loss(pair.soft.logits))
             found["loss_saturated"] = float(loss(pair.saturated.logits))
         for name, value in found.items():
@@ -103,18 +104,6 @@ def _heads(model: Any, data: Any, batch_size: int, min_keys: int) -> dict[str, f
     means = {name: float(frame[name].mean()) for name in ("lean", "tv_argmax", "tv_mean")}
     counts = frame["role"].value_counts()
     return means | {f"role_{role}": float(counts.get(role, 0)) for role in ROLES}
-
-
-def last_residual(model: Any) -> str:
-    """Name the residual stream after the last layer.
-
-    Raises:
-        NotReachedError: The model shows none.
-    """
-    names = [name for name in model.hook_dict if name.endswith("hook_resid_post")]
-    if not names:
-        raise NotReachedError("This model shows no residual stream to measure similarity on.")
-    return names[-1]
 
 
 @contextlib.contextmanager

@@ -143,10 +143,10 @@ class Readout:
 
 def check_not_padding(positions: list[int] | None, batch: Batch) -> None:
     """Raise an ArgumentError if the metric reads a position at which a prompt is padded."""
-    real = batch.output_real
-    if positions is None or real is None or max(positions) >= real.shape[1]:
+    mask = batch.output_non_padding
+    if positions is None or mask is None or max(positions) >= mask.shape[1]:
         return
-    padded = [p for p in positions if not bool(real[:, p].all())]
+    padded = [p for p in positions if not bool(mask[:, p].all())]
     if padded:
         raise ArgumentError(
             f"The metric reads the positions {padded}, at which some prompts are padded. Give "

@@ -114,7 +114,7 @@ def metric_on(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
             raise ArgumentError(
                 'metric="loss" needs tokens as data; pass a function of the logits.'
             )
-        metric = next_token_loss(batch.output_tokens, batch.output_real)
+        metric = next_token_loss(batch.output_tokens, batch.output_non_padding)
     if not callable(metric):
         raise ArgumentError(
             f'metric must be "loss" or a function of the logits; {metric!r} was given.'
@@ -133,7 +133,7 @@ def _value(metric: Metric, batch: Batch, logits: Any) -> Tensor:
 
 def _counted(batch: Batch, site: AttentionSite, z: Tensor) -> Bool[Tensor, "batch query"]:
     in_decoder = site.stack in ("decoder", "cross") and batch.decoder_tokens is not None
-    real = batch.decoder_real if in_decoder else batch.real
+    real = batch.decoder_non_padding if in_decoder else batch.non_padding
     return fitting_mask(real, (z.shape[0], z.shape[1]), z.device)
 
 

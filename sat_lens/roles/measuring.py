@@ -17,7 +17,7 @@ from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
 from sat_lens.kernels import AttentionCall
-from sat_lens.models import model_name
+from sat_lens.models import model_name, unembedding, wrapped_model
 from sat_lens.results import Provenance
 from sat_lens.roles.causal import Metric, head_damage, row_importance
 from sat_lens.roles.merging import fingerprint
@@ -248,11 +248,11 @@ def newest_logits(model: Any) -> Iterator[None]:
         ...     model(tokens).shape
         torch.Size([1, 1, 2048])
     """
-    unembedding = _unembedding(model)
-    if unembedding is None:
+    module = unembedding(model)
+    if module is None:
         yield
         return
-    handle = unembedding.register_forward_pre_hook(_keep_newest)
+    handle = module.register_forward_pre_hook(_keep_newest)
     try:
         yield
     finally:
@@ -261,17 +261,8 @@ def newest_logits(model: Any) -> Iterator[None]:
 
 def without_key_value_cache(model: Any) -> dict[str, Any]:
     """Return the arguments that keep the model from storing keys and values for a later pass."""
-    original = getattr(model, "original_model", model)
-    taken = inspect.signature(original.forward).parameters
+    taken = inspect.signature(wrapped_model(model).forward).parameters
     return {"use_cache": False} if "use_cache" in taken else {}
-
-
-def _unembedding(model: Any) -> nn.Module | None:
-    of_lens = getattr(model, "unembed", None)
-    if isinstance(of_lens, nn.Module):
-        return of_lens
-    of_transformers = getattr(model, "get_output_embeddings", lambda: None)()
-    return of_transformers if isinstance(of_transformers, nn.Module) else None
 
 
 def _keep_newest(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -35,14 +35,15 @@ def content_seeds(batch: Batch) -> list[int]:
     """Return a seed for each sequence that depends on its non-padding tokens and nothing else.
 
     Example:
-        >>> first = Batch(torch.tensor([[5, 6, 0]]), {}, real=torch.tensor([[True, True, False]]))
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> first = Batch(torch.tensor([[5, 6, 0]]), {}, non_padding=mask)
         >>> content_seeds(first) == content_seeds(Batch(torch.tensor([[5, 6]]), {}))
         True
     """
-    inputs = _rows(batch.inputs, batch.real)
+    inputs = _rows(batch.inputs, batch.non_padding)
     if batch.decoder_tokens is None:
         return [_seed(row) for row in inputs]
-    decoder = _rows(batch.decoder_tokens, batch.decoder_real)
+    decoder = _rows(batch.decoder_tokens, batch.decoder_non_padding)
     return [_seed(*pair) for pair in zip(inputs, decoder, strict=True)]
 
 
@@ -339,8 +340,8 @@ class BatchReader:
 
     def _side(self, *, decoder: bool) -> tuple[Tensor | None, Tensor | None]:
         if decoder and self.batch.decoder_tokens is not None:
-            return self.batch.decoder_tokens, self.batch.decoder_real
-        return self.batch.tokens, self.batch.real
+            return self.batch.decoder_tokens, self.batch.decoder_non_padding
+        return self.batch.tokens, self.batch.non_padding
 
     def _resampling(self, batch: int) -> Float[Tensor, "batch resample"]:
         """Repeat the weights where a module folds the blocks of a sequence into its batch axis."""

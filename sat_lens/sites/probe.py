@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.kernels import AttentionCall, FusedAttention
+from sat_lens.models import device_of, main_input_name, vocabulary_size, wrapped_model
 from sat_lens.sites.naming import AttentionSite, Level, Place, places
 from sat_lens.sites.search import Call, searching
 from sat_lens.sites.shadow import run_through
@@ -67,11 +68,10 @@ def probe(
 
 def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Make up small inputs for the model, the likeliest kind first."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device, vocab = device_of(model), vocabulary_size(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    config = _hf_config(model)
+    config = getattr(wrapped_model(model), "config", None)
     own = getattr(model, "cfg", None)
-    vocab = int(getattr(own, "d_vocab", 0) or getattr(config, "vocab_size", 0) or 0)
     # As many tokens as heads would leave open which axis of the scores is which.
     n_tokens = PROBE_TOKENS + 1 if head_count_hint(model) == PROBE_TOKENS else PROBE_TOKENS
     tokens = torch.arange(1, n_tokens + 1, device=device)[None] % max(vocab, 2)
@@ -81,7 +81,7 @@ def probe_inputs(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     ]
     if own is None and getattr(config, "is_encoder_decoder", False):
         text = [((tokens,), {"decoder_input_ids": tokens[:, :-1]})]
-    main = getattr(getattr(model, "original_model", model), "main_input_name", "input_ids")
+    main = main_input_name(model)
     if main == "pixel_values":
         size = getattr(config, "image_size", 32)
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -242,10 +242,6 @@ def _discarded(call: Call) -> frozenset[str]:
     if pattern is not None and out is not None and pattern > out:
         names.add("hook_pattern")
     return frozenset(names)
-
-
-def _hf_config(model: Any) -> Any:
-    return getattr(getattr(model, "original_model", model), "config", None)
 
 
 def cuda_devices(model: Any) -> list[torch.device]:

@@ -518,8 +518,8 @@ def test_texts_are_read(reader):
     roles = sl.head_roles(reader, TEXTS, min_keys=3, **QUIET).frame()
     assert (roles["n_rows"] > 0).all()
     pair = sl.run_with_saturation_cache(reader, TEXTS)
-    assert pair.real.tolist() == [
-        [place < reader.to_tokens(text).shape[1] for place in range(pair.real.shape[1])]
+    assert pair.non_padding.tolist() == [
+        [place < reader.to_tokens(text).shape[1] for place in range(pair.non_padding.shape[1])]
         for text in TEXTS
     ]
     with torch.no_grad(), sl.saturate(reader):
