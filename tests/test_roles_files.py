@@ -101,24 +101,25 @@ def rewritten(path, tensors=None, meta=None):
     save_file(held, path, metadata={"sat_lens": json.dumps(header)})
 
 
+@pytest.mark.usefixtures("types_unchecked")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sum.lean": torch.zeros(1)}, ""),
-        ({"sum.rows": None}, "sum.rows .* found nothing"),
-        ({"sum.rows": torch.zeros(101, 5, dtype=torch.float64)}, r"\[101, 4\]; .* \[101, 5\]"),
-        ({"sum.tv_mean": torch.zeros(101, 4)}, "float64 .* found torch.float32"),
-        ({"sum.tv_mean": torch.zeros(101, 4, dtype=torch.long)}, "found torch.int64"),
-        ({"counted": torch.zeros(4, 1, dtype=torch.float64)}, r"counted .* \[4\]"),
-        ({"histogram.c_lo": torch.zeros(4, 3, dtype=torch.float64)}, "histogram.c_lo"),
-        ({"sum.rows": torch.full((101, 4), torch.nan).double()}, "sum.rows is not finite"),
+        ({"by_name/lean": torch.zeros(1)}, ""),
+        ({"by_name/rows": None}, "by_name/rows"),
+        ({"by_name/rows": torch.zeros(101, 5, dtype=torch.float64)}, r"\[101, 4\]; .* \[101, 5\]"),
+        ({"by_name/tv_mean": torch.zeros(101, 4)}, "float64 .* found torch.float32"),
+        ({"by_name/tv_mean": torch.zeros(101, 4, dtype=torch.long)}, "by_name/tv_mean must be"),
+        ({"counted": torch.zeros(4, 1, dtype=torch.float64)}, "counted must be"),
+        ({"histograms/c_lo": torch.zeros(4, 3, dtype=torch.float64)}, "histogram.c_lo"),
+        ({"by_name/rows": torch.full((101, 4), torch.nan).double()}, "sum.rows is not finite"),
     ],
 )
 def test_tensors_edited_by_hand(model, tmp_path, changes, words):
     path = tmp_path / "edited.st"
     measured(model).save(path)
     site = sl.attention_sites(model)[1].path
-    rewritten(path, {f"{site}/{name}": tensor for name, tensor in changes.items()})
+    rewritten(path, {f"sums/{site}/{name}": tensor for name, tensor in changes.items()})
     if not words:
         assert HeadRoles.load(path).n_sequences == 2
         return

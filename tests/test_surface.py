@@ -259,7 +259,6 @@ CYCLES_LEFT = {
     ("sat_lens.paper.drawing", "sat_lens.paper.grid"),
     ("sat_lens.patching.files", "sat_lens.patching.result"),
     ("sat_lens.patching.result", "sat_lens.patching.table"),
-    ("sat_lens.roles.comparing", "sat_lens.roles.result"),
 }
 
 

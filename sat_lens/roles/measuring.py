@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,13 +21,14 @@ from sat_lens.kernels import AttentionCall
 from sat_lens.models import model_name, unembedding, wrapped_model
 from sat_lens.results import Provenance
 from sat_lens.roles.causal import Metric, head_damage, row_importance
-from sat_lens.roles.merging import fingerprint
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, BatchReader, Rows, special_ids
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.statistics import measure, measure_fused, shape_of
 from sat_lens.roles.sums import Sums
 from sat_lens.sites import AttentionSite, attention_sites
+
+VALUES_PER_PARAMETER = 16
 
 
 def head_roles(
@@ -292,12 +294,32 @@ def all_reduced(
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = torch.tensor([n_sequences, int(not complete)], device=device)
     dist.all_reduce(total)
-    reduced = {}
-    for path, part in sums.items():
-        tensors = {name: tensor.to(device) for name, tensor in part.tensors().items()}
-        for tensor in tensors.values():
-            dist.all_reduce(tensor)
-        reduced[path] = Sums.from_tensors(
-            {name: t.cpu() for name, t in tensors.items()}, len(part.counted)
-        )
-    return reduced, int(total[0]), int(total[1]) == 0
+    for part in sums.values():
+        for tensor in part.tensors().values():
+            reduced = tensor.to(device)
+            dist.all_reduce(reduced)
+            tensor.copy_(reduced)
+    return sums, int(total[0]), int(total[1]) == 0
+
+
+def fingerprint(model: Any) -> str:
+    """Return a short hash by which the weights of two models are told apart.
+
+    It is made of the name and shape of every parameter and of 16 evenly spaced values of each,
+    as float32; so it changes with training and with the dtype that the weights were rounded to,
+    and not with the device.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.roles import fingerprint
+        >>> fingerprint(sl.load_model("demo")) == fingerprint(sl.load_model("demo"))
+        True
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} ".encode())
+        if parameter.numel() and not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            step = max(1, len(flat) // VALUES_PER_PARAMETER)
+            digest.update(flat[::step][:VALUES_PER_PARAMETER].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]

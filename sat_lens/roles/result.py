@@ -5,43 +5,54 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
-from torch import Tensor
 
-from sat_lens._checks import check_number
-from sat_lens.errors import ArgumentError, FileFormatError
-from sat_lens.results import Provenance, read_result, write_result
-from sat_lens.roles.comparing import comparison
+from sat_lens._checks import check_count, check_number
+from sat_lens.errors import ArgumentError
+from sat_lens.results import Result, largest
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, Rows
-from sat_lens.roles.rows import head_row
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.sums import Sums
+from sat_lens.roles.table import head_row, lean_error, share_at_offset
 from sat_lens.sites.naming import AttentionSite
 from sat_lens.vocabulary import CAUTION, DESCRIPTIONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KIND = "head roles"
-INCOMPLETE = "The measurement was interrupted: these are the numbers of what was read."
+# A change that arithmetic in float32 may make by itself.
+ROUNDING = 1e-5
+# What labels rest on: the sum of a number over rows, and that of the rows themselves.
+_SUMS = {
+    "tv_argmax": ("tv_argmax", "rows"),
+    "tv_mean": ("tv_mean", "rows"),
+    "tv_nearest": ("tv_nearest", "sampled_rows"),
+    "previous": ("mass_previous", "aligned_rows"),
+    "self": ("mass_self", "aligned_rows"),
+    "next": ("mass_next", "aligned_rows"),
+    "first": ("mass_first", "aligned_rows"),
+    "special": ("mass_special", "special_rows"),
+    "induction": ("mass_induction", "induction_rows"),
+    "duplicate": ("mass_duplicate", "duplicate_rows"),
+}
+_OF_ROLES = ("tv_argmax", "tv_mean", "tv_nearest")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class HeadRoles:
+class HeadRoles(Result, kind="head roles"):
     """What every head does with its attention; made by :func:`sat_lens.head_roles`.
 
     ``complete`` is False if the pass was interrupted: the numbers then describe the sequences that
     were read. ``weighted_by`` names the metric by whose importance rows were weighted, if any;
     ``rows``, ``query_positions`` and ``damage`` are the arguments of the measurement, and
-    ``fingerprint`` tells the weights that it was made on (:func:`sat_lens.roles.fingerprint`). A
+    ``fingerprint`` identifies the weights (:func:`sat_lens.roles.fingerprint`). Results of disjoint
+    parts of the data add up to that of the whole: ``HeadRoles.merge(parts)``. A
     label describes the shape of attention and no more: an untrained model labels every head
     ``mean``, and a ``mean`` label alone is no evidence of counting.
     """
 
-    provenance: Provenance
     sites: tuple[AttentionSite, ...]
     sums: Mapping[str, Sums]
     thresholds: Thresholds
@@ -53,6 +64,10 @@ class HeadRoles:
     query_positions: tuple[int, ...] | None = None
     damage: bool = False
     fingerprint: str = ""
+    _summed: ClassVar[tuple[str, ...]] = ("sums", "n_sequences")
+    _remedies: ClassVar[Mapping[str, str]] = {
+        "fingerprint": "They were measured on different weights; use one model, in one dtype."
+    }
 
     def frame(self) -> pd.DataFrame:
         """Return one row a head, indexed by label, in the model's order.
@@ -126,15 +141,23 @@ class HeadRoles:
     @property
     def notes(self) -> list[str]:
         """What has to be said beside the labels."""
-        return [CAUTION] if self.complete else [INCOMPLETE, CAUTION]
+        return [*super().notes, CAUTION]
 
-    def __repr__(self) -> str:
-        """Show how many heads have each role, and the notes."""
-        counts = self.frame()["role"].value_counts(sort=False)
-        named = {role or "none": int(counts[role]) for role in DESCRIPTIONS if role in counts}
-        line = ", ".join(f"{count} {role}" for role, count in named.items())
-        first = f"Head roles of {self.provenance}, {self.n_sequences} sequences: {line}"
-        return "\n".join([first, *self.notes])
+    def _lines(self) -> list[str]:
+        table = self.frame()
+        counts = table["role"].value_counts(sort=False)
+        named = [(role or "none", int(counts[role])) for role in DESCRIPTIONS if role in counts]
+        return [
+            f"{self.n_sequences} sequences, query rows with at least {self.min_keys} visible keys",
+            ", ".join(f"{count} {role}" for role, count in named),
+            f"nearest to argmax (lean): {largest(table['lean'])}",
+        ]
+
+    def _check(self) -> None:
+        check_count("n_sequences", self.n_sequences, at_least=0)
+        check_count("min_keys", self.min_keys)
+        for site in self.sites:
+            self.sums[site.path].check(site.n_heads)
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the head-role map: layers down, heads across, one colour a role."""
@@ -144,7 +167,9 @@ class HeadRoles:
         return role_map(self.frame(), title or f"Head roles: {self.provenance}{whole}")
 
     def compare(self, other: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
-        """Say which heads changed, beyond the uncertainty.
+        """Return which heads changed by more than the uncertainty.
+
+        At two standard errors about one head in twenty is marked by chance.
 
         Returns:
             One row a head: ``role`` and ``role_other``, ``target`` and ``target_other``, ``lean``,
@@ -162,7 +187,7 @@ class HeadRoles:
                 f"Needed another result of head_roles; found {type(other).__name__}."
             )
         check_number("errors, in standard errors,", errors, at_least=0)
-        return comparison(self, other, errors)
+        return _comparison(self, other, errors)
 
     def relative_to(self, initialisation: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
         """Compare with the untrained model: which labels were learned?
@@ -185,72 +210,68 @@ class HeadRoles:
         renamed |= {f"{name}_other": name for name in ("role", "target", "lean")}
         return table.rename(columns={**renamed, "changed": "learned"})
 
-    def save(self, path: str | Path) -> None:
-        """Write the result as one safetensors file with a JSON header."""
-        tensors: dict[str, Tensor] = {}
-        for site in self.sites:
-            named = self.sums[site.path].tensors()
-            tensors |= {f"{site.path}/{name}": tensor for name, tensor in named.items()}
-        sites = [{**dataclasses.asdict(s), "discarded": sorted(s.discarded)} for s in self.sites]
-        meta = {
-            "provenance": dataclasses.asdict(self.provenance),
-            "sites": sites,
-            "thresholds": dataclasses.asdict(self.thresholds),
-            "min_keys": self.min_keys,
-            "n_sequences": self.n_sequences,
-            "complete": self.complete,
-            "weighted_by": self.weighted_by,
-            "rows": self.rows,
-            "query_positions": self.query_positions,
-            "damage": self.damage,
-            "fingerprint": self.fingerprint,
-        }
-        write_result(path, KIND, tensors, meta)
 
-    @classmethod
-    def load(cls, path: str | Path) -> HeadRoles:
-        """Read a result that :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: The file is missing, broken, foreign, or holds something else.
-        """
-        tensors, meta = read_result(path, KIND)
-        try:
-            sites = tuple(
-                AttentionSite(**{**site, "discarded": frozenset(site["discarded"])})
-                for site in meta["sites"]
-            )
-            return cls(
-                provenance=Provenance(**meta["provenance"]),
-                sites=sites,
-                sums={site.path: _sums_of(site, tensors) for site in sites},
-                thresholds=Thresholds(**meta["thresholds"]),
-                min_keys=_count(meta["min_keys"]),
-                n_sequences=_count(meta["n_sequences"]),
-                complete=bool(meta["complete"]),
-                weighted_by=str(meta["weighted_by"]),
-                rows=meta["rows"] if meta["rows"] == "all" else _count(meta["rows"]),
-                query_positions=_positions(meta["query_positions"]),
-                damage=bool(meta["damage"]),
-                fingerprint=str(meta["fingerprint"]),
-            )
-        except FileFormatError as error:
-            raise FileFormatError(f"{path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+def _comparison(first: HeadRoles, other: HeadRoles, errors: float) -> pd.DataFrame:
+    mine, theirs = first.frame(), other.frame()
+    if list(mine.index) != list(theirs.index):
+        raise ArgumentError(
+            "Only results with the same heads can be compared; found "
+            f"{len(mine)} heads ({mine.index[0]}, ...) and {len(theirs)} ({theirs.index[0]}, ...)."
+        )
+    table = pd.DataFrame(index=mine.index)
+    for name in ("role", "target", "lean"):
+        table[name], table[f"{name}_other"] = mine[name], theirs[name]
+    table["change"] = theirs["lean"] - mine["lean"]
+    table["change_se"] = (mine["lean_se"] ** 2 + theirs["lean_se"] ** 2) ** 0.5
+    heads = zip(table.to_dict("records"), _heads(first, mine), _heads(other, theirs), strict=True)
+    table["moved"] = [", ".join(_moved(*head, errors)) for head in heads]
+    table["changed"] = table["moved"] != ""
+    return table
 
 
-def _sums_of(site: AttentionSite, tensors: Mapping[str, Tensor]) -> Sums:
-    prefix = f"{site.path}/"
-    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return Sums.from_tensors(own, _count(site.n_heads))
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """One head of a result, whose numbers come with their standard errors."""
+
+    sums: Sums
+    head: int
+    lean: float
+    n_sequences: int
+
+    def estimate(self, name: str) -> tuple[float, float]:
+        if self.n_sequences < 2:
+            return math.nan, math.nan
+        if name == "lean":
+            return self.lean, lean_error(self.sums, self.head)
+        if name in _SUMS:
+            total, rows = (self.sums.by_name[part][:, self.head] for part in _SUMS[name])
+            means = (total / rows)[rows > 0]
+            return (float(means[0]), float(means[1:].std())) if rows[0] > 0 else (math.nan,) * 2
+        offset = int(name.removeprefix("offset "))
+        share = share_at_offset(self.sums.histograms["offsets"][self.head], offset)
+        # A share varies most if the rows of a sequence are all alike.
+        return share, math.sqrt(share * (1 - share) / self.n_sequences)
 
 
-def _positions(value: Any) -> tuple[int, ...] | None:
-    return None if value is None else tuple(int(position) for position in value)
+def _heads(roles: HeadRoles, frame: pd.DataFrame) -> list[_Head]:
+    places = [(roles.sums[site.path], head) for site in roles.sites for head in range(site.n_heads)]
+    return [
+        _Head(*place, lean, roles.n_sequences)
+        for place, lean in zip(places, frame["lean"].tolist(), strict=True)
+    ]
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"a count was needed, and {value!r} was found")
-    return value
+def _moved(row: dict[Any, Any], first: _Head, other: _Head, errors: float) -> list[str]:
+    """The names of the numbers that moved: the lean, and those behind a label that changed."""
+    names = ["lean"]
+    if row["role"] != row["role_other"]:
+        names += _OF_ROLES
+    if row["target"] != row["target_other"]:
+        names += filter(None, (row["target"], row["target_other"]))
+    moved = []
+    for name in names:
+        (before, before_error), (after, after_error) = first.estimate(name), other.estimate(name)
+        limit = max(ROUNDING, errors * math.hypot(before_error, after_error))
+        if abs(after - before) > limit:
+            moved.append(name)
+    return moved

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.attention.critical import N_BINS
-from sat_lens.errors import FileFormatError
 from sat_lens.vocabulary import ROLES
 
 FARTHEST_OFFSET = 64
@@ -102,37 +101,17 @@ class Sums:
             self.by_name[f"damage_{name}"] += resampling.T @ damage[name].double()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, in a fixed order: what goes to files and between processes."""
+        """All tensors by name, in a fixed order."""
         named = {f"sum.{name}": self.by_name[name] for name in ALL_SUMS}
         named |= {f"histogram.{name}": self.histograms[name] for name in HISTOGRAMS}
         return {**named, "counted": self.counted}
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], n_heads: int) -> Sums:
-        """Rebuild sums from :meth:`tensors`.
-
-        Raises:
-            FileFormatError: One is missing, or is not what :meth:`tensors` gives for that many
-                heads: float64, of one shape each, and finite.
-        """
-        for name, shape in _shapes(n_heads).items():
-            found = tensors.get(name)
-            if found is None or found.dtype != torch.float64 or tuple(found.shape) != shape:
-                what = "nothing" if found is None else f"{found.dtype} of {list(found.shape)}"
-                raise FileFormatError(
-                    f"Needed the entry {name} as float64 of {list(shape)}; found {what}. Measure "
-                    "this part again."
-                )
-            if not bool(found.isfinite().all()):
-                raise FileFormatError(f"The entry {name} is not finite. Measure this part again.")
-        return cls(
-            {name: tensors[f"sum.{name}"] for name in ALL_SUMS},
-            {name: tensors[f"histogram.{name}"] for name in HISTOGRAMS},
-            tensors["counted"],
-        )
-
-
-def _shapes(n_heads: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"sum.{n}": (1 + BOOTSTRAPS, n_heads) for n in ALL_SUMS}
-    shapes |= {f"histogram.{name}": (n_heads, n_bins) for name, n_bins in HISTOGRAMS.items()}
-    return shapes | {"counted": (n_heads,)}
+    def check(self, n_heads: int) -> None:
+        """Raise a ValueError unless all tensors are finite float64 of the right shapes."""
+        found = self.tensors()
+        for name, empty in Sums.empty(n_heads).tensors().items():
+            wanted, given = (f"{t.dtype} of {list(t.shape)}" for t in (empty, found[name]))
+            if wanted != given:
+                raise ValueError(f"{name} must be {wanted}; found {given}")
+            if not bool(found[name].isfinite().all()):
+                raise ValueError(f"{name} is not finite")

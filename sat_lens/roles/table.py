@@ -18,7 +18,7 @@ from sat_lens.vocabulary import ROLES
 
 
 def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds) -> dict[str, Any]:
-    """Give all columns of one head; :meth:`HeadRoles.frame` says what they mean."""
+    """Return all columns of one head; :meth:`HeadRoles.frame` says what they mean."""
     mean = _Means({name: float(value[0, head]) for name, value in sums.by_name.items()})
     histograms = {name: value[head] for name, value in sums.histograms.items()}
     tv_argmax, tv_mean = mean.distance("tv_argmax"), mean.distance("tv_mean")
@@ -65,14 +65,14 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
 
 
 def lean_error(sums: Sums, head: int) -> float:
-    """Give the standard deviation of the head's lean over resamples of the sequences."""
+    """Return the standard deviation of the head's lean over resamples of the sequences."""
     argmax, mean = (sums.by_name[name][1:, head] for name in ("tv_argmax", "tv_mean"))
     leans = (mean / (argmax + mean))[sums.by_name["rows"][1:, head] > 0]
     return float(leans.std()) if len(leans) > 1 else math.nan
 
 
 def share_at_offset(histogram: Float[Tensor, " offset"], offset: float) -> float:
-    """Give the share of a histogram over offsets that lies at one of them; NaN where there is none.
+    """Return the share of a histogram over offsets at one of them; NaN where there is none.
 
     Example:
         >>> histogram = torch.zeros(OFFSET_BINS)
@@ -120,7 +120,7 @@ def _damage(mean: _Means, role: str) -> dict[str, float]:
 
 
 def _mode(offsets: Tensor) -> tuple[float, float]:
-    """Give the commonest offset and its share; the bins at both ends are of no one offset."""
+    """Return the commonest offset and its share; the bins at both ends are of no one offset."""
     best = int(offsets[1:-1].argmax()) + 1
     if not float(offsets[best]):
         return math.nan, 0.0 if float(offsets.sum()) else math.nan
