@@ -351,6 +351,7 @@ def test_a_result_is_shown_in_a_few_lines():
     assert "tensor" not in str(made)
 
 
+@pytest.mark.usefixtures("types_unchecked")
 def test_parts_add_up():
     values = {"values": torch.ones(2), "anything": {}, "limit": 1.0}
     one, two = sample(**values), sample(**values | {"limit": 2.0, "complete": False})

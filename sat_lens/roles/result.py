@@ -186,7 +186,7 @@ class HeadRoles(Result, kind="head roles"):
             raise ArgumentError(
                 f"Needed another result of head_roles; found {type(other).__name__}."
             )
-        check_number("errors, in standard errors,", errors, at_least=0)
+        check_number("errors, a number of standard errors,", errors, at_least=0)
         return _comparison(self, other, errors)
 
     def relative_to(self, initialisation: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
