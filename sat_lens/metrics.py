@@ -11,7 +11,6 @@ function.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sat_lens._checks import is_integer, is_number
+from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError, NonFiniteError
+
+# A function of a model's logits that gives a scalar. It may carry ``positions``, the query
+# positions that it reads, and ``per_prompt``, the same function with one value for each prompt.
+Metric = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class LogitDifference:
         return [self.position]
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
-        """Give one value per prompt, in nats.
+        """Return one value per prompt, in nats.
 
         Raises:
             ArgumentError: The logits lack the position, a token, or as many prompts.
@@ -49,7 +53,7 @@ class LogitDifference:
         return (at.gather(1, answer[:, None]) - at.gather(1, wrong[:, None])).squeeze(1)
 
     def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
-        """Give the mean over prompts."""
+        """Return the mean over prompts."""
         return self.per_prompt(logits).mean()
 
     def _check(self, logits: Tensor) -> None:
@@ -78,7 +82,7 @@ class NextTokenLoss:
     non_padding: Tensor | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
-        """Give the mean over the positions of each prompt.
+        """Return the mean over the positions of each prompt.
 
         Raises:
             ArgumentError: The logits are of other prompts or positions than the tokens.
@@ -96,7 +100,7 @@ class NextTokenLoss:
         return (losses * mask).sum(1) / mask.sum(1)
 
     def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
-        """Give the mean over prompts, each weighing the same."""
+        """Return the mean over prompts, each weighing the same."""
         return self.per_prompt(logits).mean()
 
     def _counted(self, losses: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ class KLToSoft:
     non_padding: Tensor | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
-        """Give the mean over the positions of each prompt; padding counts nothing.
+        """Return the mean over the positions of each prompt; padding counts nothing.
 
         Raises:
             ArgumentError: The logits have another shape than the soft ones.
@@ -133,14 +137,14 @@ class KLToSoft:
         return (divergence * mask).sum(1) / mask.sum(1)
 
     def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
-        """Give the mean over prompts."""
+        """Return the mean over prompts."""
         return self.per_prompt(logits).mean()
 
 
 def logit_difference(
     answer: int | Sequence[int] | Tensor, wrong: int | Sequence[int] | Tensor, position: int = -1
 ) -> LogitDifference:
-    """Make the metric "logit of the answer minus logit of the wrong answer".
+    """Return the metric "logit of the answer minus logit of the wrong answer".
 
     Args:
         answer: Token id of the right answer, one or one per prompt.
@@ -171,7 +175,7 @@ def logit_difference(
 def next_token_loss(
     tokens: Int[Tensor, "batch position"], attention_mask: Tensor | None = None
 ) -> NextTokenLoss:
-    """Make the metric "mean next-token loss on these tokens".
+    """Return the metric "mean next-token loss on these tokens".
 
     Args:
         tokens: The tokens that the logits are of.
@@ -198,7 +202,7 @@ def next_token_loss(
 def has_next_token(
     tokens: Int[Tensor, "batch position"], mask: Tensor | None = None
 ) -> Bool[Tensor, " batch"]:
-    """Say of each prompt whether it has a next token to predict.
+    """Whether each prompt has a next token to predict.
 
     Example:
         >>> import torch
@@ -215,7 +219,7 @@ def kl_to_soft(
     positions: Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
 ) -> KLToSoft:
-    """Make the metric "divergence from these soft logits", at all positions or the given ones.
+    """Return the metric "divergence from these soft logits", at all positions or the given ones.
 
     Args:
         soft_logits: The logits to compare with.
@@ -271,31 +275,98 @@ def _mask_of(mask: Tensor, shape: torch.Size) -> Bool[Tensor, "batch position"]:
     return mask.bool()
 
 
-def metric_value(metric: Callable[[Any], Any], logits: Any) -> float:
-    """Call a metric and check that it gives one finite number.
+def metric_of(metric: Any, batch: Batch) -> Metric:
+    """Return a metric as a function of logits; ``"loss"`` is the next-token loss of the batch.
 
     Raises:
-        ArgumentError: It gives something else than one number.
-        NonFiniteError: The number is NaN or infinite.
+        ArgumentError: It is neither, or the batch has no tokens to have a loss on.
+    """
+    if isinstance(metric, str) and metric == "loss":
+        if batch.output_tokens is None:
+            raise ArgumentError(
+                'metric="loss" needs tokens as data; pass a function of the logits.'
+            )
+        return next_token_loss(batch.output_tokens, batch.output_non_padding)
+    if not callable(metric):
+        raise ArgumentError(
+            f'metric must be "loss" or a function of the logits; {metric!r} was given.'
+        )
+    return metric
 
-    Example:
-        >>> import torch
-        >>> from sat_lens.metrics import metric_value
-        >>> metric_value(lambda logits: logits.mean(), torch.ones(1, 2, 3))
-        1.0
+
+def call_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Tensor:
+    """Call a metric: a scalar, with its gradient if it has one, or one value for each prompt.
+
+    Args:
+        metric: A function of logits.
+        logits: What a model gave.
+        n_prompts: How many values are wanted; None for a scalar.
+
+    Raises:
+        ArgumentError: It gives something else.
     """
     if not callable(metric):
         raise ArgumentError(f"A metric is a function of the logits; {metric!r} was given.")
-    value = metric(logits)
-    if isinstance(value, Tensor):
+    if n_prompts is None:
+        value = metric(logits)
+        if is_number(value):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ArgumentError(f"A metric must give a scalar; {metric!r} gave {kind}.")
         if value.numel() != 1:
             raise ArgumentError(
-                f"A metric must give a scalar; {metric!r} gave shape {list(value.shape)}. Take its "
-                "mean over prompts."
+                f"A metric must give a scalar tensor; {metric!r} gave shape {list(value.shape)}. "
+                "Take its mean over prompts."
             )
-        value = value.item()
-    if not is_number(value):
-        raise ArgumentError(f"A metric must give a scalar; {metric!r} gave {type(value).__name__}.")
-    if not math.isfinite(value):
-        raise NonFiniteError(f"The metric {metric!r} gave {value}. Check what it divides by.")
-    return float(value)
+        return value.reshape(())
+    value = getattr(metric, "per_prompt", metric)(logits)
+    if not isinstance(value, Tensor) or value.shape != (n_prompts,):
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ArgumentError(
+            "reduce=None needs a metric with .per_prompt(logits), or one that gives a tensor "
+            f"with one value for each of {n_prompts} prompts; found {found}."
+        )
+    return value
+
+
+def read_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Tensor:
+    """Call a metric as :func:`call_metric` does, and return its finite value without a gradient.
+
+    Raises:
+        ArgumentError: It gives something else than one number, or than one for each prompt.
+        NonFiniteError: A value is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.metrics import read_metric
+        >>> read_metric(lambda logits: logits.mean(), torch.ones(1, 2, 3))
+        tensor(1.)
+    """
+    value = call_metric(metric, logits, n_prompts).detach().cpu()
+    if not bool(value.isfinite().all()):
+        raise NonFiniteError(
+            f"The metric {metric!r} gave {value.tolist()}. Check what it divides by."
+        )
+    return value.float()
+
+
+def positions_read(metric: Metric, logits: Any) -> list[int] | None:
+    """Return the positions that a metric names in ``.positions``, counted from the start.
+
+    None if it names none, or the logits are not ``[batch, position, vocabulary]``.
+
+    Raises:
+        ArgumentError: It names none of the logits' positions.
+    """
+    named = getattr(metric, "positions", None)
+    if named is None or not isinstance(logits, Tensor) or logits.dim() != 3:
+        return None
+    n_positions = logits.shape[1]
+    positions = [int(p) for p in named]
+    if not positions or any(not -n_positions <= p < n_positions for p in positions):
+        raise ArgumentError(
+            f"The metric {metric!r} names the positions {positions}, and the logits have "
+            f"{n_positions}."
+        )
+    return sorted({p % n_positions for p in positions})

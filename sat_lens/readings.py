@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from sat_lens.caching import mean_cosine
 from sat_lens.data import Batch
-from sat_lens.metrics import metric_value
+from sat_lens.metrics import Metric, read_metric
 
 # A mean, and how many positions or sequences it is over.
 Mean = tuple[float, int]
@@ -50,7 +48,7 @@ class Reading:
 
     batch: Batch
     streams: dict[str, str]
-    metric: Callable[[Any], Tensor] | None
+    metric: Metric | None
     predicts: bool
 
     def soft(self, logits: Tensor, stream: dict[str, Tensor]) -> SoftRun:
@@ -69,7 +67,7 @@ class Reading:
         if self.predicts and self.batch.output_tokens is not None:
             found["loss"] = _mean(self._losses(self.batch.output_tokens.to(log_q.device), log_q))
         if self.metric is not None:
-            found["metric"] = metric_value(self.metric, logits), self.batch.size
+            found["metric"] = float(read_metric(self.metric, logits)), self.batch.size
         return {name: mean for name, mean in found.items() if mean[1]}
 
     def cosines(self, soft: SoftRun, changed: dict[str, Tensor]) -> dict[str, Mean]:

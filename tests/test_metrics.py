@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.metrics import has_next_token, metric_value
+from sat_lens.metrics import has_next_token, read_metric
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(2, 6), st.integers(2, 7))
 
@@ -137,7 +137,7 @@ def test_the_value_is_the_mean_over_prompts_and_has_a_gradient(shape):
         torch.testing.assert_close(value, metric.per_prompt(logits).mean())
         value.backward()
         assert logits.grad.isfinite().all()
-        assert metric_value(metric, logits) == pytest.approx(value.item())
+        assert float(read_metric(metric, logits)) == pytest.approx(value.item())
 
 
 def test_has_next_token():
@@ -198,7 +198,7 @@ def test_a_prompt_without_a_next_token(tokens, mask):
 
 @pytest.mark.parametrize("value", [2.5, 2, torch.tensor(2.5), torch.tensor([[2.0]])])
 def test_a_metric_gives_one_number(value):
-    assert metric_value(lambda _logits: value, None) == float(value)
+    assert read_metric(lambda _logits: value, None) == float(value)
 
 
 @pytest.mark.parametrize(
@@ -214,10 +214,10 @@ def test_a_metric_gives_one_number(value):
 )
 def test_what_is_no_number(value, kind, words):
     with refusal(*words, kind=kind):
-        metric_value(lambda _logits: value, None)
+        read_metric(lambda _logits: value, None)
 
 
 @pytest.mark.usefixtures("types_unchecked")
 def test_what_is_no_function():
     with refusal("function of the logits", "'loss'"):
-        metric_value("loss", None)
+        read_metric("loss", None)

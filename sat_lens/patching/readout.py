@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sat_lens.data import Batch
-from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.metrics import metric_value
-
-Metric = Callable[[Any], Any]
+from sat_lens.errors import ArgumentError
+from sat_lens.metrics import Metric, call_metric, positions_read, read_metric
 
 
 class Readout:
@@ -38,11 +36,9 @@ class Readout:
         self._n_positions = 0
         self._whole: Tensor | None = None
 
-    def raw(self, logits: Any) -> Any:
+    def raw(self, logits: Any) -> Tensor:
         """Call the metric, with its gradient if there is one."""
-        if self.per_prompt and hasattr(self.metric, "per_prompt"):
-            return self.metric.per_prompt(logits)
-        return self.metric(logits)
+        return call_metric(self.metric, logits, self.n_prompts if self.per_prompt else None)
 
     def value(self, logits: Any) -> Tensor:
         """Read the metric off logits of all positions: a scalar, or one value per prompt.
@@ -51,18 +47,7 @@ class Readout:
             ArgumentError: It gives something else.
             NonFiniteError: A value is NaN or infinite.
         """
-        if not self.per_prompt:
-            return torch.tensor(metric_value(self.metric, logits))
-        value = self.raw(logits)
-        if not isinstance(value, Tensor) or value.shape != (self.n_prompts,):
-            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ArgumentError(
-                "reduce=None needs a metric with .per_prompt(logits), or one that gives a tensor "
-                f"with one value for each of {self.n_prompts} prompts; found {found}."
-            )
-        if not bool(value.isfinite().all()):
-            raise NonFiniteError(f"The metric {self.metric!r} gave {value.tolist()}.")
-        return value.detach().float().cpu()
+        return read_metric(self.metric, logits, self.n_prompts if self.per_prompt else None)
 
     def raw_at(self, logits: Tensor) -> Any:
         """Call the metric on logits of ``positions`` alone, ``[batch, len(positions), vocab]``."""
@@ -84,7 +69,7 @@ class Readout:
             ArgumentError: The metric reads other positions than it says.
         """
         self.tried = True
-        positions = _positions_of(self.metric, logits)
+        positions = positions_read(self.metric, logits)
         if positions is None:
             return
         self.named = positions
@@ -153,22 +138,6 @@ def check_not_padding(positions: list[int] | None, batch: Batch) -> None:
             "prompts of equal length, pad on the left (a dict of input and attention_mask), or "
             "read each prompt at its own last token."
         )
-
-
-def _positions_of(metric: Metric, logits: Any) -> list[int] | None:
-    """Read the positions that a metric names, counted from the start."""
-    named = getattr(metric, "positions", None)
-    if named is None or not isinstance(logits, Tensor) or logits.dim() != 3:
-        return None
-    n_positions = logits.shape[1]
-    positions = [int(p) for p in named]
-    outside = [p for p in positions if not -n_positions <= p < n_positions]
-    if outside or not positions:
-        raise ArgumentError(
-            f"The metric {metric!r} names the positions {positions}, and the logits have "
-            f"{n_positions}."
-        )
-    return sorted({p % n_positions for p in positions})
 
 
 def _agree(first: Any, second: Any) -> bool:

@@ -22,6 +22,7 @@ from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_m
 from sat_lens.attention import Limit, Transform
 from sat_lens.data import Data
 from sat_lens.errors import ArgumentError
+from sat_lens.metrics import Metric
 from sat_lens.models import model_name
 from sat_lens.patching.arguments import (
     check_metric,
@@ -33,7 +34,7 @@ from sat_lens.patching.arguments import (
 from sat_lens.patching.baselines import check_depends, make_baseline
 from sat_lens.patching.exact import empty_values, measure, tasks_of
 from sat_lens.patching.items import Item, read_items
-from sat_lens.patching.readout import Metric, Readout, check_not_padding
+from sat_lens.patching.readout import Readout, check_not_padding
 from sat_lens.patching.recording import BaseRun
 from sat_lens.patching.runs import Local, Patch, Setting, patched_logits
 from sat_lens.patching.saturable import SaturableHeads

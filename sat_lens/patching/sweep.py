@@ -27,6 +27,7 @@ from torch import Tensor
 from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
 from sat_lens.attention import Limit, RandomKey, Transform
 from sat_lens.data import Data
+from sat_lens.metrics import Metric
 from sat_lens.patching.activations import COMPONENTS, Component
 from sat_lens.patching.arguments import (
     check_combination,
@@ -44,7 +45,7 @@ from sat_lens.patching.exact import Measured, tasks_of
 from sat_lens.patching.items import Groups, Positions, check_positions, read_items
 from sat_lens.patching.lengths import lengths_of
 from sat_lens.patching.methods import Job, Method
-from sat_lens.patching.readout import Metric, Readout, check_not_padding
+from sat_lens.patching.readout import Readout, check_not_padding
 from sat_lens.patching.result import HeadSweep
 from sat_lens.patching.runs import FromRun, Local, Patch, Setting, activations_of
 from sat_lens.sites import Heads, attention_sites

@@ -24,17 +24,15 @@ from torch import Tensor, nn
 
 from sat_lens.attention import Limit, Transform, Uniform
 from sat_lens.data import Batch
-from sat_lens.errors import ArgumentError, NonFiniteError, UnsupportedModelError
+from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.intervention import attached
-from sat_lens.metrics import next_token_loss
+from sat_lens.metrics import Metric, call_metric, metric_of, read_metric
 from sat_lens.roles.positions import fitting_mask
 from sat_lens.sites import AttentionSite
 
-Metric = Callable[[Any], Tensor] | str
-
 
 def row_importance(
-    model: Any, batch: Batch, sites: list[AttentionSite], metric: Metric
+    model: Any, batch: Batch, sites: list[AttentionSite], metric: Metric | str
 ) -> dict[str, Float[Tensor, "batch head query"]]:
     """Return the importance of every query row, by the path of the attention module.
 
@@ -107,28 +105,13 @@ def _keeping_z(model: Any, site: AttentionSite, outputs: dict[str, Tensor]) -> I
         handle.remove()
 
 
-def metric_on(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
-    """Return the metric as a function of this batch's logits; ``"loss"`` is the next-token loss."""
-    if metric == "loss":
-        if batch.output_tokens is None:
-            raise ArgumentError(
-                'metric="loss" needs tokens as data; pass a function of the logits.'
-            )
-        metric = next_token_loss(batch.output_tokens, batch.output_non_padding)
-    if not callable(metric):
-        raise ArgumentError(
-            f'metric must be "loss" or a function of the logits; {metric!r} was given.'
-        )
-    return metric
-
-
-def _value(metric: Metric, batch: Batch, logits: Any) -> Tensor:
-    value = metric_on(metric, batch)(logits)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+def _value(metric: Metric | str, batch: Batch, logits: Any) -> Tensor:
+    value = call_metric(metric_of(metric, batch), logits)
+    if not value.requires_grad:
         raise ArgumentError(
             f"The metric {metric!r} must give a scalar tensor that depends on the logits."
         )
-    return value.reshape(())
+    return value
 
 
 def _counted(batch: Batch, site: AttentionSite, z: Tensor) -> Bool[Tensor, "batch query"]:
@@ -154,7 +137,7 @@ REPLACEMENTS: dict[str, Transform] = {
 
 
 def head_damage(
-    model: Any, batch: Batch, sites: list[AttentionSite], metric: Metric
+    model: Any, batch: Batch, sites: list[AttentionSite], metric: Metric | str
 ) -> dict[str, dict[str, Float[Tensor, "batch head"]]]:
     """Measure the damage of every replacement at every head, for each sequence of a batch.
 
@@ -209,16 +192,8 @@ def _without_output(model: Any, site: AttentionSite, head: int) -> Iterator[None
         handle.remove()
 
 
-def _per_prompt(metric: Metric, batch: Batch) -> Callable[[Any], Tensor]:
-    chosen = metric_on(metric, batch)
-    function = getattr(chosen, "per_prompt", chosen)
-
-    def values(logits: Any) -> Tensor:
-        value = torch.as_tensor(function(logits)).detach().double().cpu()
-        if value.numel() not in (1, batch.size):
-            raise ArgumentError(f"The metric gave shape {list(value.shape)}; a scalar was needed.")
-        if not bool(value.isfinite().all()):
-            raise NonFiniteError(f"The metric {metric!r} is not finite.")
-        return value.expand(batch.size)
-
-    return values
+def _per_prompt(metric: Metric | str, batch: Batch) -> Callable[[Any], Tensor]:
+    chosen = metric_of(metric, batch)
+    # A metric without values per prompt counts as much for each of them.
+    n_prompts = batch.size if hasattr(chosen, "per_prompt") else None
+    return lambda logits: read_metric(chosen, logits, n_prompts).double().expand(batch.size)

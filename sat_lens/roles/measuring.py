@@ -18,9 +18,10 @@ from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
 from sat_lens.kernels import AttentionCall
+from sat_lens.metrics import Metric
 from sat_lens.models import model_name, unembedding, wrapped_model
 from sat_lens.results import Provenance
-from sat_lens.roles.causal import Metric, head_damage, row_importance
+from sat_lens.roles.causal import head_damage, row_importance
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, BatchReader, Rows, special_ids
 from sat_lens.roles.result import HeadRoles
 from sat_lens.roles.rule import Thresholds
@@ -35,7 +36,7 @@ def head_roles(
     model: Any,
     data: Data,
     *,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
     query_positions: Sequence[int] | None = None,
     min_keys: int = 8,
     rows: Rows = ROWS_PER_SEQUENCE,
@@ -182,7 +183,7 @@ def _check_predicts_next(model: Any, batch: Batch) -> None:
         )
 
 
-def _nothing_counted(min_keys: int, metric: Metric | None) -> str:
+def _nothing_counted(min_keys: int, metric: Metric | str | None) -> str:
     if metric is None:
         return (
             f"No query row has {min_keys} visible keys, so there is nothing to judge heads by. "
