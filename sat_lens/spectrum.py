@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens import figures
 from sat_lens._checks import require_lens_model
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import check_scale
@@ -82,9 +83,7 @@ class ScalingCurve(Result, kind="scaling curve"):
 
     def plot(self) -> Figure:
         """Draw every measure against the inverse temperature."""
-        from sat_lens.figures import scaling_curve_figure
-
-        return scaling_curve_figure(self.frame(), str(self.provenance))
+        return figures.scaling_curve_figure(self.frame(), str(self.provenance))
 
     def _check(self) -> None:
         check_columns(self.columns, len(self.scales))

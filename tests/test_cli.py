@@ -245,7 +245,7 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(
     def load(name):
         pytest.fail("The model was loaded before the mistake was found.")
 
-    monkeypatch.setattr("sat_lens.patching.command.load_model", load)
+    monkeypatch.setattr("sat_lens.cli._sweep.load_model", load)
     monkeypatch.setattr("sat_lens.models.load_model", load)
     status, out, error = run(*arguments)
     assert (status, out) == (2, "")
@@ -351,13 +351,6 @@ def test_help_and_import_cost_next_to_nothing(code):
     heavy = "{'torch', 'transformer_lens', 'transformers', 'pandas', 'matplotlib'}"
     out = python(f"import sys\n{code}\nprint(sorted({heavy} & sys.modules.keys()))")
     assert out.splitlines()[-1] == "[]"
-
-
-def test_a_report_needs_no_matplotlib():
-    arguments = ["report", "--sequences", "2", "--context", "16", "--quiet"]
-    code = f"import sys, sat_lens.cli as c\nc.main({arguments})\n"
-    out = python(code + "print(sorted({'matplotlib', 'sat_lens.viz'} & sys.modules.keys()))")
-    assert out.splitlines()[-1] == "['sat_lens.viz']"
 
 
 PRINTING = "import sys, sat_lens.cli as c, sat_lens.cli.check as k\nk.run = lambda _: {}\n"

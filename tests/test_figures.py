@@ -16,9 +16,8 @@ from text_attacks import ATTACKS
 
 from sat_lens import figures
 from sat_lens.errors import ArgumentError
-from sat_lens.figures import curves
-from sat_lens.figures.marks import visible
-from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES
+from sat_lens.figures import drawing
+from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES, visible
 
 TARGETS = ["", "previous", "offset -3", "first", "induction", "self"]
 
@@ -46,6 +45,8 @@ def texts_of(figure: Figure) -> list[str]:
 def drawn_texts(figure: Figure):
     FigureCanvasAgg(figure).draw()
     found = list(figure.texts)
+    for legend in figure.legends:
+        found += [legend.get_title(), *legend.get_texts()]
     for axes in figure.axes:
         found += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
         if axes.axison:
@@ -77,6 +78,12 @@ def outside(figure: Figure) -> list[str]:
         for text, box in boxes
         if box.x0 < -1 or box.y0 < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1
     ]
+
+
+def on_paper(cell):
+    """The colour that a cell of some opacity has on white."""
+    *color, opacity = cell.get_facecolor()
+    return [1 - opacity + opacity * part for part in color]
 
 
 def growth():
@@ -247,7 +254,7 @@ def test_a_clearer_role_has_a_stronger_colour():
         {"layer": [0, 0], "head": [0, 1], "role": ["mean"] * 2, "agreement": [0.1, 1.0]}
     )
     cells = figures.role_map(frame, "t").axes[0].patches
-    pale, strong = [cell.get_facecolor() for cell in cells]
+    pale, strong = [on_paper(cell) for cell in cells]
     assert sum(pale[:3]) > sum(strong[:3])
 
 
@@ -284,10 +291,10 @@ def test_importing_leaves_matplotlib_alone():
 
 def test_scales_stand_in_order_with_the_ends_apart():
     scales = [0.0, 0.5, 1.0, 2.0, math.inf]
-    places = curves.scale_places(scales)
+    places = drawing.scale_places(scales)
     assert places == sorted(places)
-    assert curves.scale_places([1.0]) == [0.0]
-    assert curves.scale_places([0.0, math.inf]) == [-1.5, 1.5]
+    assert drawing.scale_places([1.0]) == [0.0]
+    assert drawing.scale_places([0.0, math.inf]) == [-1.5, 1.5]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def test_the_command_writes_what_a_sweep_gives(
     assert (out / f"sweep.{kind}").read_bytes().startswith(start)
     page = (out / "sweep.html").read_text()
     assert page.count("<svg") == 1
-    assert "x = &#x27;&lt;b&gt;&amp;&#x27; if range(1" in page
+    assert PROMPT in html.unescape(page)
+    assert "&lt;b&gt;&amp;" in page
     assert "<b>" not in page
     largest = expected["effect"].abs().idxmax()
     assert f"<th>{largest}</th>" in page

@@ -13,7 +13,7 @@ from pandas.testing import assert_frame_equal
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, DataError, FileFormatError, NonFiniteError
-from sat_lens.figures.layout import measure_groups
+from sat_lens.figures.drawing import measure_groups
 from sat_lens.results import Provenance, read_result, write_result
 from sat_lens.spectrum import DEFAULT_SCALES, ScalingCurve
 

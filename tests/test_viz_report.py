@@ -23,14 +23,12 @@ from text_attacks import ATTACKS
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, FileFormatError
-from sat_lens.figures import marks
-from sat_lens.figures.marks import visible
 from sat_lens.results import Provenance
 from sat_lens.viz import write_report
-from sat_lens.viz.maps import step_charts
+from sat_lens.viz.maps import clearest
 from sat_lens.viz.page import asset, circuitsvis_bundle
 from sat_lens.viz.patterns import encode_saturated, encode_soft, patterns_of
-from sat_lens.viz.report import clearest
+from sat_lens.vocabulary import ROLE_COLORS, visible
 
 
 @pytest.fixture(scope="module")
@@ -287,18 +285,8 @@ def test_heads_without_a_counted_row_are_grey_and_named(tmp_path):
     for label, role in frame["role"].items():
         assert ("r-none" in cells[label]["class"]) == (role == "")
         assert ("no row" in cells[label]["aria-label"]) == (role == "")
-    bars = [a for _, a in page.elements if "bar" in a.get("class", "").split()]
-    assert len(bars) == int((frame["role"] != "").sum())
-
-
-def test_step_0_stands_apart_at_the_left():
-    steps = pd.DataFrame({"step": [0, 1, 10, 100], "norm": [1.0, 1.1, 2.0, 4.0]})
-    (chart,) = step_charts(steps)
-    places = [dot["x"] for dot in chart["lines"][0]["dots"]]
-    assert places == pytest.approx([0.0, 0.1, 0.55, 1.0])
-    assert [tick["text"] for tick in chart["x_ticks"]] == ["0", "1", "10", "100"]
-    (later,) = step_charts(steps[1:])
-    assert later["lines"][0]["dots"][0]["x"] == 0.0
+    ranged = [text for text in page.texts if text in frame.index]
+    assert ranged == list(frame.index[frame["role"] != ""])
 
 
 def test_the_clearest_head_is_opened(llama, tmp_path):
@@ -311,7 +299,7 @@ def test_the_clearest_head_is_opened(llama, tmp_path):
 
 def test_the_style_has_the_colours_of_the_figures():
     style = asset("base.css")
-    for role, color in marks.ROLE_COLORS.items():
+    for role, color in ROLE_COLORS.items():
         assert re.search(rf"--{role}: {color};", style, re.IGNORECASE)
 
 

@@ -16,9 +16,9 @@ from text_attacks import ATTACKS
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError
-from sat_lens.figures.marks import visible
 from sat_lens.viz.page import circuitsvis_bundle, content_security_policy, embedded_json
-from sat_lens.viz.text import WORD_JOINER, inert, token_strings
+from sat_lens.viz.patterns import WORD_JOINER, inert, token_strings
+from sat_lens.vocabulary import visible
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None))
 

@@ -14,9 +14,9 @@ from text_attacks import ATTACKS
 import sat_lens as sl
 from sat_lens import viz
 from sat_lens.errors import ArgumentError, HeadSelectionError
-from sat_lens.figures.marks import visible
 from sat_lens.viz.page import circuitsvis_bundle
-from sat_lens.viz.text import WORD_JOINER
+from sat_lens.viz.patterns import WORD_JOINER
+from sat_lens.vocabulary import visible
 
 
 @pytest.fixture(scope="module")

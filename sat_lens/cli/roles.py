@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _write(roles: HeadRoles, options: argparse.Namespace) -> int:
+    from sat_lens.figures import figure_bytes
     from sat_lens.results import write_csv, write_whole
 
     if options.csv:
@@ -60,8 +60,7 @@ def _write(roles: HeadRoles, options: argparse.Namespace) -> int:
     if options.out:
         roles.save(options.out)
     if options.figure:
-        drawn = io.BytesIO()
-        roles.plot().savefig(drawn, dpi=150, format=options.figure.suffix[1:].lower())
-        write_whole(options.figure, drawn.getvalue())
+        drawn = figure_bytes(roles.plot(), options.figure.suffix[1:].lower())
+        write_whole(options.figure, drawn)
     print(short_table(roles.frame()))
     return status_of(roles.complete)

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     check_folder(options.out)
     if not options.prompt.strip():
         raise ArgumentError("--prompt holds no text to predict the next token of.")
-    from sat_lens.patching.command import run_sweep
+    from sat_lens.cli._sweep import COLUMNS, run_sweep
 
     result, files = run_sweep(
         options.model,
@@ -48,7 +48,6 @@ def run(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     table = result.frame().sort_values("effect", key=abs, ascending=False).head(SHOWN_HEADS)
-    columns = ["effect", "normalised", "random_effect", "random_spread"]
-    print(table[columns].to_string(float_format="{:.3f}".format))
+    print(table[COLUMNS].to_string(float_format="{:.3f}".format))
     print(f"\nThe page is {files.page}, the table {files.table}, the figure {files.figure}")
     return status_of(result.complete)

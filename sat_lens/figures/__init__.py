@@ -1,10 +1,10 @@
 """Static figures (matplotlib) from tables, tensors and labels.
 
-Everything here takes plain tables and tensors and gives a ``matplotlib`` figure; nothing knows
-TransformerLens, and importing it leaves matplotlib's global state alone. Save a figure with
-``figure.savefig("roles.pdf")``: PNG, SVG and PDF work without a display.
+A function takes plain tables and tensors and returns a ``matplotlib`` figure; nothing here knows
+a model or a result. Save a figure with ``figure.savefig("roles.pdf")``: PNG, SVG and PDF work
+without a display. Importing it neither imports matplotlib nor changes its global state.
 
-When not to use it: to look around interactively; :mod:`sat_lens.viz` is for that.
+For an interactive view of heads see :mod:`sat_lens.viz`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sat_lens.figures.curves import growth_figure, scaling_curve_figure, training_figure
-    from sat_lens.figures.maps import grid_map, role_map, sweep_map
-
-# Imported when first used: pages need the marks and the layout beside them, and no matplotlib.
-_PLACES = {
-    "grid_map": "maps",
-    "growth_figure": "curves",
-    "role_map": "maps",
-    "scaling_curve_figure": "curves",
-    "sweep_map": "maps",
-    "training_figure": "curves",
-}
+    from sat_lens.figures.drawing import (
+        figure_bytes,
+        grid_map,
+        growth_figure,
+        panels,
+        role_map,
+        scale_range_figure,
+        scaling_curve_figure,
+        sweep_map,
+        training_figure,
+    )
 
 __all__ = [
+    "figure_bytes",
     "grid_map",
     "growth_figure",
+    "panels",
     "role_map",
+    "scale_range_figure",
     "scaling_curve_figure",
     "sweep_map",
     "training_figure",
@@ -37,8 +39,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(importlib.import_module(f"sat_lens.figures.{_PLACES[name]}"), name)
+    # Results import this room for their plots; matplotlib costs half a second, once one is drawn.
+    if name in __all__:
+        return getattr(importlib.import_module("sat_lens.figures.drawing"), name)
     raise AttributeError(f"module 'sat_lens.figures' has no attribute {name!r}")
 
 

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sat_lens import figures
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.norms.heads import HeadWeights, heads_of, model_width
 from sat_lens.norms.names import canonical_name, inner_norms
@@ -100,11 +101,9 @@ class RescalingShare:
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the share that the best rescaling removes, pair by pair in the model's order."""
-        from sat_lens.figures import growth_figure
-
         by_pair = self.frame()["share_minimal"].unstack("pair", sort=False)
         drawn = by_pair.reindex(list(dict.fromkeys(self.labels))).reset_index(drop=True)
-        return growth_figure(
+        return figures.growth_figure(
             drawn.rename_axis("pair, in the model's order"),
             title or f"Share of the squared norm that is rescaling: {self.provenance}",
             x="pair, in the model's order",

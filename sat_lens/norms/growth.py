@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens import figures
 from sat_lens._checks import check_count, require_lens_model
 from sat_lens.errors import ArgumentError
 from sat_lens.norms.arguments import (
@@ -149,14 +150,12 @@ class NormGrowth:
         Raises:
             ArgumentError: There is no such column, or no saturation was measured.
         """
-        from sat_lens.figures import growth_figure, training_figure
-
         if columns is not None and not isinstance(columns, (str, list, tuple)):
             raise ArgumentError(f"columns are names of columns of frame(); found {columns!r}.")
         named = title or f"Norm growth: {self.provenance}"
         frame, by_step = self.frame(), x == "step"
         if columns is None and by_step:
-            return training_figure(frame, named)
+            return figures.training_figure(frame, named)
         if not by_step:
             self._check_column(x)
         chosen = [columns] if isinstance(columns, str) else columns
@@ -166,7 +165,9 @@ class NormGrowth:
                 raise ArgumentError(
                     "No saturation was measured: pass data= to norm_growth, or columns= here."
                 )
-        return growth_figure(frame, named, x=x, columns=chosen, log_x=by_step, log_y=by_step)
+        return figures.growth_figure(
+            frame, named, x=x, columns=chosen, log_x=by_step, log_y=by_step
+        )
 
     def _check_column(self, name: object) -> None:
         if name not in self.columns:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sat_lens import figures
 from sat_lens._checks import check_count, check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.models import last_residual
@@ -58,9 +59,8 @@ class HomogeneityCurve:
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the similarities against c."""
-        from sat_lens.figures import scaling_curve_figure
-
-        return scaling_curve_figure(self.frame(), title or f"Parameters x c: {self.provenance}")
+        named = title or f"Parameters x c: {self.provenance}"
+        return figures.scaling_curve_figure(self.frame(), named)
 
     def save(self, path: str | Path) -> None:
         """Write the result as one safetensors file with a JSON header."""

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sat_lens import figures
 from sat_lens._checks import check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.models import model_name
@@ -122,11 +123,9 @@ class ParameterNorms:
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the norms of the components, block by block in the model's order."""
-        from sat_lens.figures import growth_figure
-
         blocks = self.frame("layer").drop(index="outside", errors="ignore")
         blocks = blocks.loc[:, (blocks > 0).any()]
-        return growth_figure(
+        return figures.growth_figure(
             blocks.set_axis(range(len(blocks)), axis=0),
             title or f"Parameter norms by layer: {self.provenance}",
             x="block",

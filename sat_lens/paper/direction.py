@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from sat_lens.figures.curves import INK
 from sat_lens.norms import NormGrowth
 from sat_lens.paper.claims import Claim, Reproduction, verdict
 from sat_lens.paper.drawing import lines, panels
 from sat_lens.paper.language import LanguageRun, equal_steps, measured_growth, trained_run
+from sat_lens.vocabulary import INK
 
 LATE = 5
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,14 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from sat_lens.figures import marks
-from sat_lens.figures.curves import INK, QUIET
-from sat_lens.figures.shown import ShownFigure
+from sat_lens import figures
+from sat_lens.vocabulary import INK, LINES, NEGATIVE, POSITIVE, QUIET
 
 if TYPE_CHECKING:
     from sat_lens.paper.grid import GrowthGrid
 
-_COLOURS = LinearSegmentedColormap.from_list("growth", [marks.NEGATIVE, "white", marks.POSITIVE])
+_COLOURS = LinearSegmentedColormap.from_list("growth", [NEGATIVE, "white", POSITIVE])
 _LOST: dict[str, Any] = {"facecolor": "#E8E8E8", "edgecolor": "#9A9A9A", "hatch": "////"}
 # Octaves: a cell that collapses must not take the colour from the rest.
 _LEAST_RANGE, _MOST_RANGE = 0.1, 2.0
@@ -31,18 +29,7 @@ _COLLAPSED = 1e-6
 
 def panels(count: int, title: str, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
     """Make a figure of some panels in a row, its title in words above them."""
-    width = max(6.4, 3.6 * count)
-    figure = ShownFigure(figsize=(width, height + 0.5), facecolor="white", layout="constrained")
-    words = "\n".join(textwrap.wrap(marks.visible(title), int(width * 11)))
-    figure.suptitle(words, size=10, color=INK, weight="bold", x=0.02, ha="left").set_parse_math(
-        False
-    )
-    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color("#BBBBBB")
-        panel.tick_params(labelsize=7.5, colors=QUIET, length=2)
-    return figure, axes
+    return figures.panels(count, title, across=count, size=(max(6.4 / count, 3.6), height))
 
 
 def lines(
@@ -66,7 +53,7 @@ def lines(
         values = table[name].to_numpy(dtype=float)
         keep = np.isfinite(values) & ((places > 0) | (not log_x)) & ((values > 0) | (not log_y))
         style = "--" if name in dashed else "-o"
-        color = marks.LINES[number % len(marks.LINES)]
+        color = LINES[number % len(LINES)]
         axes.plot(places[keep], values[keep], style, color=color, lw=1.5, ms=3, label=words)
     if log_x:
         logarithmic(axes, "x", multiples=(1,))

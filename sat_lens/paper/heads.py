@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sat_lens.figures import marks
-from sat_lens.figures.curves import INK, QUIET
 from sat_lens.norms import scaled_parameters
 from sat_lens.paper import masks
 from sat_lens.paper.claims import Claim, Reproduction, verdict
@@ -21,6 +19,7 @@ from sat_lens.paper.language import LanguageRun, trained_run
 from sat_lens.paper.measures import MIN_KEYS
 from sat_lens.paper.network import Mask, SmallTransformer
 from sat_lens.roles import head_roles
+from sat_lens.vocabulary import INK, LINES, QUIET
 
 MANY, FEW = 0.25, 2.0
 LEAKED = 0.01
@@ -186,7 +185,7 @@ def _dots(axes: Axes, parts: dict[str, pd.DataFrame]) -> None:
     """Draw one dot a head and a line at the mean number of visible keys."""
     for number, (words, part) in enumerate(parts.items()):
         heads = [str(name) for name in part["head"]]
-        color, style, size = marks.LINES[number], "osD"[number], 5 - number
+        color, style, size = LINES[number], "osD"[number], 5 - number
         axes.plot(heads, part["positions"].to_numpy(), style, ms=size, color=color, label=words)
     visible = float(next(iter(parts.values()))["visible"].iloc[0])
     axes.axhline(visible, color="#BBBBBB", lw=0.9, ls="--", label="visible keys, mean")

@@ -24,12 +24,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sat_lens.errors import ArgumentError, DataError
-from sat_lens.figures import marks
-from sat_lens.figures.curves import INK
 from sat_lens.norms.checkpoints import list_checkpoints
 from sat_lens.norms.measures import lens_model, undisturbed
 from sat_lens.paper.drawing import lines, panels
 from sat_lens.results import Provenance
+from sat_lens.vocabulary import INK, visible
 
 MIN_KEYS = 8
 # The boundary: narrowing per doubling of steps is below this share of what it was at its fastest.
@@ -128,7 +127,7 @@ class Narrowing:
 
     def name(self, token: int) -> str:
         """Say what to call a token."""
-        return marks.visible(self.names.get(token, f"token {token}"))
+        return visible(self.names.get(token, f"token {token}"))
 
 
 def attention_narrowing(

@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sat_lens.figures.curves import INK
 from sat_lens.norms import Exponent, NormGrowth
 from sat_lens.paper.claims import Claim, Reproduction, verdict
 from sat_lens.paper.drawing import lines, panels
 from sat_lens.paper.language import measured_growth, trained_run
+from sat_lens.vocabulary import INK
 
 GREW = 1.01
 NEAR = 0.1

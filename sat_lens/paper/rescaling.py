@@ -10,11 +10,11 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sat_lens.figures.curves import INK
 from sat_lens.norms import rescaling_share
 from sat_lens.paper.claims import Claim, Reproduction, verdict
 from sat_lens.paper.drawing import lines, panels
 from sat_lens.paper.language import LanguageRun, trained_run
+from sat_lens.vocabulary import INK
 
 LITTLE, MOST = 0.05, 0.5
 PAIRS = {"qk": "W_Q, W_K", "vo": "W_V, W_O", "mlp": "mlp"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sat_lens.figures.curves import INK
 from sat_lens.paper.claims import Claim, Reproduction, number, verdict
 from sat_lens.paper.drawing import lines, panels
 from sat_lens.paper.language import measured_growth, trained_run
+from sat_lens.vocabulary import INK
 
 CLEAR = 0.05
 MEASURES = ("cos_saturated", "cos_random", "S", "lean", "loss", "loss_saturated")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sat_lens.figures.curves import INK
 from sat_lens.norms import homogeneity_curve
 from sat_lens.norms.scaled import Which
 from sat_lens.paper.claims import Claim, Reproduction, number, verdict
 from sat_lens.paper.drawing import lines, panels
 from sat_lens.paper.language import LanguageRun, trained_run
+from sat_lens.vocabulary import INK
 
 CLEAR = 0.05
 SCALES = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0)

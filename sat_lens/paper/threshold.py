@@ -21,8 +21,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sat_lens.demo.corpus import corpus_name, training_texts
-from sat_lens.figures.curves import INK, QUIET
-from sat_lens.figures.marks import LINES
 from sat_lens.norms.scaled import scaled_parameters
 from sat_lens.paper.claims import Claim, Reproduction, verdict
 from sat_lens.paper.drawing import panels
@@ -37,6 +35,7 @@ from sat_lens.paper.network import (
 )
 from sat_lens.theory.descent import octaves
 from sat_lens.theory.flow import squares
+from sat_lens.vocabulary import INK, LINES, QUIET
 
 CONSTRUCTED, NATURAL = "labels partly flipped", "language model"
 # A norm is at its threshold within this share, growth has stopped below this share per doubling.

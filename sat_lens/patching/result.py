@@ -12,6 +12,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sat_lens import figures
 from sat_lens.errors import ArgumentError
 from sat_lens.patching.files import as_file, fields_from_file, read_checks
 from sat_lens.patching.items import Item
@@ -215,8 +216,6 @@ class HeadSweep:
             ArgumentError: The quantity is unknown, was not measured or is NaN everywhere, groups
                 were swept, or the model has several stacks (select the heads of one).
         """
-        from sat_lens.figures import sweep_map
-
         if quantity not in QUANTITIES:
             raise ArgumentError(
                 f"There is no quantity {quantity!r} to draw; try one of {', '.join(QUANTITIES)}."
@@ -239,7 +238,7 @@ class HeadSweep:
         if not bool(self.confirmed.all()):
             what += f", {self.method}: approximate where not confirmed"
         reference = random_size(self) if quantity == "effect" else None
-        return sweep_map(grid, title or title_of(self), what, reference=reference)
+        return figures.sweep_map(grid, title or title_of(self), what, reference=reference)
 
     def save(self, path: str | Path) -> None:
         """Write the result as one safetensors file with a JSON header."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from sat_lens import figures
 from sat_lens._checks import check_count, check_number
 from sat_lens.errors import ArgumentError
 from sat_lens.results import Result, largest
@@ -161,10 +162,8 @@ class HeadRoles(Result, kind="head roles"):
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the head-role map: layers down, heads across, one colour a role."""
-        from sat_lens.figures import role_map
-
         whole = "" if self.complete else " (interrupted)"
-        return role_map(self.frame(), title or f"Head roles: {self.provenance}{whole}")
+        return figures.role_map(self.frame(), title or f"Head roles: {self.provenance}{whole}")
 
     def compare(self, other: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
         """Return which heads changed by more than the uncertainty.

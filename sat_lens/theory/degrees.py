@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sat_lens import figures
 from sat_lens.errors import ArgumentError, NonFiniteError, NotReachedError
 from sat_lens.norms.measures import undisturbed
 from sat_lens.norms.scaled import Which, scaled_parameters
@@ -93,9 +94,7 @@ class Degree:
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the norm of the output against c, both on logarithmic axes."""
-        from sat_lens.figures import growth_figure
-
-        return growth_figure(self.frame(), title or str(self), x="c", columns=["norm"])
+        return figures.growth_figure(self.frame(), title or str(self), x="c", columns=["norm"])
 
 
 def degree_of_homogeneity(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sat_lens import figures
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.norms.measures import kept_random_state
 from sat_lens.results import Provenance
@@ -69,11 +70,11 @@ class Descent:
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the norm, and the norm at which it stops growing, against the step."""
-        from sat_lens.figures import growth_figure
-
         frame = self.frame().replace(math.inf, math.nan)
         drawn = ["norm", *(["stationary"] if frame["stationary"].notna().any() else [])]
-        return growth_figure(frame, title or f"Gradient descent: {self.provenance}", columns=drawn)
+        return figures.growth_figure(
+            frame, title or f"Gradient descent: {self.provenance}", columns=drawn
+        )
 
 
 def descend(

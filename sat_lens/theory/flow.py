@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sat_lens import figures
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.norms.measures import kept_random_state
 from sat_lens.results import Provenance
@@ -71,12 +72,12 @@ class NormFlow:
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw what was measured and the two formulas against the step size."""
-        from sat_lens.figures import growth_figure
-
         named = title or f"Change of the squared norm over a time of {self.time:g}"
         columns = ["measured", "gradient", "outputs"]
         frame = self.frame().rename_axis("step size")
-        return growth_figure(frame, named, x="step size", columns=columns, log_x=False, log_y=False)
+        return figures.growth_figure(
+            frame, named, x="step size", columns=columns, log_x=False, log_y=False
+        )
 
 
 def norm_flow(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from sat_lens import figures
 from sat_lens.errors import ArgumentError, NotReachedError
 from sat_lens.results import Provenance
 from sat_lens.theory.degrees import Degree, degree_of_homogeneity
@@ -64,11 +65,9 @@ class PartDegrees:
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the local exponent of each part against c."""
-        from sat_lens.figures import growth_figure
-
         columns = {name: degree.frame()["exponent"] for name, degree in self.degrees.items()}
         named = title or f"Local degree of homogeneity: {self.provenance}"
-        return growth_figure(pd.DataFrame(columns).iloc[1:], named, x="c", log_y=False)
+        return figures.growth_figure(pd.DataFrame(columns).iloc[1:], named, x="c", log_y=False)
 
 
 def part_degrees(

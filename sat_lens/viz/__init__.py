@@ -4,10 +4,17 @@ A view displays itself in Jupyter, VS Code and Colab, and ``save_html`` writes i
 opens without a network. When not to use it: for a paper; :mod:`sat_lens.figures` draws vectors.
 """
 
+from sat_lens.viz.patterns import token_strings
 from sat_lens.viz.report import write_report
-from sat_lens.viz.text import token_strings
-from sat_lens.viz.view import FigureView, View
-from sat_lens.viz.views import attention, role_map, row_changes, tokens, top_tokens
+from sat_lens.viz.views import (
+    FigureView,
+    View,
+    attention,
+    role_map,
+    row_changes,
+    tokens,
+    top_tokens,
+)
 
 __all__ = [
     "FigureView",

@@ -1,8 +1,9 @@
 """Pages: one self-contained HTML file, one copy of circuitsvis, and nothing that it could load.
 
 Whatever comes from outside (tokens, names, titles) reaches a page as data: through an autoescaping
-template, or as JSON that cannot close its element. The Content-Security-Policy names our scripts
-and styles by hash and forbids everything else, every request above all.
+template, as JSON that cannot close its element, or as the words of a drawing. The
+Content-Security-Policy names our scripts and styles by hash and forbids everything else, every
+request above all.
 """
 
 from __future__ import annotations
@@ -12,13 +13,33 @@ import functools
 import hashlib
 import json
 import math
+import re
+from collections.abc import Iterator
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from sat_lens.figures.marks import visible
+from sat_lens import figures
+from sat_lens.vocabulary import HATCHED, INK, PAPER, QUIET, RULE, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What may stand in a drawing on a page, and the page's own colours in place of a figure's.
+_ELEMENTS = {"svg", "g", "defs", "clipPath", "pattern", "path", "rect", "use", "text"}
+_ATTRIBUTES = {
+    "clip-path", "d", "fill", "fill-opacity", "font-size", "font-weight", "height", "href", "id",
+    "opacity", "patternUnits", "stroke", "stroke-dasharray", "stroke-linejoin", "stroke-opacity",
+    "stroke-width", "text-anchor", "transform", "viewBox", "width", "x", "y",
+}  # fmt: skip
+_COLORS = {INK: "currentColor", QUIET: "var(--quiet)", RULE: "var(--rule)",
+           PAPER: "var(--paper)", HATCHED: "var(--quiet)"}  # fmt: skip
+_NUMBER = re.compile(r"-?\d+\.\d+")
+_NO_TURN = re.compile(r"rotate\(-?0 [^)]*\)")
 
 
 @functools.cache
@@ -29,8 +50,10 @@ def circuitsvis_bundle() -> str:
     return bundle.read_text("utf-8").replace("</script", r"<\/script")
 
 
-def asset(name: str) -> str:
-    """Read a style sheet or a script of our own."""
+def asset(name: str, folder: Path | None = None) -> str:
+    """Read a style sheet or a script: from a folder that has one of this name, or our own."""
+    if folder is not None and (folder / name).is_file():
+        return (folder / name).read_text("utf-8")
     return (resources.files("sat_lens.viz") / "templates" / name).read_text("utf-8")
 
 
@@ -50,20 +73,48 @@ def embedded_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def render(template: str, *, styles: list[str], scripts: list[str], **context: Any) -> str:
+def inline_svg(figure: Figure, label: str) -> Markup:
+    """Return a matplotlib figure as SVG to stand in a page, in the page's colours, light or dark.
+
+    The page's policy allows no inline styles, so they become attributes; the ground is left clear,
+    and inks become those of the page. The same figure gives the same text.
+
+    Args:
+        figure: The figure. Its strong colours are kept, pale ones have to be transparent.
+        label: What the drawing shows, for those who cannot see it; differs from those of other
+            drawings on the page.
+    """
+    label = visible(label)
+    drawn = figures.figure_bytes(figure, "svg", salt=label, for_page=True)
+    root = ElementTree.fromstring(drawn)
+    width, height = (round(inches * 96) for inches in figure.get_size_inches())
+    root.attrib |= {"width": str(width), "height": str(height)}
+    svg = _element(root)
+    return Markup(f'<svg class="drawing" role="img" aria-label="{escape(label)}"' + svg[4:])
+
+
+def render(
+    template: str,
+    *,
+    styles: list[str],
+    scripts: list[str],
+    folder: Path | None = None,
+    **context: Any,
+) -> str:
     """Fill a template with a context; everything in it that is not ours is escaped.
 
     Args:
-        template: The name of the template.
+        template: The name of a template, which extends ``base.html``.
         styles: Names of style sheets, in their order.
         scripts: Names of scripts, in their order; circuitsvis goes before them.
-        **context: What the template reads.
+        folder: Where else to look for templates, style sheets and scripts, before our own.
+        **context: What the template reads; ``title`` is needed.
     """
-    style = "\n".join(asset(name) for name in styles)
-    own = "\n".join(asset(name) for name in scripts)
+    style = "\n".join(asset(name, folder) for name in styles)
+    own = "\n".join(asset(name, folder) for name in scripts)
     sources = [circuitsvis_bundle(), own] if scripts else []
     return (
-        _environment()
+        _environment(folder)
         .get_template(template)
         .render(
             csp=content_security_policy(style, sources),
@@ -84,9 +135,11 @@ def content_security_policy(style: str, scripts: list[str]) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment(folder: Path | None) -> jinja2.Environment:
+    own: jinja2.BaseLoader = jinja2.PackageLoader("sat_lens.viz", "templates")
+    loaders = [own] if folder is None else [jinja2.FileSystemLoader(folder), own]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sat_lens.viz", "templates"),
+        loader=jinja2.ChoiceLoader(loaders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -95,6 +148,34 @@ def _environment() -> jinja2.Environment:
     environment.filters["visible"] = lambda value: visible(str(value))
     environment.filters["embedded_json"] = embedded_json
     return environment
+
+
+def _element(element: ElementTree.Element) -> str:
+    """Write one element of a drawing, and what is in it, as compact HTML."""
+    tag = element.tag.rpartition("}")[2]
+    if tag not in _ELEMENTS:
+        return ""
+    found = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+    parts = [part.split(": ", 1) for part in found.pop("style", "").split("; ") if part]
+    found |= dict(parts)
+    if tag == "g":
+        found.pop("id", None)  # a name in matplotlib; what is referred to by id is no group
+    found = {name: value for name, value in found.items() if name in _ATTRIBUTES}
+    inside = str(escape(element.text or "")) if tag == "text" else "".join(map(_element, element))
+    if tag in ("g", "defs") and not (inside and (found or tag == "defs")):
+        return inside
+    written = [f' {name}="{escape(value)}"' for name, value in _attributes(found) if value]
+    return f"<{tag}{''.join(written)}>{inside}</{tag}>"
+
+
+def _attributes(found: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Put the page's colours in place of the figure's, and two decimals in place of many."""
+    for name, value in found.items():
+        if name in ("fill", "stroke"):
+            yield name, _COLORS.get(value.upper(), value)
+        else:
+            short = " ".join(_NO_TURN.sub("", value).split()).removesuffix("px")
+            yield name, _NUMBER.sub(lambda number: f"{round(float(number[0]), 2):g}", short)
 
 
 def _digest(source: str) -> str:

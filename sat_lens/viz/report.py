@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
+from markupsafe import Markup
 
+from sat_lens import figures
 from sat_lens.caching import SaturationPair
 from sat_lens.errors import ArgumentError
-from sat_lens.figures import marks
-from sat_lens.figures.layout import records_of
+from sat_lens.figures.drawing import PANELS, head_stacks, measure_groups
 from sat_lens.results import csv_text, write_whole
 from sat_lens.roles.result import HeadRoles
-from sat_lens.viz import maps
-from sat_lens.viz.checks import (
-    check_pair,
-    check_roles,
-    check_same_heads,
-    frame_of,
-    names_that_differ,
+from sat_lens.viz.maps import check_roles, clearest, role_maps
+from sat_lens.viz.page import inline_svg, render
+from sat_lens.viz.patterns import (
+    Patterns,
+    Tokens,
+    encode_saturated,
+    encode_soft,
+    patterns_of,
+    tokens_of,
 )
-from sat_lens.viz.page import render
-from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
-from sat_lens.viz.text import Tokens
-from sat_lens.vocabulary import CAUTION, DESCRIPTIONS
+from sat_lens.vocabulary import (
+    CAUTION,
+    DESCRIPTIONS,
+    MINUS,
+    TARGET_MARKS,
+    TARGET_WORDS,
+    TIMES,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 MOST_POSITIONS = 256
+# The name of every model that was built in memory, so that it tells nothing.
+_NAMELESS = ("", "external")
 _EFFECTS = ("effect", "random_effect", "random_spread")
 _MASSES = ("previous", "self", "next", "first", "special", "induction", "duplicate")
 
@@ -85,10 +102,9 @@ def write_report(
         True
     """
     check_roles(roles)
-    check_pair(pair)
     found = patterns_of(pair)
     _check_size(found)
-    check_same_heads(roles, found, sweep)
+    _check_same_heads(roles, found, sweep)
     frame = _head_table(roles, sweep)
     page = render(
         "report.html",
@@ -96,18 +112,18 @@ def write_report(
         scripts=["patterns.js", "heads.js", "table.js", "report.js"],
         title=title or f"Head roles of {roles.provenance.model}",
         line=_one_line(roles, pair, frame),
-        notes=names_that_differ(roles, patterns=pair, spectrum=curve, sweep=sweep),
+        notes=_names_that_differ(roles, patterns=pair, spectrum=curve, sweep=sweep),
         versions=roles.provenance.versions,
         complete=roles.complete,
-        maps=maps.role_maps(frame),
+        maps=role_maps(frame),
         wide=_columns_across(frame) > 16,
         legend=_legend(frame),
         caution=CAUTION,
         start=clearest(frame),
-        charts=maps.scale_charts(frame_of("curve", curve)) if curve is not None else [],
-        bars=maps.scale_bars(frame),
+        charts=_scale_charts(_frame_of("curve", curve)) if curve is not None else [],
+        ranges=_ranges(frame),
         sweep=_sweep(frame, sweep) if sweep is not None else None,
-        growth=maps.step_charts(frame_of("growth", growth)) if growth is not None else [],
+        growth=_step_charts(_frame_of("growth", growth)) if growth is not None else [],
         data=_data(frame, found, tokens, pair, roles),
         csv=csv_text(frame.rename_axis("label")),
     )  # fmt: skip
@@ -116,30 +132,78 @@ def write_report(
     return target
 
 
-def clearest(frame: pd.DataFrame) -> int:
-    """Say which row holds the clearest head: the argmax side first, where a head does most.
+def _frame_of(name: str, result: Any) -> pd.DataFrame:
+    """Read the table of a result.
 
-    Example:
-        >>> frame = pd.DataFrame({"role": ["mean", "argmax"], "target": ["", ""],
-        ...                       "agreement": [1.0, 0.9]})
-        >>> clearest(frame)
-        1
+    Raises:
+        ArgumentError: It has none, or an empty one.
     """
-    records = records_of(frame)
+    frame = result.frame() if callable(getattr(result, "frame", None)) else None
+    if not isinstance(frame, pd.DataFrame) or frame.empty:
+        raise ArgumentError(
+            f"{name} must be a result with a frame() of at least one row; found "
+            f"{type(result).__name__}."
+        )
+    return frame
 
-    def key(index: int) -> tuple[bool, bool, float]:
-        record = records[index]
-        settled = record["role"] in ("argmax", "subset")
-        return settled, settled and bool(record["target"]), marks.clarity(record)
 
-    return max(range(len(records)), key=key)
+def _check_same_heads(roles: HeadRoles, found: Sequence[Patterns], sweep: Any) -> None:
+    """Raise an ArgumentError if the results are of models with other layers or heads."""
+    known = {(site.stack, site.layer): site.n_heads for site in roles.sites}
+    for patterns in found:
+        site = patterns.site
+        if known.get((site.stack, site.layer)) != site.n_heads:
+            raise ArgumentError(
+                f"The pair and the roles are of different models: the pair has {site.n_heads} "
+                f"heads in {site.path}, and the roles {_counted(known, site.stack)}. Measure both "
+                "on one model."
+            )
+    for stack, (layers, heads) in getattr(sweep, "shapes", {}).items():
+        of_stack = [(layer, n) for (name, layer), n in known.items() if name == stack]
+        size = max((n for _, n in of_stack), default=0)
+        if (layers, heads) != (max((n for n, _ in of_stack), default=-1) + 1, size):
+            raise ArgumentError(
+                f"The sweep and the roles are of different models: the sweep's has {layers} layers "
+                f"of {heads} heads, and the roles {_counted(known, stack)}. Measure both on one "
+                "model."
+            )
+
+
+def _names_that_differ(roles: HeadRoles, **results: Any) -> list[str]:
+    """Say which results carry the name of another model than the roles do.
+
+    A name is no proof: one model can be loaded from two places, and all models built in memory
+    share theirs. So this is for the reader of the page to judge.
+    """
+    own = _plain_name(roles)
+    notes = []
+    for what, result in results.items():
+        name = _plain_name(result)
+        if own and name and name != own:
+            notes.append(
+                f"The roles were measured on a model called {own}, the {what} on one called {name}."
+            )
+    for note in notes:
+        log.warning(note)
+    return notes
+
+
+def _plain_name(result: Any) -> str:
+    """The last part of a model's name, or nothing where it tells nothing."""
+    name = str(getattr(getattr(result, "provenance", None), "model", ""))
+    return "" if name in _NAMELESS else PurePath(name).name
+
+
+def _counted(known: dict[tuple[str, int], int], stack: str) -> str:
+    heads = [n for (name, _), n in known.items() if name == stack]
+    return f"{len(heads)} layers of {max(heads, default=0)}"
 
 
 def _head_table(roles: HeadRoles, sweep: Any) -> pd.DataFrame:
     frame = roles.frame()
     if sweep is None:
         return frame
-    effects = frame_of("sweep", sweep)
+    effects = _frame_of("sweep", sweep)
     if "effect" not in effects.columns or not set(effects.index) <= set(frame.index):
         raise ArgumentError(
             "The sweep's frame() needs a row a head, indexed by the labels of the roles, with the "
@@ -173,8 +237,8 @@ def _one_line(roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame) -> st
     sequences = f"{roles.n_sequences:,} sequence{'s' if roles.n_sequences != 1 else ''}"
     source = f" of {roles.provenance.data}" if roles.provenance.data else ""
     shape = ", ".join(
-        f"{len(m.layers)} layers {marks.TIMES} {m.heads} heads{f' ({m.stack})' if m.stack else ''}"
-        for m in maps.role_maps(frame)
+        f"{len(m.layers)} layers {TIMES} {m.heads} heads{f' ({m.stack})' if m.stack else ''}"
+        for m in role_maps(frame)
     )
     return (
         f"{roles.provenance.model}: {shape}, measured on {sequences}{source}"
@@ -188,7 +252,7 @@ def _scale(pair: SaturationPair) -> str:
 
 
 def _columns_across(frame: pd.DataFrame) -> int:
-    return sum(m.heads for m in maps.role_maps(frame))
+    return sum(m.heads for m in role_maps(frame))
 
 
 def _legend(frame: pd.DataFrame) -> dict[str, Any]:
@@ -201,27 +265,72 @@ def _legend(frame: pd.DataFrame) -> dict[str, Any]:
             if role or role in counts
         ],
         "targets": [
-            (marks.TARGET_MARKS.get(name, f"{marks.MINUS}k"), name, words)
-            for name, words in marks.TARGET_WORDS.items()
+            (TARGET_MARKS.get(name, f"{MINUS}k"), name, words)
+            for name, words in TARGET_WORDS.items()
             if name in kinds
         ],
     }
+
+
+def _scale_charts(frame: pd.DataFrame) -> list[Markup]:
+    """Draw one small chart a measure against the inverse temperature."""
+    return [
+        _chart(figures.scaling_curve_figure(frame[names], None), f"{words} against c")
+        for words, names in measure_groups([str(name) for name in frame.columns]).items()
+    ]
+
+
+def _step_charts(frame: pd.DataFrame) -> list[Markup]:
+    """Draw norms, saturation and losses against steps; of another table every column by itself."""
+    table = frame.set_index("step") if "step" in frame.columns else frame
+    numeric = table.select_dtypes("number").dropna(axis="columns", how="all")
+    groups = {words: [n for n in names if n in numeric] for words, names in PANELS.items()}
+    if any(groups.values()):
+        drawn = {
+            words: figures.training_figure(numeric[names], None)
+            for words, names in groups.items()
+            if names
+        }
+    else:
+        drawn = {
+            str(name): figures.growth_figure(numeric, None, columns=[str(name)], log_y=False)
+            for name in numeric
+        }
+    return [_chart(figure, f"{words} against steps") for words, figure in drawn.items()]
+
+
+def _chart(figure: Figure, label: str) -> Markup:
+    figure.set_size_inches(3.7, 2.5)
+    return inline_svg(figure, label)
+
+
+def _ranges(frame: pd.DataFrame) -> Markup | None:
+    """Draw the range of c of each head, where roles were measured with one."""
+    if not {"c_lo", "c_hi"} <= set(frame.columns):
+        return None
+    if not (frame["c_lo"].notna() & frame["c_hi"].notna()).any():
+        return None
+    return inline_svg(figures.scale_range_figure(frame, None), "Range of c of every head")
 
 
 def _sweep(frame: pd.DataFrame, sweep: Any) -> dict[str, Any]:
     effects = frame["effect"].dropna()
     ranked = effects.reindex(effects.abs().sort_values(ascending=False, kind="stable").index)
     rows = sweep.frame().index.value_counts()
-    limit = float(effects.abs().max()) if len(effects) else 0.0
+    maps = []
+    for stack, part in head_stacks(frame):
+        grid = part.pivot(index="layer", columns="head", values="effect")
+        if grid.notna().any(axis=None):
+            full = grid.reindex(range(int(part["layer"].max()) + 1))
+            drawn = figures.sweep_map(torch.tensor(full.to_numpy()), None, "effect on the metric")
+            maps.append((stack, inline_svg(drawn, f"Effect of saturating each head {stack}")))
     return {
-        "maps": maps.effect_maps(frame, "effect"),
-        "limit": f"{limit:.3g}",
+        "maps": maps,
         "ranked": [
             {
                 "label": str(label),
                 "role": str(frame.loc[label, "role"]),
                 "effect": f"{value:+.3g}",
-                "share": abs(value) / limit if limit else 0.0,
                 "sign": "pos" if value >= 0 else "neg",
             }
             for label, value in ranked.head(12).items()
@@ -265,7 +374,7 @@ def _data(
         "columns": {str(name): _column(frame[name]) for name in frame.columns},
         "masses": [name for name in _MASSES if name in frame.columns],
         "descriptions": DESCRIPTIONS,
-        "targets": marks.TARGET_WORDS,
+        "targets": TARGET_WORDS,
         "where": [where.get(str(label)) for label in frame.index],
         "sites": sites,
         "texts": texts,

@@ -1,28 +1,94 @@
-"""Views for notebooks: each displays itself, and saves itself as a page."""
+"""Views for notebooks: each displays itself, and saves itself as a page.
+
+A view is a page of its own, in a frame of fixed height, so a notebook can neither shrink it nor
+disturb it. Frames with patterns carry circuitsvis (1.3 MB), because frames cannot share it.
+"""
 
 from __future__ import annotations
 
-import base64
+import dataclasses
+import html
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sat_lens import figures
 from sat_lens.caching import SaturationPair
 from sat_lens.errors import ArgumentError
-from sat_lens.figures.marks import clarity
+from sat_lens.results import write_whole
 from sat_lens.roles.result import HeadRoles
 from sat_lens.sites.selection import Heads, select_heads
-from sat_lens.viz.checks import check_pair, check_roles
-from sat_lens.viz.page import render
-from sat_lens.viz.patterns import Patterns, encode_saturated, encode_soft, patterns_of, tokens_of
-from sat_lens.viz.text import Tokens, inert
-from sat_lens.viz.view import FigureView, View, component_view, drawn
-from sat_lens.vocabulary import CAUTION
+from sat_lens.viz.maps import check_roles
+from sat_lens.viz.page import inline_svg, render
+from sat_lens.viz.patterns import (
+    Patterns,
+    Tokens,
+    encode_saturated,
+    encode_soft,
+    inert,
+    patterns_of,
+    tokens_of,
+)
+from sat_lens.vocabulary import CAUTION, clarity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_HEADS = 8
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A view that displays itself in a notebook.
+
+    Example:
+        >>> from sat_lens.viz import View
+        >>> View("A title", "<!doctype html><p>text</p>", 100)._repr_html_()[:7]
+        '<iframe'
+    """
+
+    title: str
+    page: str = dataclasses.field(repr=False)
+    height: int
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write the view as one HTML file that opens without a network."""
+        write_whole(path, self.page.encode("utf-8", "backslashreplace"))
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        source = html.escape(self.page.encode("utf-8", "backslashreplace").decode())
+        title = html.escape(self.title.encode("utf-8", "backslashreplace").decode())
+        return (
+            f'<iframe title="{title}" srcdoc="{source}" width="100%" height="{self.height}" '
+            f'style="border:0;min-height:{self.height}px" sandbox="allow-scripts"></iframe>'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureView(View):
+    """A view of a matplotlib figure, which ``save`` also writes for a paper."""
+
+    figure: Figure = dataclasses.field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the figure as PNG, SVG or PDF, by the ending of the path.
+
+        Raises:
+            ArgumentError: The path ends otherwise.
+        """
+        ending = Path(path).suffix.lower()
+        if ending not in _FORMATS:
+            raise ArgumentError(
+                f"A figure is saved as {', '.join(_FORMATS)}; found {Path(path).name!r}."
+            )
+        write_whole(path, figures.figure_bytes(self.figure, ending[1:]))
+        return Path(path)
 
 
 def role_map(roles: HeadRoles, title: str | None = None) -> FigureView:
@@ -42,13 +108,12 @@ def role_map(roles: HeadRoles, title: str | None = None) -> FigureView:
     check_roles(roles)
     name = title or f"Head roles: {roles.provenance}"
     figure = roles.plot(name)
-    picture = base64.b64encode(drawn(figure, "svg")).decode()
     page = render(
         "view.html",
         styles=["base.css", "view.css"],
         scripts=[],
         title=name,
-        picture=f"data:image/svg+xml;base64,{picture}",
+        drawing=inline_svg(figure, name),
     )
     return FigureView(name, page, int(figure.get_size_inches()[1] * 96) + 40, figure)
 
@@ -83,7 +148,6 @@ def attention(
         >>> attention(pair, ["L1H0", "L1H1"]).title
         'Attention, soft and saturated: L1H0, L1H1'
     """
-    check_pair(pair)
     if roles is not None:
         check_roles(roles)
     found = patterns_of(pair)
@@ -115,7 +179,7 @@ def attention(
     title = f"Attention, soft and saturated: {', '.join(labels)}"
     note = "Rows are queries, columns keys. Soft patterns are kept in steps of 1/255."
     note = note if roles is None else f"{note} {CAUTION}"
-    return component_view(title, note, data, height=860 * len(groups))
+    return _component_view(title, note, data, height=860 * len(groups))
 
 
 def tokens(
@@ -142,14 +206,16 @@ def tokens(
     clean = _checked(tokens, values, (1, 3))
     if clean.dim() == 1:
         props: dict[str, Any] = {"tokens": inert(tokens), "values": clean.tolist()}
-        return component_view(title, "", {"component": "ColoredTokens", "props": props}, height=180)
+        return _component_view(
+            title, "", {"component": "ColoredTokens", "props": props}, height=180
+        )
     props = {
         "tokens": inert(tokens),
         "activations": clean.tolist(),
         "firstDimensionName": "Layer",
         "secondDimensionName": "Head",
     }
-    return component_view(
+    return _component_view(
         title, "", {"component": "TextNeuronActivations", "props": props}, height=300
     )
 
@@ -196,7 +262,7 @@ def top_tokens(
         "thirdDimensionName": "Head",
     }
     height = 240 + 52 * count
-    return component_view(title, "", {"component": "TopkTokens", "props": props}, height=height)
+    return _component_view(title, "", {"component": "TopkTokens", "props": props}, height=height)
 
 
 def row_changes(pair: SaturationPair, stack: str = "") -> Float[Tensor, "position layer head"]:
@@ -219,7 +285,6 @@ def row_changes(pair: SaturationPair, stack: str = "") -> Float[Tensor, "positio
         >>> list(row_changes(sl.run_with_saturation_cache(model, "import os"))[0].shape)
         [4, 8]
     """
-    check_pair(pair)
     found = [p for p in patterns_of(pair) if p.site.stack == stack]
     if not found:
         stacks = sorted({p.site.stack for p in patterns_of(pair)})
@@ -262,3 +327,17 @@ def _clearest(found: list[Patterns], roles: HeadRoles | None) -> list[str]:
 def _kind(patterns: Patterns) -> tuple[str, int, int, bool]:
     queries, keys = patterns.soft.shape[-2:]
     return patterns.site.stack, queries, keys, patterns.causal
+
+
+def _component_view(title: str, note: str, data: dict[str, Any], *, height: int) -> View:
+    """Show circuitsvis components, described by ``data`` as the view's script reads it."""
+    page = render(
+        "view.html",
+        styles=["base.css", "patterns.css", "view.css"],
+        scripts=["patterns.js", "heads.js", "view.js"],
+        title=title,
+        note=note,
+        drawing="",
+        data=data,
+    )
+    return View(title, page, height)

@@ -14,8 +14,8 @@ from text_attacks import ATTACKS
 
 import sat_lens as sl
 from browser import chromium
-from sat_lens.figures.marks import visible
 from sat_lens.viz import token_strings, write_report
+from sat_lens.vocabulary import visible
 
 TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n"
 READY = "document.documentElement.dataset.ready && document.querySelectorAll('#pair canvas').length"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
 from pathlib import Path
 from typing import Any
 
 from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.figures import figure_bytes
 from sat_lens.metrics import logit_difference
 from sat_lens.models import load_model, load_tokenizer
 from sat_lens.patching.result import HeadSweep
 from sat_lens.patching.sweep import Direction, sweep_heads
 from sat_lens.results import write_csv, write_whole
+from sat_lens.viz.page import inline_svg, render
 
 N_SHOWN = 20
+COLUMNS = ["effect", "normalised", "random_effect", "random_spread"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +88,14 @@ def run_sweep(
         result=folder / "sweep.safetensors",
     )
     write_csv(files.table, sweep.frame())
-    write_whole(files.figure, _drawn(sweep, figure_format))
+    write_whole(files.figure, figure_bytes(sweep.plot(), figure_format))
     write_whole(files.page, _page(sweep, prompt, answer, wrong).encode())
     sweep.save(files.result)
     return sweep, files
 
 
 def single_token(tokenizer: Any, text: str) -> int:
-    """Give the id of a text that is one token.
+    """Return the id of a text that is one token.
 
     Raises:
         ArgumentError: It is none, or several.
@@ -109,40 +110,28 @@ def single_token(tokenizer: Any, text: str) -> int:
     return int(ids[0])
 
 
-def _drawn(sweep: HeadSweep, figure_format: str) -> bytes:
-    buffer = io.BytesIO()
-    sweep.plot().savefig(buffer, format=figure_format)
-    return buffer.getvalue()
-
-
 def _page(sweep: HeadSweep, prompt: str, answer: str, wrong: str) -> str:
     frame = sweep.frame()
     order = frame["effect"].abs().sort_values(ascending=False).index[:N_SHOWN]
-    shown = frame.loc[order, ["effect", "normalised", "random_effect", "random_spread"]]
-    drawing = _drawn(sweep, "svg").decode()
-    drawing = drawing[drawing.index("<svg") :]
-    notes = html.escape(" ".join(sweep.notes))
-    into = "soft" if sweep.direction == "noising" else "saturated"
-    facts = {
-        "Model": sweep.provenance.model,
-        "Prompt": prompt,
-        "Metric": f"logit of {answer!r} minus logit of {wrong!r} after the prompt",
-        "Soft model": f"{float(sweep.soft):.3f}",
-        "All heads saturated": f"{float(sweep.saturated):.3f}",
-        "Versions": ", ".join(f"{k} {v}" for k, v in sweep.provenance.versions.items()),
-    }
-    rows = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>sat-lens sweep</title>'
-        "<style>body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse}th,td{text-align:left;padding:.15rem .8rem .15rem 0;"
-        "vertical-align:top}svg{max-width:100%;height:auto}</style>"
-        f"<h1>What single heads do to the answer</h1><table>{rows}</table>{drawing}"
-        f"<p>Each head was patched by itself into the {into} model ({sweep.direction}); everything "
-        "after it was computed anew. The effect is the metric with the head patched minus the "
-        f"metric of the {into} model; normalised is its share of the difference between the two "
-        "models. random_effect and random_spread are the mean and the standard deviation of the "
-        f"effect of random keys in the same place, over {sweep.arguments['controls']} draws: what "
-        f"mere disturbance does. {notes} The {len(shown)} largest effects:</p>"
-        f"{shown.to_html(float_format='{:.4f}'.format, border=0)}</html>"
+    versions = sweep.provenance.versions.items()
+    return render(
+        "sweep.html",
+        styles=["base.css", "sweep.css"],
+        scripts=[],
+        title="What single heads do to the answer",
+        facts={
+            "Model": sweep.provenance.model,
+            "Prompt": prompt,
+            "Metric": f"logit of {answer!r} minus logit of {wrong!r} after the prompt",
+            "Soft model": f"{float(sweep.soft):.3f}",
+            "All heads saturated": f"{float(sweep.saturated):.3f}",
+            "Versions": ", ".join(f"{name} {version}" for name, version in versions),
+        },
+        drawing=inline_svg(sweep.plot(), "The effect of every head"),
+        into="soft" if sweep.direction == "noising" else "saturated",
+        direction=sweep.direction,
+        draws=sweep.arguments["controls"],
+        notes=sweep.notes,
+        columns=COLUMNS,
+        rows=[(label, *frame.loc[label, COLUMNS]) for label in order],
     )
