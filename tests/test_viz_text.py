@@ -8,6 +8,7 @@ import re
 import unicodedata
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -15,10 +16,16 @@ from hypothesis import strategies as st
 from text_attacks import ATTACKS
 
 import sat_lens as sl
+from sat_lens import figures
 from sat_lens.errors import ArgumentError
-from sat_lens.viz.page import circuitsvis_bundle, content_security_policy, embedded_json
+from sat_lens.viz.page import (
+    circuitsvis_bundle,
+    content_security_policy,
+    embedded_json,
+    inline_svg,
+)
 from sat_lens.viz.patterns import WORD_JOINER, inert, token_strings
-from sat_lens.vocabulary import visible
+from sat_lens.vocabulary import INK, LINES, PAPER, QUIET, RULE, visible
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None))
 
@@ -145,3 +152,51 @@ def test_pieces_of_other_tokenizers_keep_what_they_are():
 def test_what_is_no_token_id(tokens, types_unchecked):
     with pytest.raises(ArgumentError, match="token ids"):
         token_strings(sl.load_model("demo"), tokens)
+
+
+class Drawing(HTMLParser):
+    """The elements, attributes and words of an SVG in a page."""
+
+    def __init__(self, svg):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.words = [], []
+        self.feed(svg)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def drawing_of(name):
+    column = name.encode("utf-8", "backslashreplace").decode()  # pandas takes no lone surrogates
+    frame = pd.DataFrame({"step": [1, 10, 100], column: [1.0, 2.0, 4.0]})
+    return inline_svg(figures.growth_figure(frame, name, columns=[column], log_y=False), name)
+
+
+@pytest.mark.parametrize("attack", [text for text in ATTACKS if len(text) < 100])
+def test_words_of_a_drawing_are_data(attack):
+    svg = drawing_of(attack)
+    assert svg == drawing_of(attack), "the same figure gives the same text"
+    harmless, drawn = Drawing(drawing_of("norm")), Drawing(svg)
+    assert {tag for tag, _ in drawn.elements} == {tag for tag, _ in harmless.elements}
+    assert {a for _, found in drawn.elements for a in found} <= {
+        a for _, found in harmless.elements for a in found
+    }
+    assert drawn.elements[0][1]["aria-label"] == visible(attack)
+    assert "".join(visible(attack).split()) in "".join("".join(drawn.words).split())
+
+
+def test_a_drawing_has_the_inks_of_its_page_and_no_styles():
+    elements = Drawing(drawing_of("norm")).elements
+    colors = {found.get(name) for _, found in elements for name in ("fill", "stroke")}
+    assert {"currentColor", "var(--quiet)", "var(--rule)"} <= colors
+    assert not {color.lower() for color in (INK, QUIET, RULE, PAPER)} & colors
+    assert LINES[0].lower() in colors
+    assert not any("style" in found for _, found in elements)
+    defined = {found["id"] for _, found in elements if "id" in found}
+    used = {found["href"] for _, found in elements if "href" in found}
+    used |= {found["clip-path"][4:-1] for _, found in elements if "clip-path" in found}
+    assert {name.removeprefix("#") for name in used} <= defined

@@ -74,6 +74,10 @@ _DATES = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 # Figures, panels and files.
 
 
+# Words are drawn as they are: a $ in a name begins no formula.
+_plain_words = rc_context({"text.parse_math": False})
+
+
 class ShownFigure(Figure):
     """A matplotlib figure that a notebook displays although nobody imported pyplot."""
 
@@ -89,12 +93,11 @@ def _new_figure(title: str | None, width: float, height: float) -> Figure:
     size = (width, height + 0.2 * len(lines))
     figure = ShownFigure(figsize=size, facecolor=PAPER, layout="constrained")
     if lines:
-        figure.suptitle(
-            "\n".join(lines), size=10, color=INK, weight="bold", x=0.02, ha="left"
-        ).set_parse_math(False)
+        figure.suptitle("\n".join(lines), size=10, color=INK, weight="bold", x=0.02, ha="left")
     return figure
 
 
+@_plain_words
 def panels(
     count: int, title: str | None, *, across: int = 2, size: tuple[float, float] = (3.6, 2.5)
 ) -> tuple[Figure, list[Axes]]:
@@ -152,6 +155,7 @@ def figure_bytes(
 # Curves: against the inverse temperature, against training steps, and ranges of c.
 
 
+@_plain_words
 def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw every measure against the inverse temperature, one panel a measure.
 
@@ -187,7 +191,8 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         for name, color in zip(names, _line_colors(index, len(names)), strict=True):
             values = ordered[name].to_numpy(dtype=float)
             axes.plot([places[i] for i in inside], values[inside], color=color, lw=1.6)
-            axes.plot(places, values, "o", color=color, ms=3.5, label=name.rpartition("_")[2])
+            layer = visible(name.rpartition("_")[2])
+            axes.plot(places, values, "o", color=color, ms=3.5, label=layer)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=7, ncols=math.ceil(len(names) / 6), labelcolor=INK)
         if 1.0 in scales:
@@ -196,10 +201,11 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         ticks = [places[scales.index(c)] for c in chosen]
         axes.set_xticks(ticks, [scale_text(c) for c in chosen])
         axes.set_xlabel("inverse temperature c", size=8, color=QUIET)
-        axes.set_title(words, size=8.5, color=INK, loc="left").set_parse_math(False)
+        axes.set_title(visible(words), size=8.5, color=INK, loc="left")
     return figure
 
 
+@_plain_words
 def growth_figure(
     frame: pd.DataFrame,
     title: str | None,
@@ -241,16 +247,17 @@ def growth_figure(
         )
     figure, (axes,) = panels(1, title, size=_panel_size(1))
     _draw_columns(axes, steps, frame[names], log_x, log_y)
-    axes.set_xlabel(x, size=8, color=QUIET)
+    axes.set_xlabel(visible(x), size=8, color=QUIET)
     if len(names) > 1:
         axes.legend(
             frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), borderpad=0
         )
     else:
-        axes.set_ylabel(names[0].replace("_", " "), size=8, color=QUIET)
+        axes.set_ylabel(visible(names[0].replace("_", " ")), size=8, color=QUIET)
     return figure
 
 
+@_plain_words
 def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw a training run: norms, saturation with its control, and losses, a panel each.
 
@@ -284,12 +291,13 @@ def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     figure, drawn = panels(len(groups), title, size=_panel_size(len(groups)))
     for axes, (words, names) in zip(drawn, groups.items(), strict=True):
         _draw_columns(axes, frame.index.to_series(), frame[names], True, words == "norms")
-        axes.set_title(words, size=8.5, color=INK, loc="left")
+        axes.set_title(visible(words), size=8.5, color=INK, loc="left")
         axes.set_xlabel("step", size=8, color=QUIET)
         axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", labelcolor=INK, facecolor=PAPER)
     return figure
 
 
+@_plain_words
 def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw each head's range of c between uniform and saturated attention as a bar.
 
@@ -404,7 +412,8 @@ def _draw_columns(
         keep = values.notna() & ((steps >= 0) | (not log_x)) & ((values > 0) | (not log_y))
         drawn = (steps[keep].to_numpy(), values[keep].to_numpy())
         style, color = "--" if name in CONTROLS else "-o", LINES[number % len(LINES)]
-        axes.plot(*drawn, style, color=color, lw=1.6, ms=3, label=str(name).replace("_", " "))
+        words = visible(str(name).replace("_", " "))
+        axes.plot(*drawn, style, color=color, lw=1.6, ms=3, label=words)
     _scale_steps(axes, steps, log_x)
     axes.set_yscale("log" if log_y else "linear")
     low, high = axes.get_ylim()
@@ -440,6 +449,7 @@ def _line_colors(panel: int, count: int) -> list[Any]:
 # Maps of heads: rows are layers with 0 on top, columns are heads.
 
 
+@_plain_words
 def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw the head-role map: one colour a role, stronger the clearer the role is.
 
@@ -480,6 +490,7 @@ def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
     return figure
 
 
+@_plain_words
 def sweep_map(
     values: Float[Tensor, "layer head"],
     title: str | None,
@@ -526,11 +537,11 @@ def sweep_map(
     bar.ax.tick_params(length=2, labelsize=7.5, colors=QUIET)
     bar.outline.set_visible(False)
     note = "" if reference is None else "; the line is the random control"
-    bar.set_label(f"{label}{note}", size=8, color=INK)
-    bar.ax.xaxis.label.set_parse_math(False)
+    bar.set_label(visible(f"{label}{note}"), size=8, color=INK)
     return figure
 
 
+@_plain_words
 def grid_map(
     values: Float[Tensor, "row column"],
     title: str | None,
@@ -574,7 +585,7 @@ def grid_map(
     for axis, names, name in ((axes.xaxis, columns, column_name), (axes.yaxis, rows, row_name)):
         step = math.ceil(len(names) / 12)
         axis.set_ticks(range(0, len(names), step), [_short(n) for n in names[::step]])
-        axis.set_label_text(name)
+        axis.set_label_text(visible(name))
     axes.tick_params(axis="x", labelrotation=45 if len(columns) > 4 else 0)
     return figure
 
@@ -637,7 +648,7 @@ def _head_grids(
         axes.set_xlabel("head", size=8, color=QUIET)
         axes.xaxis.set_label_position("top")
         if stack:
-            axes.set_title(stack, size=9, color=INK, pad=4).set_parse_math(False)
+            axes.set_title(visible(stack), size=9, color=INK, pad=4)
         axes.spines[:].set_visible(False)
     return figure, list(grids)
 
@@ -670,7 +681,6 @@ def _role_legend(figure: Figure, known: list[str], roles: set[str], targets: set
     for text, handle in zip(legend.get_texts(), handles, strict=True):
         role = handle.get_label().partition(":")[0]
         text.set_color(QUIET if role in ROLES and role not in roles else INK)
-        text.set_parse_math(False)
 
 
 def _cell(axes: Axes, x: int, y: int, color: Any, hatch: str | None = None) -> None:

@@ -331,7 +331,6 @@ def _sweep(frame: pd.DataFrame, sweep: Any) -> dict[str, Any]:
                 "label": str(label),
                 "role": str(frame.loc[label, "role"]),
                 "effect": f"{value:+.3g}",
-                "sign": "pos" if value >= 0 else "neg",
             }
             for label, value in ranked.head(12).items()
         ],
