@@ -57,7 +57,7 @@ TARGET_WORDS = {
 
 
 def target_mark(target: str) -> str:
-    """Give the short mark of a target: a symbol, or the distance of an offset.
+    """Return the short mark of a target: a symbol, or the distance of an offset.
 
     Example:
         >>> target_mark("previous"), target_mark("offset +3"), target_mark("")
@@ -69,7 +69,7 @@ def target_mark(target: str) -> str:
 
 
 def clarity(row: Mapping[str, Any]) -> float:
-    """Say how clear a head's role is: the share of its rows that have it by themselves, in [0, 1].
+    """Return how clear a head's role is: the share of its rows that have it alone, in [0, 1].
 
     A table without the column ``agreement`` gives 1, one where it was not measured 0.
 
@@ -82,7 +82,7 @@ def clarity(row: Mapping[str, Any]) -> float:
 
 
 def visible(text: str) -> str:
-    """Make every character of a text show: nothing vanishes, reorders or breaks a line.
+    """Return a text in which every character shows: none vanishes, reorders or breaks a line.
 
     Line ends and tabs become arrows, a text of nothing but white space shows its spaces, and
     control characters, bidirectional marks, odd spaces and lone surrogates are named by number.

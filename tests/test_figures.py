@@ -122,15 +122,6 @@ DRAWINGS = {
     "roles of one head": lambda: figures.role_map(frame_of(1, 1), "One"),
     "sweep 4 x 4": lambda: figures.sweep_map(torch.randn(4, 4), "Sweep", "effect", reference=0.3),
     "sweep 24 x 32": lambda: figures.sweep_map(torch.randn(24, 32), "Sweep", "effect (nats)"),
-    "grid": lambda: figures.grid_map(
-        torch.randn(5, 8),
-        "Grid",
-        "growth",
-        rows=[0.0, 0.001, 0.01, 0.1, 1.0],
-        columns=[10.0**-k for k in range(8)],
-        row_name="weight decay",
-        column_name="learning rate",
-    ),
     "curve": lambda: figures.scaling_curve_figure(curve(), "Curve"),
     "growth": lambda: figures.growth_figure(growth(), "Growth"),
     "a training run": lambda: figures.training_figure(training_run(), "A run"),
@@ -306,12 +297,6 @@ def test_scales_stand_in_order_with_the_ends_apart():
         (lambda: figures.scaling_curve_figure(pd.DataFrame(), "t"), "empty"),
         (lambda: figures.growth_figure(growth(), "t", columns=["nothing"]), "nothing"),
         (lambda: figures.training_figure(pd.DataFrame({"mine": [1.0]}), "t"), "found mine"),
-        (
-            lambda: figures.grid_map(
-                torch.zeros(2, 2), "t", "l", rows=[1], columns=[1], row_name="r", column_name="c"
-            ),
-            "found 1 and 1",
-        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(draw, found):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sat_lens.figures.drawing import (
         figure_bytes,
-        grid_map,
         growth_figure,
         panels,
         role_map,
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "figure_bytes",
-    "grid_map",
     "growth_figure",
     "panels",
     "role_map",

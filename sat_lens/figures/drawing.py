@@ -541,55 +541,6 @@ def sweep_map(
     return figure
 
 
-@_plain_words
-def grid_map(
-    values: Float[Tensor, "row column"],
-    title: str | None,
-    label: str,
-    *,
-    rows: Sequence[Any],
-    columns: Sequence[Any],
-    row_name: str,
-    column_name: str,
-) -> Figure:
-    """Draw a grid of runs (learning rate by weight decay, say): signed values centred on 0.
-
-    Args:
-        values: One value a run; NaN where a run failed or was not made.
-        title: What was measured on what; None draws no title.
-        label: What the colour means, with its unit.
-        rows: What each row stands for, top first.
-        columns: What each column stands for.
-        row_name: The name of the vertical axis.
-        column_name: The name of the horizontal axis.
-
-    Raises:
-        ArgumentError: The values are no matrix, none is finite, or the names do not fit its shape.
-
-    Example:
-        >>> import torch
-        >>> from sat_lens.figures import grid_map
-        >>> figure = grid_map(torch.zeros(1, 2), "t", "growth", rows=[0.1], columns=[1, 2],
-        ...                   row_name="weight decay", column_name="learning rate")
-        >>> figure.get_axes()[0].get_ylabel()
-        'weight decay'
-    """
-    table = _matrix(values)
-    if tuple(table.shape) != (len(rows), len(columns)):
-        raise ArgumentError(
-            f"Needed one name a row and a column of values {list(table.shape)}; found "
-            f"{len(rows)} and {len(columns)}."
-        )
-    figure = sweep_map(values, title, label)
-    axes = figure.get_axes()[0]
-    for axis, names, name in ((axes.xaxis, columns, column_name), (axes.yaxis, rows, row_name)):
-        step = math.ceil(len(names) / 12)
-        axis.set_ticks(range(0, len(names), step), [_short(n) for n in names[::step]])
-        axis.set_label_text(visible(name))
-    axes.tick_params(axis="x", labelrotation=45 if len(columns) > 4 else 0)
-    return figure
-
-
 def diverging_color(share: float) -> tuple[float, float, float, float]:
     """Return the colour of a value in [-1, 1]: blue below 0, clear at 0, vermillion above.
 
@@ -603,7 +554,7 @@ def diverging_color(share: float) -> tuple[float, float, float, float]:
 
 
 def head_stacks(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Part a table of heads by stack, in the model's order; without the column it is one part."""
+    """Split a table of heads by stack, in the model's order; without that column it stays whole."""
     if "stack" not in frame.columns:
         return [("", frame)]
     return [(str(name), part) for name, part in frame.groupby("stack", sort=False)]
@@ -698,10 +649,6 @@ def _ink_on(role: str, shade: float) -> str:
     return ON_BLUE if role == "mean" else ON_COLOR
 
 
-def _short(name: Any) -> str:
-    return f"{name:.3g}" if isinstance(name, float) else visible(str(name))
-
-
 # What may be drawn.
 
 
@@ -725,7 +672,7 @@ def _check_columns(frame: pd.DataFrame, needed: tuple[str, ...]) -> None:
 
 def _matrix(values: Tensor) -> Tensor:
     if not isinstance(values, Tensor):
-        raise ArgumentError(f"Needed a tensor [row, column]; found {type(values).__name__}.")
+        raise ArgumentError(f"Needed a tensor [layer, head]; found {type(values).__name__}.")
     if values.dim() != 2 or not bool(values.isfinite().any()):
         raise ArgumentError(
             f"Needed a matrix of values with a finite one among them; found shape "

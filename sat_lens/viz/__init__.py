@@ -1,7 +1,8 @@
-"""Views of heads for notebooks and pages; circuitsvis draws the attention.
+"""Views of heads for notebooks, and pages; circuitsvis draws the attention.
 
 A view displays itself in Jupyter, VS Code and Colab, and ``save_html`` writes it as a page that
-opens without a network. When not to use it: for a paper; :mod:`sat_lens.figures` draws vectors.
+opens without a network. What answers to the mouse is drawn here; static charts are those of
+:mod:`sat_lens.figures`, in the page's light or dark colours.
 """
 
 from sat_lens.viz.patterns import token_strings

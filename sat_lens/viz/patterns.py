@@ -29,10 +29,10 @@ _KEYS_PER_ROW = 8
 
 
 def token_strings(model: Any, tokens: Tensor | Iterable[int]) -> list[str]:
-    """Read token ids as texts, one each, in which nothing is missing.
+    """Return one readable text per token id, in which nothing is missing.
 
-    Byte-level pieces read as the text that they stand for; a piece that is no text by itself (part
-    of a character, an empty one) keeps the name that the tokenizer gives it. A model without a
+    Byte-level pieces become the text that they stand for; a piece that is no text by itself (part
+    of a character, an empty one) keeps the tokenizer's name for it. A model without a
     tokenizer gets the ids as texts.
 
     Args:
@@ -40,7 +40,7 @@ def token_strings(model: Any, tokens: Tensor | Iterable[int]) -> list[str]:
         tokens: Ids, as a tensor ``[position]`` or ``[1, position]``, or a list.
 
     Raises:
-        ArgumentError: These are no ids.
+        ArgumentError: The values are not token ids.
 
     Example:
         >>> import sat_lens as sl
@@ -78,12 +78,12 @@ def _token_string(tokenizer: Any, token: int) -> str:
 
 
 def shown(tokens: Iterable[str]) -> list[str]:
-    """Make tokens visible for a page; see :func:`sat_lens.vocabulary.visible`."""
+    """Return tokens in which every character shows; see :func:`sat_lens.vocabulary.visible`."""
     return [visible(str(token)) for token in tokens]
 
 
 def inert(tokens: Iterable[str]) -> list[str]:
-    """Make visible tokens harmless for those circuitsvis components that insert them as HTML.
+    """Return visible tokens made harmless for the circuitsvis components that insert them as HTML.
 
     ``ColoredTokens``, ``TextNeuronActivations`` and ``TopkTokens`` do, and show the same string as
     text in their tooltips, where an escape would be read as it is. So < and & are followed by an
@@ -115,13 +115,13 @@ class Patterns:
 
 
 def patterns_of(pair: SaturationPair) -> list[Patterns]:
-    """Take the patterns out of the caches of a pair, one entry an attention module.
+    """Return the patterns in the caches of a pair, one entry per attention module.
 
-    A module whose cached pattern is none (rows that do not sum to at most 1, or another layout) is
-    left out.
+    A module is left out if what its cache holds is not a pattern (rows that sum to more than 1, or
+    another layout).
 
     Raises:
-        ArgumentError: It is no pair, its caches hold no pattern, or the batch has more than one
+        ArgumentError: It is not a pair, its caches hold no pattern, or the batch has more than one
             sequence.
     """
     if not isinstance(pair, SaturationPair):
@@ -157,7 +157,7 @@ def patterns_of(pair: SaturationPair) -> list[Patterns]:
 
 
 def tokens_of(tokens: Tokens | None, patterns: Patterns) -> tuple[list[str], list[str]]:
-    """Give the visible tokens of the queries and of the keys of one attention module.
+    """Return the visible tokens of the queries and of the keys of one attention module.
 
     Raises:
         ArgumentError: There are not as many tokens as positions, or those of a stack are missing.

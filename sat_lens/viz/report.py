@@ -133,11 +133,7 @@ def write_report(
 
 
 def _frame_of(name: str, result: Any) -> pd.DataFrame:
-    """Read the table of a result.
-
-    Raises:
-        ArgumentError: It has none, or an empty one.
-    """
+    """Return the table of a result, which must not be empty."""
     frame = result.frame() if callable(getattr(result, "frame", None)) else None
     if not isinstance(frame, pd.DataFrame) or frame.empty:
         raise ArgumentError(
@@ -170,10 +166,10 @@ def _check_same_heads(roles: HeadRoles, found: Sequence[Patterns], sweep: Any) -
 
 
 def _names_that_differ(roles: HeadRoles, **results: Any) -> list[str]:
-    """Say which results carry the name of another model than the roles do.
+    """Note the results that carry the name of another model than the roles do.
 
     A name is no proof: one model can be loaded from two places, and all models built in memory
-    share theirs. So this is for the reader of the page to judge.
+    share theirs. So the reader of the page has to judge.
     """
     own = _plain_name(roles)
     notes = []
