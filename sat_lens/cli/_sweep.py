@@ -133,5 +133,5 @@ def _page(sweep: HeadSweep, prompt: str, answer: str, wrong: str) -> str:
         draws=sweep.arguments["controls"],
         notes=sweep.notes,
         columns=COLUMNS,
-        rows=[(label, *frame.loc[label, COLUMNS]) for label in order],
+        rows=[(label, list(frame.loc[label, COLUMNS])) for label in order],
     )

@@ -168,6 +168,36 @@ def tokens_of(tokens: Tokens | None, patterns: Patterns) -> tuple[list[str], lis
     return _side(tokens, queries, n_queries), _side(tokens, keys, n_keys)
 
 
+def scale_of(pair: SaturationPair) -> str:
+    """Return the inverse temperature of the saturated run as a page shows it."""
+    return "∞" if pair.provenance.scale == "inf" else pair.provenance.scale
+
+
+def packed(
+    patterns: Patterns, heads: Sequence[int], tokens: Tokens | None, texts: list[list[str]]
+) -> dict[str, Any]:
+    """Return some heads of one attention module as a page's scripts read them.
+
+    Args:
+        patterns: The patterns of the module.
+        heads: Which heads.
+        tokens: What stands at each position, see :func:`tokens_of`.
+        texts: The texts of the page so far; those of this module are added.
+    """
+    queries, keys = tokens_of(tokens, patterns)
+    for text in (queries, keys):
+        if text not in texts:
+            texts.append(text)
+    causal = patterns.causal
+    return {
+        "causal": causal,
+        "queries": texts.index(queries),
+        "keys": texts.index(keys),
+        "soft": [encode_soft(patterns.soft[head], causal) for head in heads],
+        "saturated": [encode_saturated(patterns.saturated[head], causal) for head in heads],
+    }
+
+
 def encode_soft(pattern: Float[Tensor, "query key"], causal: bool) -> str:
     """Write a soft pattern as base64 bytes in steps of 1/255; a causal one without its upper half.
 

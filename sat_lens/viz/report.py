@@ -24,10 +24,9 @@ from sat_lens.viz.page import inline_svg, render
 from sat_lens.viz.patterns import (
     Patterns,
     Tokens,
-    encode_saturated,
-    encode_soft,
+    packed,
     patterns_of,
-    tokens_of,
+    scale_of,
 )
 from sat_lens.vocabulary import (
     CAUTION,
@@ -239,12 +238,8 @@ def _one_line(roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame) -> st
     return (
         f"{roles.provenance.model}: {shape}, measured on {sequences}{source}"
         f"{f' ({rows}, each with {roles.min_keys} keys or more)' if rows else ''}. "
-        f"Patterns: one text, soft and at c = {_scale(pair)}, ties {pair.provenance.ties}."
+        f"Patterns: one text, soft and at c = {scale_of(pair)}, ties {pair.provenance.ties}."
     )
-
-
-def _scale(pair: SaturationPair) -> str:
-    return "∞" if pair.provenance.scale == "inf" else pair.provenance.scale
 
 
 def _columns_across(frame: pd.DataFrame) -> int:
@@ -357,13 +352,9 @@ def _data(
     sites: list[dict[str, Any]] = []
     where: dict[str, list[int]] = {}
     for patterns in found:
-        queries, keys = tokens_of(tokens, patterns)
-        for text in (queries, keys):
-            if text not in texts:
-                texts.append(text)
         for head, label in enumerate(patterns.site.labels):
             where[label] = [len(sites), head]
-        sites.append(_site(patterns, texts.index(queries), texts.index(keys)))
+        sites.append(packed(patterns, range(patterns.site.n_heads), tokens, texts))
     return {
         "labels": [str(label) for label in frame.index],
         "columns": {str(name): _column(frame[name]) for name in frame.columns},
@@ -374,20 +365,9 @@ def _data(
         "sites": sites,
         "texts": texts,
         "start": clearest(frame),
-        "scale": _scale(pair),
+        "scale": scale_of(pair),
         "ties": pair.provenance.ties,
         "provenance": dataclasses.asdict(roles.provenance),
-    }
-
-
-def _site(patterns: Patterns, queries: int, keys: int) -> dict[str, Any]:
-    causal = patterns.causal
-    return {
-        "causal": causal,
-        "queries": queries,
-        "keys": keys,
-        "soft": [encode_soft(pattern, causal) for pattern in patterns.soft],
-        "saturated": [encode_saturated(pattern, causal) for pattern in patterns.saturated],
     }
 
 

@@ -27,11 +27,10 @@ from sat_lens.viz.page import inline_svg, render
 from sat_lens.viz.patterns import (
     Patterns,
     Tokens,
-    encode_saturated,
-    encode_soft,
     inert,
+    packed,
     patterns_of,
-    tokens_of,
+    scale_of,
 )
 from sat_lens.vocabulary import CAUTION, clarity
 
@@ -100,7 +99,7 @@ def role_map(roles: HeadRoles, title: str | None = None) -> FigureView:
 
     Example:
         >>> import sat_lens as sl
-        >>> from sat_lens.figures import role_map
+        >>> from sat_lens.viz import role_map
         >>> model = sl.load_model("demo")
         >>> roles = sl.head_roles(model, ["import os, sys, re, json, time"], progress=False)
         >>> role_map(roles).save_html("roles.html")  # doctest: +SKIP
@@ -159,23 +158,22 @@ def attention(
     for shape in dict.fromkeys(_kind(p) for p in found):
         group: dict[str, Any] = {"names": [], "soft": [], "saturated": []}
         for patterns in (p for p in found if _kind(p) == shape):
-            for head in selection.get(patterns.site.path, []):
+            chosen = selection.get(patterns.site.path, [])
+            if chosen:
+                site = packed(patterns, chosen, tokens, texts)
+                for side in ("soft", "saturated"):
+                    site[side] = group[side] + site[side]
+                group |= site
+            for head in chosen:
                 label = patterns.site.label(head)
                 labels.append(label)
                 row = frame.loc[label] if frame is not None and label in frame.index else {}
                 words = [label, str(row.get("role", "")), str(row.get("target", ""))]
                 group["names"].append(" ".join(filter(None, words)))
-                causal = shape[-1]
-                group["soft"].append(encode_soft(patterns.soft[head], causal))
-                group["saturated"].append(encode_saturated(patterns.saturated[head], causal))
-                queries, keys = tokens_of(tokens, patterns)
-                texts += [text for text in (queries, keys) if text not in texts]
-                group |= {"causal": causal, "queries": texts.index(queries)}
-                group["keys"] = texts.index(keys)
         if group["names"]:
             groups.append(group)
-    c = "∞" if pair.provenance.scale == "inf" else pair.provenance.scale
-    data = {"groups": groups, "texts": texts, "limit": f"c = {c}, ties {pair.provenance.ties}"}
+    limit = f"c = {scale_of(pair)}, ties {pair.provenance.ties}"
+    data = {"groups": groups, "texts": texts, "limit": limit}
     title = f"Attention, soft and saturated: {', '.join(labels)}"
     note = "Rows are queries, columns keys. Soft patterns are kept in steps of 1/255."
     note = note if roles is None else f"{note} {CAUTION}"
