@@ -23,11 +23,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.table import markdown, put_between
-from sat_lens.attention import Limit, transform_scores
-from sat_lens.kernels import AttentionCall
-from sat_lens.kernels.attention import by_queries
-from sat_lens.kernels.check import hard_attention as by_definition
-from sat_lens.kernels.hard import hard_attention
+from sat_lens.attention import AttentionCall, Limit, transform_scores
+from sat_lens.attention.fused import by_definition, by_queries
+from sat_lens.attention.triton_limit import hard_attention
 
 BEGIN = "<!-- measured on a GPU: begin -->"
 END = "<!-- measured on a GPU: end -->"

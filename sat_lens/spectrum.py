@@ -28,8 +28,7 @@ from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import model_name, residual_stream
 from sat_lens.readings import Mean, Reading, SoftRun
 from sat_lens.results import Provenance, Result, check_columns
-from sat_lens.sites import Heads
-from sat_lens.sites.naming import places
+from sat_lens.sites import Heads, places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,11 +22,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sat_lens as sl
-from sat_lens.attention import Limit, RandomKey
+from sat_lens.attention import (
+    AttentionCall,
+    Limit,
+    RandomKey,
+    limit_is_exact,
+    rescaled_attention,
+)
+from sat_lens.attention import (
+    fused as fused_attention,
+)
 from sat_lens.errors import ArgumentError, NotReachedError, UnsupportedModelError
-from sat_lens.kernels import AttentionCall, check, limit_is_exact, rescaled_attention
 from sat_lens.roles import statistics
-from sat_lens.sites import eager
+from sat_lens.sites import discovery
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -184,7 +192,7 @@ FALLBACKS = {
 
 @pytest.mark.parametrize("case", FALLBACKS)
 def test_eager_attention_serves_instead(case: str, caplog: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(eager, "_said", set())
+    monkeypatch.setattr(discovery, "_logged", set())
     name, block = FALLBACKS[case]
     model = plain(name)
     soft = logits(model)
@@ -234,7 +242,7 @@ def test_a_kernel_that_misses_the_limit_does_not_serve(caplog: Any, monkeypatch:
         noise = torch.linspace(0, 1e-3, call.key.shape[-2])[:, None].to(call.key)
         return exact(dataclasses.replace(call, key=call.key + noise))
 
-    monkeypatch.setattr(eager, "_said", set())
+    monkeypatch.setattr(discovery, "_logged", set())
     monkeypatch.setattr(AttentionCall, "run", rounded)
     limit_is_exact.cache_clear()
     model = plain("llama")
@@ -269,7 +277,7 @@ def test_the_limit_for_scores_of_any_size(size: float, causal: bool) -> None:
     call = AttentionCall(query * size, key, value, is_causal=causal)
     visible = torch.ones(40, 40, dtype=torch.bool)
     found = rescaled_attention(call, torch.full((2,), math.inf))
-    wins = check.hard_attention(
+    wins = fused_attention.by_definition(
         query.double(), key.double(), value.double(), visible.tril() if causal else visible
     )
     torch.testing.assert_close(found.double(), wins, rtol=0, atol=1e-6)
@@ -284,7 +292,7 @@ def test_a_finite_mask_hides_and_rows_without_a_key_stay() -> None:
     found = rescaled_attention(call, torch.tensor([math.inf, math.inf]))
     assert torch.equal(found[:, :, 0], call.run()[:, :, 0])
     torch.testing.assert_close(
-        found[:, :, 1:], check.hard_attention(query, key, value, mask == 0)[:, :, 1:]
+        found[:, :, 1:], fused_attention.by_definition(query, key, value, mask == 0)[:, :, 1:]
     )
 
 

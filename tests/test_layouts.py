@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.sites.probe import heads_of
-from sat_lens.sites.search import Call
-from sat_lens.sites.softmax import as_heads, from_heads, heads_in, layout_of
+from sat_lens.sites.probe import Call, heads_of
+from sat_lens.sites.site import as_heads, from_heads, heads_in, layout_of
 
 # shape, number of heads that the configuration claims, layout, and where head 1, query 2 of the
 # first prompt is (its first block)

@@ -13,8 +13,7 @@ from transformer_lens.model_bridge.sources._driver_base import DriverBase
 
 import sat_lens as sl
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.intervention import observe_attention
-from sat_lens.verify import verify_sites
+from sat_lens.intervention import observe_attention, verify_sites
 
 
 class Elsewhere(DriverBase):

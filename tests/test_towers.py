@@ -18,7 +18,7 @@ import zoo
 import sat_lens as sl
 from sat_lens.errors import HeadSelectionError, NotReachedError, UnsupportedModelError
 from sat_lens.intervention import observe_attention
-from sat_lens.sites.discovery import parts_not_seen
+from sat_lens.sites.discovery import parts_not_probed
 
 NAMES = [case.name for case in towers.CASES]
 TOWER = {"qwen2_audio": "audio_encoder"}
@@ -35,7 +35,7 @@ def run(name, model):
 def test_text_alone_needs_no_tower(name):
     model, text = zoo.case(name).build(), tiny.tokens()
     assert {site.stack for site in sl.attention_sites(model)} == {""}
-    assert TOWER.get(name, "vision_encoder") in parts_not_seen(model)
+    assert TOWER.get(name, "vision_encoder") in parts_not_probed(model)
     paths = {site.path: range(site.n_heads) for site in sl.attention_sites(model)}
     with torch.no_grad():
         with oracle.rescaled_softmax(model, paths, math.inf, tiny.N_HEADS):

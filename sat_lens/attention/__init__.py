@@ -1,4 +1,4 @@
-"""Attention rows as plain tensors: transforms of scores, distances to saturated rows, limits.
+"""Attention as plain tensors: transforms of scores, distances to saturated rows, fused kernels.
 
 Nothing in this room knows a model. Scores are float32 softmax inputs in which a masked key holds
 ``-inf``; every function works on the last axis (the keys) and treats all axes before it as rows,
@@ -13,10 +13,17 @@ from sat_lens.attention.distances import (
     total_variation,
 )
 from sat_lens.attention.engine import transform_scores
+from sat_lens.attention.fused import (
+    AttentionCall,
+    limit_is_exact,
+    limit_kernel,
+    rescaled_attention,
+)
 from sat_lens.attention.masks import mask_threshold
 from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
 
 __all__ = [
+    "AttentionCall",
     "Limit",
     "RandomKey",
     "RowDistances",
@@ -25,8 +32,11 @@ __all__ = [
     "Uniform",
     "distances_to_saturated",
     "effective_keys",
+    "limit_is_exact",
+    "limit_kernel",
     "mask_threshold",
     "nearest_saturated",
+    "rescaled_attention",
     "total_variation",
     "transform_scores",
 ]

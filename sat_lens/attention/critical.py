@@ -23,7 +23,7 @@ N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE + 1
 
 
 def scale_of_bin(index: Tensor) -> Tensor:
-    """Give the inverse temperature of a bin: 16 bins an octave, from 2^-10 to 2^20.
+    """Return the inverse temperature of a bin: 16 bins an octave, from 2^-10 to 2^20.
 
     Example:
         >>> import torch

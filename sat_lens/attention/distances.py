@@ -4,9 +4,9 @@ A saturated row is uniform over some keys and zero elsewhere. Total variation to
 them says how well "the head attends to these m keys equally" describes a row, in units of
 probability mass: 0 is exact, and a distance of .1 means that a tenth of the mass sits elsewhere.
 
-When not to use it: to decide whether a row is saturated for a large inverse temperature. That is
-what :class:`sat_lens.transforms.Limit` computes; a row can be near to a saturated row without
-moving towards it as the temperature falls.
+When not to use it: to find out where a row goes for a large inverse temperature. That is what
+:class:`sat_lens.transforms.Limit` computes; a row can be near to a saturated row without moving
+towards it as the temperature falls.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RowDistances:
 def total_variation(
     first: Float[Tensor, "*rows key"], second: Float[Tensor, "*rows key"]
 ) -> Float[Tensor, " *rows"]:
-    """Give the total variation distance of two rows of probabilities: half of their L1 distance.
+    """Return the total variation distance of two rows of probabilities, half of their L1 distance.
 
     Example:
         >>> import torch
@@ -59,7 +59,10 @@ def total_variation(
 
 
 def effective_keys(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, " *rows"]:
-    """Count the keys that a row attends to, in effect: 1 / (sum of squared probabilities).
+    """Return the effective number of keys: 1 / (sum of squared probabilities).
+
+    The reciprocal of the inverse participation ratio (Bell and Dean, 1970), which ecology knows as
+    Hill's number of order 2 (Hill, 1973).
 
     Example:
         >>> import torch
@@ -130,13 +133,14 @@ def distances_to_saturated(scores: Float[Tensor, "*rows key"]) -> RowDistances:
 def distance_to_uniform(
     pattern: Float[Tensor, "*rows key"], visible: Bool[Tensor, "*rows key"]
 ) -> Float[Tensor, " *rows"]:
-    """Give the total variation of each row to uniform attention over its visible keys."""
+    """Return the total variation of each row to uniform attention over its visible keys."""
     share = 1 / visible.sum(-1, keepdim=True)
     return (pattern - share).clamp(min=0).sum(-1)
 
 
 def _descending(scores: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows key"]:
-    """Sort each row. NumPy does it ten times as fast, as it need not say where things went."""
+    """Sort each row."""
+    # NumPy is ten times as fast, because it does not return where each entry came from.
     in_reach = scores.device.type == "cpu" and not scores.requires_grad
     if not in_reach or scores.dtype not in (torch.float32, torch.float64):
         return scores.sort(-1, descending=True).values
@@ -144,7 +148,7 @@ def _descending(scores: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows key"
 
 
 def _mass_covered(ordered: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows key"]:
-    """For sorted probabilities, give sum_{i<=m} min(p_i, 1/m) for every m."""
+    """For sorted probabilities, return sum_{i<=m} min(p_i, 1/m) for every m."""
     n_keys = ordered.shape[-1]
     m = torch.arange(1, n_keys + 1, device=ordered.device)
     share = 1 / m.to(ordered.dtype)

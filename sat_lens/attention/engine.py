@@ -1,25 +1,36 @@
 """The engine around a transform: masks in, masks out, nothing NaN.
 
-When not to use it: to attach a transform to a model. See :mod:`sat_lens.intervention`.
+Any transform can be applied in new tensors (:func:`_in_new_tensors`). The library's own are applied
+inside one tensor instead, on as many rows at a time as stay in the processor's cache: the
+arithmetic of saturation is little, and new tensors of the size of the scores cost more than the
+softmax itself. To attach a transform to a model, see :mod:`sat_lens.intervention`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TypeGuard
 
 import torch
 import torch.autograd.forward_ad as fwAD
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sat_lens.attention.blocks import NO_MASS, Blockwise, has_only_extreme_masks, transform_in_place
-from sat_lens.attention.masks import mask_threshold
+from sat_lens.attention.distances import nearest_saturated
+from sat_lens.attention.masks import EXTREME, LEAST_FINITE_MASK, mask_threshold
 from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
 from sat_lens.errors import ArgumentError, NonFiniteError
 
+# Softmax gives this exactly no mass, in float64 too, and it is too small to be taken for a mask:
+# whoever looks at changed scores still sees which keys were visible.
+NO_MASS = -1000.0
+BLOCK_ELEMENTS = 2**18
+Blockwise = Limit | Scale | Uniform
 # These return a maximum of 0 in every row and leave masked keys at -inf.
 _OWN = (Limit, RandomKey, Scale, Uniform)
+# torch.threshold keeps what is above; a mask of exactly 1e30 has to be kept as well.
+_JUST_BELOW_EXTREME = float(torch.nextafter(torch.tensor(-EXTREME), torch.tensor(0.0)))
 
 
 def transform_scores(
@@ -62,28 +73,11 @@ def transform_scores(
                 own = own.clone()
             transform_in_place(own, transform)
             return own
-    return _transform_whole(raw, transform, all_heads)
-
-
-def _transform_whole(
-    raw: Float[Tensor, "batch head query key"], transform: Transform, all_heads: Tensor | None
-) -> Float[Tensor, "batch head query key"]:
-    """Give what any transform makes of scores with any mask, in new tensors."""
-    row_max = raw.detach().amax(-1, keepdim=True)
-    _check_finite(row_max)
-    threshold = mask_threshold(raw, all_heads)
-    masked = raw.detach() <= threshold
-    dead = row_max <= threshold
-    visible = torch.where(masked, -math.inf, raw)
-    if bool(dead.any()):
-        # A row without a visible key never reaches a transform: it gets zeros in its place.
-        visible = torch.where(dead, 0.0, visible)
-    new = _row_max_at_zero(_call(transform, visible), masked, transform)
-    return torch.where(masked, raw, new.clamp_(min=NO_MASS))
+    return _in_new_tensors(raw, transform, all_heads)
 
 
 def _is_blockwise(transform: Transform) -> TypeGuard[Blockwise]:
-    # A subclass may do what it likes.
+    # The exact type: a subclass may look across rows.
     return type(transform) in (Limit, Scale, Uniform)
 
 
@@ -103,6 +97,34 @@ def _in_float32(
     return torch.where(overflowed, torch.finfo(torch.float32).min, raw)
 
 
+def _check_finite(row_max: Float[Tensor, "*rows 1"]) -> None:
+    # NaN is not below infinity either.
+    if not bool((row_max < math.inf).all()):
+        raise NonFiniteError(
+            "The model's own attention scores hold NaN or +inf before saturation, so there is no "
+            "limit to take. Check the weights and inputs, or run the model in float32."
+        )
+
+
+# Any transform, any mask, with gradients.
+
+
+def _in_new_tensors(
+    raw: Float[Tensor, "batch head query key"], transform: Transform, all_heads: Tensor | None
+) -> Float[Tensor, "batch head query key"]:
+    row_max = raw.detach().amax(-1, keepdim=True)
+    _check_finite(row_max)
+    threshold = mask_threshold(raw, all_heads)
+    masked = raw.detach() <= threshold
+    fully_masked = row_max <= threshold
+    visible = torch.where(masked, -math.inf, raw)
+    if bool(fully_masked.any()):
+        # A row without a visible key never reaches a transform: it gets zeros in its place.
+        visible = torch.where(fully_masked, 0.0, visible)
+    new = _row_max_at_zero(_call(transform, visible), masked, transform)
+    return torch.where(masked, raw, new.clamp_(min=NO_MASS))
+
+
 def _call(
     transform: Transform, scores: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch head query key"]:
@@ -117,7 +139,9 @@ def _call(
 
 
 def _row_max_at_zero(
-    new: Float[Tensor, "batch head query key"], masked: Tensor, transform: Transform
+    new: Float[Tensor, "batch head query key"],
+    masked: Bool[Tensor, "batch head query key"],
+    transform: Transform,
 ) -> Float[Tensor, "batch head query key"]:
     if type(transform) in _OWN:
         return new
@@ -132,9 +156,86 @@ def _row_max_at_zero(
     return new - top.masked_fill(~top.isfinite(), 0.0)
 
 
-def _check_finite(row_max: Float[Tensor, "batch head query 1"]) -> None:
-    if bool((row_max.isnan() | (row_max == math.inf)).any()):
-        raise NonFiniteError(
-            "The model's own attention scores hold NaN or +inf before saturation, so there is no "
-            "limit to take. Check the weights and inputs, or run the model in float32."
-        )
+# The library's own transforms, in the memory of the scores. Comparisons into bools are four times
+# as slow as the same into floats, so masks are kept by subtraction instead of by selection.
+
+
+def has_only_extreme_masks(scores: Float[Tensor, "*rows key"]) -> bool:
+    """Whether every score is either an extreme mask or above all finite masks.
+
+    Example:
+        >>> has_only_extreme_masks(torch.tensor([0.0, -5.0, -math.inf]))
+        True
+        >>> has_only_extreme_masks(torch.tensor([0.0, -5.0, -10_000.0]))
+        False
+    """
+    return all(
+        float(torch.threshold(block, EXTREME, 0.0).amin()) > LEAST_FINITE_MASK
+        for block in blocks_of(scores)
+    )
+
+
+def blocks_of(scores: Float[Tensor, "*rows key"]) -> Iterator[Float[Tensor, "row key"]]:
+    """Cut scores into blocks of rows that fit into a processor's cache; views, if contiguous.
+
+    Example:
+        >>> [block.shape[0] for block in blocks_of(torch.zeros(3, 1000, 512))]
+        [512, 512, 512, 512, 512, 440]
+    """
+    rows = scores.reshape(-1, scores.shape[-1])
+    size = len(rows) if scores.device.type != "cpu" else BLOCK_ELEMENTS // rows.shape[1]
+    return iter(rows.split(max(1, size)))
+
+
+def transform_in_place(scores: Float[Tensor, "*rows key"], transform: Blockwise) -> None:
+    """Overwrite scores with the result of :func:`sat_lens.attention.transform_scores`.
+
+    Args:
+        scores: Contiguous, in float32, with extreme masks only.
+        transform: What to do to each row.
+
+    Raises:
+        NonFiniteError: The scores hold NaN or +inf. Some rows may have been changed by then.
+
+    Example:
+        >>> scores = torch.tensor([[2.0, 2.0, 1.0, -math.inf]])
+        >>> transform_in_place(scores, Limit())
+        >>> scores.tolist()
+        [[-0.0, -0.0, -1000.0, -inf]]
+    """
+    buffer: Tensor | None = None
+    for block in blocks_of(scores):
+        buffer = torch.empty_like(block) if buffer is None else buffer[: len(block)]
+        top = block.amax(-1, keepdim=True)
+        _check_finite(top)
+        # A row without a visible key has no maximum; any finite number does in its place.
+        top.masked_fill_(top <= EXTREME, 0.0)
+        # How far below 0 each mask is; 0 at visible keys.
+        depth = torch.threshold_(torch.neg(block, out=buffer), _JUST_BELOW_EXTREME, 0.0)
+        _apply(block, top, transform)
+        # What _apply left lies between NO_MASS and 0, and vanishes beside the depth of a mask.
+        block.sub_(depth)
+
+
+def _apply(
+    rows: Float[Tensor, "row key"], top: Float[Tensor, "row 1"], transform: Blockwise
+) -> None:
+    """Overwrite each row with numbers from NO_MASS to 0, whatever masked keys hold."""
+    if isinstance(transform, Scale) and transform.limit is not None:
+        transform = transform.limit
+    if isinstance(transform, Uniform):
+        rows.zero_()
+    elif isinstance(transform, Scale):
+        rows.sub_(top).mul_(transform.c).clamp_(min=NO_MASS)
+    elif transform.ties == "exact":
+        rows.lt_(top).mul_(NO_MASS)
+    elif transform.ties == "nearest":
+        rows.lt_(_least_kept(rows)).mul_(NO_MASS)
+    else:
+        rows.sub_(top).lt_(-transform.tolerance).mul_(NO_MASS)
+
+
+def _least_kept(rows: Float[Tensor, "row key"]) -> Float[Tensor, "row 1"]:
+    hidden = rows.masked_fill(rows <= EXTREME, -math.inf)
+    hidden.masked_fill_(hidden.amax(-1, keepdim=True) == -math.inf, 0.0)
+    return nearest_saturated(hidden).least_kept

@@ -2,11 +2,8 @@
 
 Models mark a masked key in different ways: ``-inf``, the lowest number of the dtype (possibly
 divided by the square root of the head size), or a finite number such as -10,000 added to the
-score. Whoever scales scores has to know, because a finite mask multiplied by a small number is
-no mask any more.
-
-When not to use it: on patterns. A probability of zero is no mask; it may be a score that
-underflowed.
+score. Whoever scales scores has to know, because a finite mask multiplied by a small number no
+longer masks. Patterns do not tell: a probability of zero may be a score that underflowed.
 """
 
 from __future__ import annotations
@@ -37,12 +34,12 @@ def mask_threshold(
     Args:
         scores: float32 softmax inputs as the model has them.
         all_heads: The scores of all heads of the module, where ``scores`` are those of some. A
-            mask is the same for all of them; a low score of one head is none.
+            mask is the same for all of them; a score that is low in one head only is no mask.
 
     Returns:
         A threshold; ``-inf`` if no key is masked. Finite masks above -1e30 are told from low
-        scores by the gap between them and all other scores of the tensor, so a tensor that holds
-        nothing else is taken as it is.
+        scores by the gap between them and all other scores of the tensor; where there are no
+        other scores, nothing counts as masked.
 
     Example:
         >>> import torch
@@ -66,8 +63,13 @@ def mask_threshold(
     return max(finite, EXTREME if extreme else -math.inf)
 
 
+def lowest_bias(dtype: torch.dtype) -> float:
+    """Return the number at or below which a bias added to scores is a mask."""
+    return max(EXTREME, torch.finfo(dtype).min)
+
+
 def _finite_mask(scores: Float[Tensor, "*rows key"], all_heads: Tensor | None) -> float:
-    """Give the highest finite mask, or -inf if nothing stands apart from the other scores."""
+    """Return the highest finite mask, or -inf if nothing stands apart from the other scores."""
     low = scores <= LEAST_FINITE_MASK
     if all_heads is not None:
         low = low & (all_heads.detach() <= LEAST_FINITE_MASK).all(1, keepdim=True)

@@ -1,9 +1,9 @@
 """Transforms: functions from scores to scores, whose softmax is the new attention pattern.
 
 A transform takes float32 scores in which masked keys hold ``-inf`` and every row has at least
-one visible key; it returns scores of the same shape. These are the ones that the library knows;
-one of your own is any callable of that form, three lines long. The engine that applies a
-transform takes care of masks, dtypes and rows without a visible key.
+one visible key; it returns scores of the same shape. These are the library's own; one of your own
+is any callable of that form, three lines long. The engine that applies a transform takes care of
+masks, dtypes and rows without a visible key.
 
 When not to use it: to change a pattern after the softmax. Rounding and underflow have removed by
 then what the limit needs to tell ties from near-ties.
@@ -141,11 +141,11 @@ class Uniform:
 class RandomKey:
     """Attend to one visible key, drawn anew for every head, query and attention module.
 
-    The control for saturation: as hard as the limit, blind to the scores. The draw is a hash of
-    the seed, the site, the head, the query's position counted from the newest key, and the key.
-    It therefore leaves torch's random state alone, is equal on every device, does not depend on
-    how prompts are batched (all prompts of a batch share the draws), and agrees with and without a
-    KV cache. Cross-attention is the exception to the last: its keys do not grow with its queries,
+    The control for saturation: as hard as the limit, but independent of the scores. The draw is a
+    hash of the seed, the site, the head, the query's position counted from the newest key, and the
+    key. It therefore leaves torch's random state alone, is equal on every device, does not depend
+    on how prompts are batched (all prompts of a batch share the draws), and agrees with and without
+    a KV cache. Cross-attention is the exception to the last: its keys do not grow with its queries,
     so that a query's position cannot be known there.
 
     Example:

@@ -30,8 +30,7 @@ from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import main_input_name, model_name, residual_names
 from sat_lens.results import Provenance
-from sat_lens.scales import ScaleLike
-from sat_lens.sites import Heads, attention_sites, select_heads
+from sat_lens.sites import Heads, ScaleLike, attention_sites, select_heads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,20 +28,20 @@ def add(chosen: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Try every attention module, and print what came of it."""
+    from sat_lens.intervention import verify_sites
     from sat_lens.models import load_model
-    from sat_lens.sites.discovery import parts_not_seen
-    from sat_lens.verify import verify_sites
+    from sat_lens.sites.discovery import parts_not_probed
 
     model = load_model(options.model)
-    verdicts = verify_sites(model)
-    untried = parts_not_seen(model)
-    for verdict in verdicts:
-        print(verdict)
+    trials = verify_sites(model)
+    untried = parts_not_probed(model)
+    for trial in trials:
+        print(trial)
     for path in untried:
         print(f"{path}: not tried, because it does not run on a few made-up tokens")
     if untried:
-        print("To try these too, in Python: sat_lens.verify.verify_sites(model, *your_inputs)")
-    found = {verdict.site.level for verdict in verdicts}
+        print("To try these too: sat_lens.intervention.verify_sites(model, *your_inputs) in Python")
+    found = {trial.site.level for trial in trials}
     levels = [f"  {level:8} {where}" for level, where in LEVELS.items() if level in found]
     print(LEGEND.format(levels="\n".join(levels) or "  none: nothing could be reached"))
-    return 0 if all(verdict.ok for verdict in verdicts) and not untried else 1
+    return 0 if all(trial.ok for trial in trials) and not untried else 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sat_lens.norms.names import ParameterPlace
 from sat_lens.norms.sources import Parameters, identity, wide
-from sat_lens.sites.naming import Place, places
+from sat_lens.sites import Place, places
 
 HEAD_NORMS = ("W_Q", "W_K", "W_V", "W_O", "qk_product", "ov_product")
 _PATTERN = ".hook_pattern"

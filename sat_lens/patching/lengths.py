@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sat_lens.data import Batch
 from sat_lens.errors import UnsupportedModelError
+from sat_lens.intervention import Edit, attach_edits
 from sat_lens.patching.activations import Component
 from sat_lens.patching.items import Item
 from sat_lens.patching.runs import Setting
-from sat_lens.sites import Edit, open_door
 
 
 def lengths_of(
@@ -66,6 +66,6 @@ def _n_queries(setting: Setting, batch: Batch, items: list[Item]) -> dict[str, i
 
         return edit
 
-    with open_door(setting.model, {site.path: watching(site.path) for site in sites}, sites):
+    with attach_edits(setting.model, sites, {site.path: watching(site.path) for site in sites}):
         batch.run(setting.model)
     return counts

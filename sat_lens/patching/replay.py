@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sat_lens.intervention import attached
+from sat_lens.intervention import attach_transforms
 from sat_lens.patching.activations import with_heads
 from sat_lens.patching.items import Item
 from sat_lens.patching.quick import aligned_unembedding, computed_by, quick_gelus
@@ -149,7 +149,7 @@ class Replay:
             for site in self.setting.sites
             if site.layer > layer
         }
-        with attached(self.setting.model, self.setting.sites, groups):
+        with attach_transforms(self.setting.model, self.setting.sites, groups):
             yield
 
 

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from sat_lens.attention import Transform, transform_scores
 from sat_lens.data import Batch
-from sat_lens.intervention import attached
+from sat_lens.intervention import (
+    Edit,
+    NewScores,
+    attach_edits,
+    attach_transforms,
+    bind_transform,
+)
 from sat_lens.patching.activations import (
     Activations,
     Component,
@@ -28,8 +34,7 @@ from sat_lens.patching.activations import (
 )
 from sat_lens.patching.items import Item
 from sat_lens.patching.readout import Readout
-from sat_lens.sites import AttentionSite, Edit, open_door
-from sat_lens.sites.door import NewScores
+from sat_lens.sites import AttentionSite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +90,7 @@ def everywhere(setting: Setting, base: Transform | None) -> contextlib.AbstractC
     if base is None:
         return contextlib.nullcontext()
     groups = {site.path: [(list(range(site.n_heads)), base)] for site in setting.sites}
-    return attached(setting.model, setting.sites, groups)
+    return attach_transforms(setting.model, setting.sites, groups)
 
 
 def patched_logits(setting: Setting, patch: Patch, item: Item, position: int | None) -> Any:
@@ -140,13 +145,13 @@ def local_activations(
             if new is not None:
                 # One group a head: a transform sees what it would see in a run of its own.
                 groups = {site.path: [([head], new) for head in heads]}
-                stack.enter_context(attached(setting.model, setting.sites, groups))
+                stack.enter_context(attach_transforms(setting.model, setting.sites, groups))
             keep = _keep_and_restore(found, site.path, base_z[site.path])
             stack.enter_context(replacing(setting.model, site, "z", keep))
         for site in setting.sites:
             if patch.base is not None and site not in setting.sites_of(items):
                 everyone = {site.path: [(list(range(site.n_heads)), patch.base)]}
-                stack.enter_context(attached(setting.model, setting.sites, everyone))
+                stack.enter_context(attach_transforms(setting.model, setting.sites, everyone))
         stack.enter_context(setting.readout.narrowed(setting.unembed))
         patch.batch.run(setting.model)
     return found
@@ -162,14 +167,14 @@ def _patch_local(
 ) -> None:
     edits: dict[str, Edit] = {}
     for site in setting.sites:
-        base = None if patch.base is None else bound(patch.base, site)
+        base = None if patch.base is None else bind_transform(patch.base, site)
         if site.path in item.selection:
             heads = item.selection[site.path]
-            new = source.transform and bound(source.transform, site, tuple(heads))
+            new = source.transform and bind_transform(source.transform, site, tuple(heads))
             edits[site.path] = local_edit(base, new, heads, position)
         elif base is not None:
             edits[site.path] = _base_edit(base)
-    stack.enter_context(open_door(setting.model, edits, setting.sites))
+    stack.enter_context(attach_edits(setting.model, setting.sites, edits))
 
 
 def _base_edit(base: Transform) -> Edit:
@@ -214,7 +219,7 @@ def _from_run(
     given = source.activations[site.path]
     if source.component == "pattern":
         edit = _pattern_edit(given, heads, position)
-        with open_door(setting.model, {site.path: edit}, setting.sites):
+        with attach_edits(setting.model, setting.sites, {site.path: edit}):
             yield
         return
     n_heads = n_heads_of(setting.model, site, source.component)
@@ -251,7 +256,7 @@ def _scores(model: Any, sites: list[AttentionSite], _component: str) -> Iterator
 
         return edit
 
-    with open_door(model, {site.path: watching(site.path) for site in sites}, sites):
+    with attach_edits(model, sites, {site.path: watching(site.path) for site in sites}):
         yield found
 
 
@@ -261,9 +266,3 @@ def _keep_and_restore(found: Activations, path: str, base_z: Tensor) -> Any:
         return base_z
 
     return edit
-
-
-def bound(transform: Transform, site: AttentionSite, heads: tuple[int, ...] = ()) -> Transform:
-    """Let a transform that draws at random know which module, and which of its heads, it serves."""
-    bind = getattr(transform, "at", None)
-    return bind(site.path, heads) if callable(bind) else transform

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from sat_lens.data import Batch
+from sat_lens.intervention import Edit, NewScores, attach_edits, bind_transform
 from sat_lens.patching.activations import replacing, with_heads
 from sat_lens.patching.items import Item
-from sat_lens.patching.runs import FromRun, Local, Patch, Setting, bound, local_edit
-from sat_lens.sites import AttentionSite, Edit, open_door
-from sat_lens.sites.door import NewScores
+from sat_lens.patching.runs import FromRun, Local, Patch, Setting, local_edit
+from sat_lens.sites import AttentionSite
 
 Patches = list[tuple[Item, int | None]]
 
@@ -41,7 +41,7 @@ def side_by_side_logits(setting: Setting, patch: Patch, patches: Patches) -> lis
             source = patch.source
             if isinstance(source, Local):
                 edits = {site.path: _local(source, site, here, patch.batch.size)}
-                stack.enter_context(open_door(setting.model, edits, setting.sites))
+                stack.enter_context(attach_edits(setting.model, setting.sites, edits))
             else:
                 put = _from_run(source, site, here, patch.batch.size)
                 stack.enter_context(replacing(setting.model, site, "z", put))
@@ -55,7 +55,10 @@ def _local(
 ) -> Edit:
     edits = [
         local_edit(
-            None, source.transform and bound(source.transform, site, tuple(heads)), heads, at
+            None,
+            source.transform and bind_transform(source.transform, site, tuple(heads)),
+            heads,
+            at,
         )
         if heads
         else None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sat_lens.attention import Limit, Transform, Uniform
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError, UnsupportedModelError
-from sat_lens.intervention import attached
+from sat_lens.intervention import attach_transforms
 from sat_lens.metrics import Metric, call_metric, metric_of, read_metric
 from sat_lens.roles.positions import fitting_mask
 from sat_lens.sites import AttentionSite
@@ -169,7 +169,11 @@ def head_damage(
             heads = range(site.n_heads)
             found[site.path] = {
                 name: torch.stack(
-                    [damage(attached(model, sites, {site.path: [([h], new)]})) for h in heads], 1
+                    [
+                        damage(attach_transforms(model, sites, {site.path: [([h], new)]}))
+                        for h in heads
+                    ],
+                    1,
                 )
                 for name, new in REPLACEMENTS.items()
             }

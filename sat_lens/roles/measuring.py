@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sat_lens._checks import check_count, is_count, is_integer, require_lens_model
+from sat_lens.attention import AttentionCall
 from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
-from sat_lens.kernels import AttentionCall
 from sat_lens.metrics import Metric
 from sat_lens.models import model_name, unembedding, wrapped_model
 from sat_lens.results import Provenance

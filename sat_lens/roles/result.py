@@ -17,7 +17,7 @@ from sat_lens.roles.positions import ROWS_PER_SEQUENCE, Rows
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.sums import Sums
 from sat_lens.roles.table import head_row, lean_error, share_at_offset
-from sat_lens.sites.naming import AttentionSite
+from sat_lens.sites import AttentionSite
 from sat_lens.vocabulary import CAUTION, DESCRIPTIONS
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sat_lens.attention.blocks import has_only_extreme_masks
+from sat_lens.attention import AttentionCall
 from sat_lens.attention.critical import critical_bins
 from sat_lens.attention.distances import distance_to_uniform, distances_to_saturated
+from sat_lens.attention.engine import has_only_extreme_masks
 from sat_lens.attention.masks import EXTREME, mask_threshold
 from sat_lens.errors import NonFiniteError
-from sat_lens.kernels import AttentionCall
 from sat_lens.roles.positions import NO_POSITION, RELATIONS, OneSequence, Positions
 from sat_lens.roles.rule import Thresholds
 from sat_lens.roles.sums import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from sat_lens.attention.critical import N_BINS, scale_of_bin
 from sat_lens.roles.rule import IDEAL, Targets, Thresholds, lean, role_of, target_of
 from sat_lens.roles.sums import DAMAGES, M_BINS_PER_OCTAVE, OFFSET_BINS, Sums
-from sat_lens.sites.naming import AttentionSite
+from sat_lens.sites import AttentionSite
 from sat_lens.vocabulary import ROLES
 
 

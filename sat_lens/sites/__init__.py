@@ -1,22 +1,30 @@
 """Where a model's attention can be touched, at which level, and what its heads are called.
 
-A model is touched through one door (:mod:`sat_lens.sites.door`), at one of two levels, which are
-found by running the model (:mod:`sat_lens.sites.probe`).
+A site is one attention module (:class:`AttentionSite`). Sites are found by running the model once
+and watching what happens (:func:`attention_sites`), never assumed from a name.
 """
 
 from sat_lens.sites.discovery import attention_sites, has_several_stacks
-from sat_lens.sites.door import Edit, open_door
-from sat_lens.sites.naming import AttentionSite
-from sat_lens.sites.selection import Heads, Selection, labels_of, select_heads
+from sat_lens.sites.selection import (
+    Heads,
+    ScaleLike,
+    Selection,
+    labels_of,
+    select_heads,
+    select_with_scales,
+)
+from sat_lens.sites.site import AttentionSite, Place, places
 
 __all__ = [
     "AttentionSite",
-    "Edit",
     "Heads",
+    "Place",
+    "ScaleLike",
     "Selection",
     "attention_sites",
     "has_several_stacks",
     "labels_of",
-    "open_door",
+    "places",
     "select_heads",
+    "select_with_scales",
 ]

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
+from sat_lens._checks import is_lens_model
 from sat_lens.errors import ArgumentError, UnsupportedModelError
-from sat_lens.sites.naming import AttentionSite
-from sat_lens.sites.plain import is_plain, probe_plain
-from sat_lens.sites.probe import probe, probe_failure, probe_inputs
+from sat_lens.models import device_of, main_input_name, vocabulary_size, wrapped_model
+from sat_lens.sites.probe import head_count_hint, probe
+from sat_lens.sites.site import AttentionSite
+from sat_lens.version import newer_lens
 
+PROBE_TOKENS = 5
 _PATTERN = ".hook_pattern"
+_log = logging.getLogger(__name__)
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +74,28 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
             return list(known.sites)
     sites, idle = _probe(model, paths, inputs, kwargs)
     if not sites:
-        raise UnsupportedModelError(
-            f"Needed a model with softmax attention, and none ran in {type(model).__name__} "
-            f"{_name(model)!r}. State-space and linear-attention models (Mamba, RWKV) have nothing "
-            "that can be saturated."
-        )
+        raise _no_attention(model)
     _remembered[model] = _Survey(state, sites, idle)
     return list(sites)
 
 
-def parts_not_seen(model: Any) -> list[str]:
-    """Name the parts of the model, with weights, that did not run when it was last looked at."""
+def parts_not_probed(model: Any) -> list[str]:
+    """Return the names of parts with weights that did not run when the model was looked at last."""
     known = _remembered.get(model)
     return [] if known is None else list(known.idle)
 
 
+def is_plain(model: Any) -> bool:
+    """Whether this is a Hugging Face model that TransformerLens has not wrapped."""
+    return (
+        isinstance(model, nn.Module)
+        and hasattr(getattr(model, "config", None), "_attn_implementation")
+        and not is_lens_model(model)
+    )
+
+
 def has_several_stacks(sites: list[AttentionSite]) -> bool:
-    """Say whether results must be told apart by stack (encoder, decoder, cross)."""
+    """Whether results must be told apart by stack (encoder, decoder, cross)."""
     return len({site.stack for site in sites}) > 1
 
 
@@ -111,26 +125,70 @@ def _attention_paths(model: Any) -> list[str]:
 def _probe(
     model: Any, paths: list[str] | None, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[AttentionSite], list[str]]:
-    def look(args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[list[AttentionSite], list[str]]:
-        if paths is None:
-            return probe_plain(model, args, extra)
-        return probe(model, paths, args, extra)
-
     if inputs or kwargs:
-        return look(inputs, kwargs)
+        return probe(model, paths, inputs, kwargs)
     tried: list[Exception] = []
     for args, extra in probe_inputs(model):
         try:
-            return look(args, extra)
+            return probe(model, paths, args, extra)
         except UnsupportedModelError:
             raise
         except Exception as error:  # noqa: BLE001 - any failure only means that the input did not fit
             tried.append(error)
-    raise probe_failure(tried)
+    last = str(tried[-1]).strip().splitlines() if tried else []
+    raise UnsupportedModelError(
+        "Needed one forward pass to find where attention can be touched, and no made-up input fits "
+        f"this model ({type(tried[-1]).__name__ if tried else 'no input'}: "
+        f"{last[0] if last else ''}). Call sat_lens.attention_sites(model, *your_inputs) once "
+        "first; what it finds is remembered for this model." + newer_lens()
+    )
+
+
+def probe_inputs(model: Any) -> list[Inputs]:
+    """Make up small inputs for the model, the likeliest kind first."""
+    device, vocab = device_of(model), vocabulary_size(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    config = getattr(wrapped_model(model), "config", None)
+    own = getattr(model, "cfg", None)
+    # As many tokens as heads would leave open which axis of the scores is which.
+    n_tokens = PROBE_TOKENS + 1 if head_count_hint(model) == PROBE_TOKENS else PROBE_TOKENS
+    tokens = torch.arange(1, n_tokens + 1, device=device)[None] % max(vocab, 2)
+    text: list[Inputs] = [((tokens,), {}), ((tokens,), {"decoder_input": tokens})]
+    if own is None and getattr(config, "is_encoder_decoder", False):
+        text = [((tokens,), {"decoder_input_ids": tokens[:, :-1]})]
+    main = main_input_name(model)
+    generator = torch.Generator().manual_seed(0)
+    if main == "pixel_values":
+        size = getattr(config, "image_size", 32)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        channels = getattr(config, "num_channels", 3)
+        pixels = torch.randn(1, channels, height, width, generator=generator)
+        return [((pixels.to(device, dtype),), {}), *text]
+    if main in ("input_values", "input_features"):
+        mel_bins = getattr(config, "num_mel_bins", None)
+        shape = (1, getattr(config, "max_length", 3000), mel_bins) if mel_bins else (1, 1600)
+        wave = torch.randn(*shape, generator=generator).to(device, dtype)
+        return [((wave,), {"return_type": "logits"}), ((wave,), {}), *text]
+    return text
+
+
+def _no_attention(model: Any) -> UnsupportedModelError:
+    if is_plain(model):
+        return UnsupportedModelError(
+            f"Needed a model with softmax attention, and neither a fused attention of PyTorch nor "
+            f"a softmax over scores ran in {type(model).__name__}. Load it with "
+            'attn_implementation="sdpa" or "eager", if it has attention.'
+        )
+    name = getattr(getattr(model, "cfg", None), "model_name", "") or ""
+    return UnsupportedModelError(
+        f"Needed a model with softmax attention, and none ran in {type(model).__name__} "
+        f"{str(name)!r}. State-space and linear-attention models (Mamba, RWKV) have nothing "
+        "that can be saturated."
+    )
 
 
 def _state(model: Any) -> object:
-    config = getattr(getattr(model, "original_model", model), "config", None)
+    config = getattr(wrapped_model(model), "config", None)
     return (
         # Parts can be in training mode while the whole is not.
         Counter(module.training for module in model.modules())[True],
@@ -140,5 +198,52 @@ def _state(model: Any) -> object:
     )
 
 
-def _name(model: Any) -> str:
-    return str(getattr(getattr(model, "cfg", None), "model_name", "") or "")
+# A plain Hugging Face model that runs eager attention for a while.
+
+_logged: set[str] = set()
+
+
+@contextlib.contextmanager
+def eager_attention(model: Any, why: str) -> Iterator[list[AttentionSite]]:
+    """Switch a plain Hugging Face model to eager attention, and back when the block ends.
+
+    Args:
+        model: A Hugging Face model.
+        why: What keeps its fused kernel from serving. Each reason is logged once, as a warning,
+            because eager attention makes the whole matrix of scores.
+
+    Yields:
+        The attention modules of the eager model.
+
+    Raises:
+        UnsupportedModelError: The model cannot be switched.
+    """
+    if why not in _logged:
+        _logged.add(why)
+        _log.warning("Attention runs eagerly, with its n by n matrix of scores: %s.", why)
+    before = _implementations(model)
+    try:
+        # Models that cannot be switched only log it.
+        model.set_attn_implementation("eager")
+        sites = attention_sites(model)
+        stuck = [site.path for site in sites if site.level == "kernel"]
+        if stuck:
+            raise UnsupportedModelError(
+                f"The fused attention of {stuck[0]} cannot serve, because {why}, and "
+                f"{type(model).__name__} cannot be switched to eager attention. Load it with "
+                'attn_implementation="eager".'
+            )
+        yield sites
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def _implementations(model: Any) -> list[tuple[Any, str]]:
+    """List the configurations of the model's parts, each with its kind of attention."""
+    configs = {
+        id(part.config): part.config
+        for part in model.modules()
+        if hasattr(getattr(part, "config", None), "_attn_implementation")
+    }
+    return [(config, config._attn_implementation) for config in configs.values()]

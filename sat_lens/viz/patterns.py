@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sat_lens.caching import SaturationPair
 from sat_lens.errors import ArgumentError
-from sat_lens.sites.naming import AttentionSite, places
+from sat_lens.sites import AttentionSite, places
 from sat_lens.vocabulary import visible
 
 WORD_JOINER = "\u2060"

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from sat_lens.attention import AttentionCall, limit_is_exact, limit_kernel, rescaled_attention
+from sat_lens.attention.triton_limit import Blocks, hard_attention
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.kernels import AttentionCall, limit_is_exact, limit_kernel, rescaled_attention
-from sat_lens.kernels.hard import Blocks, hard_attention
 
 SMALL = Blocks(32, 32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -75,6 +75,6 @@ def test_half_precision_needs_no_eager_path(model, tokens, monkeypatch):
     def refused(*_args, **_kwargs):
         raise AssertionError("the eager path was taken")
 
-    monkeypatch.setattr("sat_lens.intervention.eager_attention", refused)
+    monkeypatch.setattr("sat_lens.intervention.managers.eager_attention", refused)
     with torch.no_grad(), sl.saturate(half):
         assert half(tokens).logits.isfinite().all()

@@ -1,17 +1,8 @@
-"""Saturate attention, or replace it by any transform, while a block of code runs.
-
-The model is as it was when the block ends, also after an exception or an interrupt. Hooks of
-others keep working: one that is added later sees, and may act on, the changed values.
-
-When not to use it: to compare soft and saturated activations, which
-:func:`sat_lens.run_with_saturation_cache` does in one call, or to try one head after the other,
-which :func:`sat_lens.sweep_heads` does faster.
-"""
+"""The blocks in which attention is changed or observed, and the same as hooks."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,17 +11,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens._checks import check_evaluation_mode, require_lens_model
-from sat_lens.attention import Limit, Scale, Transform, Uniform
+from sat_lens.attention import AttentionCall, Transform
 from sat_lens.attention.transforms import Ties, check_ties
-from sat_lens.changes import Groups, change_of, why_not_fused
 from sat_lens.errors import ArgumentError, UnsupportedModelError
-from sat_lens.kernels import AttentionCall
-from sat_lens.scales import ScaleLike, select_with_scales
-from sat_lens.sites import AttentionSite, Heads, attention_sites, open_door
-from sat_lens.sites.eager import eager_attention
-from sat_lens.sites.hooks import pattern_hook, scores_hook
-from sat_lens.sites.selection import select_heads
-from sat_lens.sites.unseen import refusing_unseen_attention
+from sat_lens.intervention.attach import attach_edits, refusing_attention_not_probed
+from sat_lens.intervention.edits import (
+    Observation,
+    TransformEdit,
+    TransformOfHeads,
+    transform_for,
+)
+from sat_lens.intervention.hooks import pattern_hook, scores_hook
+from sat_lens.sites import (
+    AttentionSite,
+    Heads,
+    ScaleLike,
+    attention_sites,
+    select_heads,
+    select_with_scales,
+)
+from sat_lens.sites.discovery import eager_attention
 
 
 @contextlib.contextmanager
@@ -43,7 +43,9 @@ def saturate(
     maximum (Merrill et al. 2021, section 3).
 
     Args:
-        model: A TransformerLens model.
+        model: A TransformerLens model (``TransformerBridge``, ``HookedTransformer`` and its like),
+            or a plain Hugging Face model. The latter keeps its fused attention where that can be
+            taken to the limit exactly, and runs eager attention while the block lasts elsewhere.
         heads: Which heads; None is all. See :func:`sat_lens.attention_sites` for labels.
         scale: The inverse temperature c >= 0: a number, a tensor ``[layer, head]``, a mapping from
             heads to numbers, or a callable ``(layer, head) -> c``, a schedule through the forward
@@ -71,8 +73,8 @@ def saturate(
     check_ties(ties)
     sites = attention_sites(model)
     scales = select_with_scales(sites, heads, scale)
-    groups = {path: _groups(chosen, ties) for path, chosen in scales.items()}
-    with attached(model, sites, groups):
+    transforms = {path: _by_scale(chosen, ties) for path, chosen in scales.items()}
+    with attach_transforms(model, sites, transforms):
         yield model
 
 
@@ -81,7 +83,8 @@ def replace_attention(model: Any, transform: Transform, heads: Heads = None) -> 
     """Put the scores of chosen heads through a transform while the block lasts.
 
     Args:
-        model: A TransformerLens model.
+        model: A TransformerLens model or a plain Hugging Face model, which runs eager attention
+            while the block lasts where its fused attention cannot do the same.
         transform: A function from scores ``[batch, head, query, key]`` to scores of the same shape.
             It gets the chosen heads only, in float32, with ``-inf`` at masked keys. The softmax of
             what it returns is the new pattern; masked keys stay masked whatever it returns.
@@ -101,22 +104,22 @@ def replace_attention(model: Any, transform: Transform, heads: Heads = None) -> 
         ...     twice_as_sharp = model("def f(x):")
     """
     if not callable(transform) or isinstance(transform, type):
-        hint = " Give an instance of it." if isinstance(transform, type) else ""
+        hint = " Pass an instance of it." if isinstance(transform, type) else ""
         raise ArgumentError(
             f"A transform is a function from scores to scores, and {transform!r} was given.{hint}"
         )
     sites = attention_sites(model)
-    groups: dict[str, Groups] = {
-        path: [(chosen, transform)] for path, chosen in select_heads(sites, heads).items()
-    }
-    with attached(model, sites, groups):
+    selection = select_heads(sites, heads)
+    with attach_transforms(
+        model, sites, {path: [(chosen, transform)] for path, chosen in selection.items()}
+    ):
         yield model
 
 
 def saturation_hooks(
     model: Any, heads: Heads = None, scale: ScaleLike = math.inf, ties: Ties = "exact"
 ) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Give the same intervention as hooks for TransformerLens's ``run_with_hooks``.
+    """Return the same intervention as hooks for TransformerLens's ``run_with_hooks``.
 
     Arguments and errors are those of :func:`saturate`. A hook cannot check that it was called, so
     :func:`saturate` is the safer form where there is a choice. Where only the pattern can be
@@ -141,7 +144,7 @@ def saturation_hooks(
     for path, chosen in select_with_scales(sites, heads, scale).items():
         site = _site_at(sites, path)
         _check_reachable(site)
-        edit = change_of(site, _groups(chosen, ties))
+        edit = TransformEdit.at(site, _by_scale(chosen, ties))
         if site.level == "scores":
             hooks.append((f"{path}.hook_attn_scores", scores_hook(edit)))
         elif site.pattern_is_true and min(chosen.values()) >= 1:
@@ -157,25 +160,25 @@ def saturation_hooks(
 
 
 @contextlib.contextmanager
-def attached(
-    model: Any, sites: list[AttentionSite], groups: Mapping[str, Groups]
+def attach_transforms(
+    model: Any, sites: list[AttentionSite], transforms: Mapping[str, TransformOfHeads]
 ) -> Iterator[None]:
-    """Attach groups of heads with their transforms to the model's sites, by path.
+    """Attach transforms to groups of heads, by the path of their site, for the length of the block.
 
     Where a fused kernel cannot serve, the model runs eager attention for the length of the block.
     """
-    chosen = {path: _site_at(sites, path) for path in groups}
+    chosen = {path: _site_at(sites, path) for path in transforms}
     for site in chosen.values():
         _check_reachable(site)
-    edits = {path: change_of(chosen[path], of_site) for path, of_site in groups.items()}
-    reasons = [why_not_fused(model, chosen[path], edit) for path, edit in edits.items()]
+    edits = {path: TransformEdit.at(site, transforms[path]) for path, site in chosen.items()}
+    reasons = [edit.why_not_fused(model, chosen[path]) for path, edit in edits.items()]
     why = next(filter(None, reasons), "")
     with contextlib.ExitStack() as stack:
         if why:
             sites = stack.enter_context(eager_attention(model, why))
         if all(site.path in edits for site in sites):
-            stack.enter_context(refusing_unseen_attention(model))
-        stack.enter_context(open_door(model, edits, sites))
+            stack.enter_context(refusing_attention_not_probed(model))
+        stack.enter_context(attach_edits(model, sites, edits))
         yield
 
 
@@ -198,40 +201,17 @@ def observe_attention(
     with contextlib.ExitStack() as stack:
         if any(reasons):
             sites = stack.enter_context(eager_attention(model, next(filter(None, reasons))))
-        edits = {site.path: _Look(site, observer, of_calls) for site in sites}
-        stack.enter_context(refusing_unseen_attention(model))
-        stack.enter_context(open_door(model, edits, sites))
+        edits = {site.path: Observation(site, observer, of_calls) for site in sites}
+        stack.enter_context(refusing_attention_not_probed(model))
+        stack.enter_context(attach_edits(model, sites, edits))
         yield
 
 
-@dataclasses.dataclass(frozen=True)
-class _Look:
-    """An edit that only looks."""
-
-    site: AttentionSite
-    observer: Callable[[AttentionSite, Tensor], None]
-    of_calls: Callable[[AttentionSite, AttentionCall], None] | None
-
-    def __call__(self, scores: Tensor) -> None:
-        self.observer(self.site, scores)
-
-    def look(self, call: AttentionCall) -> None:
-        if self.of_calls is not None:
-            self.of_calls(self.site, call)
-
-
-def transform_for(scale: float, ties: Ties = "exact") -> Transform:
-    """Give the transform that multiplies by ``scale``, with the limits at 0 and infinity."""
-    if scale == math.inf:
-        return Limit(ties)
-    return Uniform() if scale == 0 else Scale(scale)
-
-
-def _groups(scale_of_head: Mapping[int, float], ties: Ties) -> Groups:
-    by_scale: dict[float, list[int]] = {}
+def _by_scale(scale_of_head: Mapping[int, float], ties: Ties) -> TransformOfHeads:
+    heads_of: dict[float, list[int]] = {}
     for head, c in scale_of_head.items():
-        by_scale.setdefault(c, []).append(head)
-    return [(heads, transform_for(c, ties)) for c, heads in by_scale.items()]
+        heads_of.setdefault(c, []).append(head)
+    return [(heads, transform_for(c, ties)) for c, heads in heads_of.items()]
 
 
 def _site_at(sites: list[AttentionSite], path: str) -> AttentionSite:

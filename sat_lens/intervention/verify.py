@@ -1,9 +1,8 @@
-"""Say of every attention module whether an intervention there changes the model's output.
+"""Whether an intervention at each attention module changes the model's output, by trying.
 
-The level of a module is found by watching (:mod:`sat_lens.sites.probe`). This goes one step
-further and tries it: all heads of one module attend to random keys, and the output must change.
-
-When not to use it: before every run. Interventions check themselves while they run.
+The level of a module is found by watching one run. This goes one step further: all heads of one
+module attend to random keys, and the output must change. There is no need to do so before every
+run, because interventions check themselves while they run.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from sat_lens.attention import RandomKey
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.intervention import replace_attention
+from sat_lens.intervention.managers import replace_attention
 from sat_lens.sites import AttentionSite, attention_sites
-from sat_lens.sites.probe import probe_inputs
+from sat_lens.sites.discovery import probe_inputs
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class SiteTrial:
     """What a trial at one attention module showed; ``change`` is in units of the logits."""
 
     site: AttentionSite
@@ -42,7 +41,7 @@ class Verdict:
         return f"{where}, level {site.level}: a trial {effect}"
 
 
-def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[Verdict]:
+def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[SiteTrial]:
     """Try every attention module: does sending its heads to random keys change the output?
 
     Args:
@@ -55,15 +54,15 @@ def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[Verdict]:
 
     Example:
         >>> import sat_lens as sl
-        >>> from sat_lens.verify import verify_sites
-        >>> [verdict.ok for verdict in verify_sites(sl.load_model("demo"))]
+        >>> from sat_lens.intervention import verify_sites
+        >>> [trial.ok for trial in verify_sites(sl.load_model("demo"))]
         [True, True, True, True]
     """
     sites = attention_sites(model, *inputs, **kwargs)
     args, extra = (inputs, kwargs) if inputs or kwargs else _working_inputs(model)
     with torch.no_grad():
         before = _logits(model(*args, **extra))
-        return [Verdict(site, _change(model, site, before, args, extra)) for site in sites]
+        return [SiteTrial(site, _change(model, site, before, args, extra)) for site in sites]
 
 
 def _change(

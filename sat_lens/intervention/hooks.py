@@ -1,7 +1,7 @@
 """Edits as TransformerLens hooks, for workflows that take hooks and nothing else.
 
-When not to use it: where :func:`sat_lens.saturate` can be used. A hook cannot tell that it was
-never called, and a pattern has lost what rounding and underflow took from the scores.
+A hook cannot tell that it was never called, and a pattern has lost what rounding and underflow took
+from the scores, so :func:`sat_lens.saturate` is preferred wherever it can be used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.sites.door import Edit, put
+from sat_lens.intervention.edits import Edit, put
 
 Hook = Callable[..., Tensor]
 
@@ -64,5 +64,5 @@ def _logarithm(
     pattern: Float[Tensor, "batch head query key"],
 ) -> Float[Tensor, "batch head query key"]:
     """Take the logarithm, -inf at 0, with a gradient that is finite there."""
-    gone = pattern == 0
-    return pattern.masked_fill(gone, 1.0).log().masked_fill(gone, -math.inf)
+    zero = pattern == 0
+    return pattern.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)

@@ -10,14 +10,11 @@ file is imported. The interpreter knows no products in bfloat16, so there, and o
 inputs are taken to float32 first, which changes no product. So far this ran in the interpreter
 only. It compiles to machine code for GPUs of compute capability 8.0 and 9.0; how fast it is there
 nobody has measured.
-
-When not to use it: for a finite inverse temperature, which fused kernels can do themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import triton
@@ -25,9 +22,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sat_lens.attention.masks import EXTREME
+from sat_lens.attention.masks import EXTREME, lowest_bias
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.kernels.call import AttentionCall
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -65,10 +61,10 @@ def hard_attention(
         factor: What products of queries and keys are multiplied by, to be scores.
         causal: Whether query i sees keys 0 to i only, as in PyTorch's fused attention.
         window: How many keys up to key i query i sees; all by default.
-        visible: Which keys a query sees beside that. It broadcasts to [batch, head, query, key].
+        visible: Which of these keys a query sees. It broadcasts to [batch, head, query, key].
         bias: What is added to the scores, likewise. A number as low as a mask hides its key.
-        sink: One learned score a head, which takes part as one more key whose value is 0.
-        blocks: How the work is cut; by default what :func:`blocks_for` gives.
+        sink: One learned score per head, which takes part as one more key whose value is 0.
+        blocks: How the work is cut; by default :func:`blocks_for` chooses.
 
     Returns:
         In the query's dtype. A row that sees no key is 0, as in PyTorch's fused attention.
@@ -90,13 +86,14 @@ def hard_attention(
     seen = query if visible is None else visible.to(torch.int8).expand(whole)
     added = query if bias is None else bias.expand(whole)
     cut = blocks or blocks_for(query.dtype, size)
+    lowest = EXTREME if bias is None else lowest_bias(bias.dtype)
     _average_of_winners[(triton.cdiv(n_queries, cut.queries), n_batches * n_heads)](
         query, key, value, seen, added, query if sink is None else sink, out,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *seen.stride(), *added.stride(), *out.stride()[:3],
         n_heads, n_heads // key.shape[1], n_queries, n_keys, factor, window or 0,
         SIZE=size, PADDED=_power_of_two(size), VSIZE=value_size, VPADDED=_power_of_two(value_size),
-        QUERIES=cut.queries, KEYS=cut.keys, LOWEST=EXTREME if bias is None else lowest_bias(bias),
+        QUERIES=cut.queries, KEYS=cut.keys, LOWEST=lowest,
         CAUSAL=causal, WINDOW=window is not None, VISIBLE=visible is not None,
         BIAS=bias is not None, SINK=sink is not None,
         UPCAST=INTERPRETED and query.dtype == torch.bfloat16, num_warps=cut.warps,
@@ -104,31 +101,8 @@ def hard_attention(
     return out
 
 
-def limit_of(call: AttentionCall) -> Float[Tensor, "batch head query dv"]:
-    """Run a call of PyTorch's fused attention in the limit, with whatever it adds to its scores."""
-    mask = call.attn_mask
-    limit = functools.partial(
-        hard_attention,
-        call.query,
-        call.key,
-        call.value,
-        factor=call.factor,
-        causal=call.is_causal,
-    )
-    if mask is None or mask.dtype == torch.bool:
-        return limit(visible=mask)
-    # Under a finite mask, a row without a visible key attends to masked ones; it keeps doing so.
-    dead = (mask <= lowest_bias(mask)).all(-1, keepdim=True)
-    return torch.where(dead, call.run(), limit(bias=mask))
-
-
-def lowest_bias(bias: Tensor) -> float:
-    """Give the number at and below which an added number is a mask."""
-    return max(EXTREME, torch.finfo(bias.dtype).min)
-
-
 def blocks_for(dtype: torch.dtype, size: int) -> Blocks:
-    """Choose blocks that fit into the shared memory of a GPU. They were never tuned on one."""
+    """Choose blocks that fit into the shared memory of a GPU; they were never tuned on one."""
     if dtype == torch.float32:
         return Blocks(32, 32)
     return Blocks(128, 64) if size <= 64 else Blocks(64, 64)
@@ -161,13 +135,13 @@ def _average_of_winners(
     head = (tl.program_id(1) % n_heads).to(tl.int64)
     start_q = tl.program_id(0) * QUERIES
     rows = start_q + tl.arange(0, QUERIES)
-    row_is_real = rows < n_queries
+    row_exists = rows < n_queries
     sizes = tl.arange(0, PADDED)
     value_sizes = tl.arange(0, VPADDED)
     wide_rows = rows.to(tl.int64)
     query = tl.load(
         q + batch * q_b + head * q_h + wide_rows[:, None] * q_n + sizes[None, :],
-        mask=row_is_real[:, None] & (sizes < SIZE)[None, :],
+        mask=row_exists[:, None] & (sizes < SIZE)[None, :],
         other=0.0,
     )
     if UPCAST:
@@ -187,23 +161,23 @@ def _average_of_winners(
         first = tl.maximum(0, start_q - window + 1) // KEYS * KEYS
     for start in range(first, last, KEYS):
         keys = start + tl.arange(0, KEYS)
-        key_is_real = keys < n_keys
+        key_exists = keys < n_keys
         wide_keys = keys.to(tl.int64)
         key = tl.load(
             k + batch * k_b + head // group * k_h + wide_keys[None, :] * k_n + sizes[:, None],
-            mask=key_is_real[None, :] & (sizes < SIZE)[:, None],
+            mask=key_exists[None, :] & (sizes < SIZE)[:, None],
             other=0.0,
         )
         value = tl.load(
             v + batch * v_b + head // group * v_h + wide_keys[:, None] * v_n + value_sizes[None, :],
-            mask=key_is_real[:, None] & (value_sizes < VSIZE)[None, :],
+            mask=key_exists[:, None] & (value_sizes < VSIZE)[None, :],
             other=0.0,
         )
         if UPCAST:
             key = key.to(tl.float32)
             value = value.to(tl.float32)
         scores = tl.dot(query, key, input_precision="ieee") * factor
-        seen = row_is_real[:, None] & key_is_real[None, :]
+        seen = row_exists[:, None] & key_exists[None, :]
         if CAUSAL:
             seen &= keys[None, :] <= rows[:, None]
         if WINDOW:
@@ -228,5 +202,5 @@ def _average_of_winners(
     tl.store(
         out + batch * o_b + head * o_h + wide_rows[:, None] * o_n + value_sizes[None, :],
         average.to(out.dtype.element_ty),
-        mask=row_is_real[:, None] & (value_sizes < VSIZE)[None, :],
+        mask=row_exists[:, None] & (value_sizes < VSIZE)[None, :],
     )

@@ -1,75 +1,36 @@
-"""The one door to a model's attention: edits of scores, attached and verified.
+"""Edits of scores, attached to a model's attention and verified in every run.
 
-An edit receives the scores of all heads, ``[batch, head, query, key]`` in the model's dtype, and
-returns the scores of some heads anew in float32, or None to leave all as they are. Through the
-door go interventions and observers alike, at whichever level the site has, and every run of an
-attention module is checked: an edit that was not applied exactly once (where a module runs one
-softmax per image, once for each) is an error, and so is somebody's edit at a hook point whose edits
-the model throws away.
-
-When not to use it: from outside the library. :func:`sat_lens.replace_attention` is for that.
+Interventions and observers alike are attached here, at whichever level a site has. An edit that
+was not applied exactly once in a run of its module (where a module runs one softmax per image,
+once for each) is an error, and so is somebody else's edit at a hook point whose edits the model
+throws away: an intervention never silently does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, cast, runtime_checkable
+from functools import partial
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from sat_lens.attention import AttentionCall, rescaled_attention
 from sat_lens.errors import NotReachedError, UnsupportedModelError
-from sat_lens.kernels import AttentionCall, FusedAttention, rescaled_attention
-from sat_lens.sites.naming import AttentionSite
-from sat_lens.sites.shadow import Uncopied, run_through
-from sat_lens.sites.softmax import AttentionSoftmax, as_heads, from_heads
-
-
-@dataclasses.dataclass(frozen=True)
-class NewScores:
-    """Scores of some heads: ``scores[:, i]`` belongs to head ``heads[i]``."""
-
-    heads: list[int]
-    scores: Float[Tensor, "batch head query key"]
-
-
-Edit = Callable[[Float[Tensor, "batch head query key"]], NewScores | None]
-
-
-@runtime_checkable
-class Overwriting(Protocol):
-    """An edit that can also do its work in the memory of the scores themselves, in float32."""
-
-    def overwrite(self, scores: Float[Tensor, "batch head query key"], /) -> None:
-        """Put the new scores in the place of the old."""
-        ...
-
-
-@runtime_checkable
-class Rescaling(Protocol):
-    """An edit that multiplies each head's scores by a number, which a fused kernel can do too."""
-
-    def factors(self, n_heads: int) -> Float[Tensor, " head"]:
-        """Give the inverse temperature of each head."""
-        ...
-
-
-@runtime_checkable
-class WatchingCalls(Protocol):
-    """An edit that changes nothing and can look at a fused kernel's arguments."""
-
-    def look(self, call: AttentionCall) -> None:
-        """Look at a call before it is made."""
-        ...
+from sat_lens.intervention.edits import Edit, Observation, TransformEdit, put
+from sat_lens.sites import AttentionSite
+from sat_lens.sites.discovery import parts_not_probed
+from sat_lens.sites.interception import Interception, Uncopied, wrap_forward
+from sat_lens.sites.site import as_heads, from_heads
 
 
 @contextlib.contextmanager
-def open_door(model: Any, edits: Mapping[str, Edit], sites: list[AttentionSite]) -> Iterator[None]:
+def attach_edits(
+    model: Any, sites: list[AttentionSite], edits: Mapping[str, Edit]
+) -> Iterator[None]:
     """Attach edits to sites, by path, for the length of the block.
 
     Raises:
@@ -86,19 +47,19 @@ def open_door(model: Any, edits: Mapping[str, Edit], sites: list[AttentionSite])
 @contextlib.contextmanager
 def _attached(model: Any, site: AttentionSite, edit: Edit) -> Iterator[None]:
     module = model.get_submodule(site.path)
-    door = _Door(site, edit, module, module.training, [])
+    attached = _AttachedEdit(site, edit, module, module.training, [])
     with contextlib.ExitStack() as stack:
         if site.level == "scores":
-            handle = module.hook_attn_scores.register_forward_hook(door.at_hook_point)
+            handle = module.hook_attn_scores.register_forward_hook(attached.at_hook_point)
             stack.callback(handle.remove)
         for name in site.discarded:
-            stack.enter_context(_guarding(getattr(module, name), site, name, door))
-        stack.enter_context(_watching_the_layer(model, site, door))
-        stack.enter_context(run_through(module, door.one_call))
+            stack.enter_context(_refusing_discarded_edits(attached, getattr(module, name), name))
+        stack.enter_context(_refusing_a_layer_without_attention(attached, model))
+        stack.enter_context(wrap_forward(module, attached.one_call))
         yield
 
 
-class _Door(Uncopied, threading.local):
+class _AttachedEdit(Uncopied, threading.local):
     """The state of one attached edit: how often it was applied, in this call and in this layer.
 
     Each thread counts for itself; what the constructor is given, they share.
@@ -134,15 +95,13 @@ class _Door(Uncopied, threading.local):
         self.applied = 0
         for prepare in self.before_call:
             prepare()
-        if self.site.level == "softmax":
-            with AttentionSoftmax(self.at_softmax):
-                yield
-        elif self.site.level == "kernel":
-            # A block inside this one may have made the model's attention eager.
-            with FusedAttention(self.at_kernel), AttentionSoftmax(self.at_softmax):
-                yield
-        else:
+        if self.site.level == "scores":
             yield
+        else:
+            # At the level `kernel` too, a block inside this one may have made attention eager.
+            fused = self.at_kernel if self.site.level == "kernel" else None
+            with Interception(softmax=self.at_softmax, fused=fused):
+                yield
         if self.applied != 1 and not (self.applied and self.site.in_pieces):
             raise NotReachedError(
                 f"The attention of {self.site.path} ran, and its heads "
@@ -154,7 +113,7 @@ class _Door(Uncopied, threading.local):
     def at_hook_point(self, point: nn.Module, _args: Any, scores: Tensor) -> Tensor | None:
         """Edit at the level ``scores``: the new scores go back in the model's dtype."""
         self.applied += 1
-        if isinstance(self.edit, Overwriting) and self._is_first_to_see(point, scores):
+        if isinstance(self.edit, TransformEdit) and self._is_first_to_see(point, scores):
             self.edit.overwrite(scores)
             return None
         new = self.edit(scores)
@@ -196,38 +155,32 @@ class _Door(Uncopied, threading.local):
     def at_kernel(self, call: AttentionCall) -> Tensor:
         """Edit at the level ``kernel``: the kernel gets the inverse temperature of each head."""
         self.applied += 1
-        if isinstance(self.edit, WatchingCalls):
+        if isinstance(self.edit, Observation):
             self.edit.look(call)
             return call.run()
-        if not isinstance(self.edit, Rescaling):
+        if not isinstance(self.edit, TransformEdit):
             raise UnsupportedModelError(f"{self.site.path} shows no scores: it runs fused.")
         return rescaled_attention(call, self.edit.factors(self.site.n_heads))
 
 
-def put(whole: Tensor, heads: list[int], part: Tensor) -> Tensor:
-    """Give ``whole`` with the given heads (its second axis) replaced by those of ``part``."""
-    if len(heads) == whole.shape[1]:
-        return part
-    return whole.index_copy(1, torch.tensor(heads, device=whole.device), part)
-
-
 @contextlib.contextmanager
-def _watching_the_layer(model: Any, site: AttentionSite, door: _Door) -> Iterator[None]:
+def _refusing_a_layer_without_attention(attached: _AttachedEdit, model: Any) -> Iterator[None]:
     """Raise if the block around the attention module runs and the module does not."""
-    path = site.path.rpartition(".")[0]
+    path = attached.site.path.rpartition(".")[0]
     layer = model.get_submodule(path) if path else None
     if layer is None or layer is model or isinstance(layer, nn.ModuleList):
         yield
         return
 
     def entering(_module: nn.Module, _args: Any) -> None:
-        door.calls_before_layer = door.calls
+        attached.calls_before_layer = attached.calls
 
     def leaving(_module: nn.Module, _args: Any, _output: Any) -> None:
-        if door.calls == door.calls_before_layer:
+        if attached.calls == attached.calls_before_layer:
             raise NotReachedError(
-                f"The layer {path} ran without its attention {site.path}, so the chosen heads of "
-                "that layer were not reached. Leave them out of the selection for this input."
+                f"The layer {path} ran without its attention {attached.site.path}, so the chosen "
+                "heads of that layer were not reached. Leave them out of the selection for this "
+                "input."
             )
 
     handles = [layer.register_forward_pre_hook(entering), layer.register_forward_hook(leaving)]
@@ -239,22 +192,24 @@ def _watching_the_layer(model: Any, site: AttentionSite, door: _Door) -> Iterato
 
 
 @contextlib.contextmanager
-def _guarding(point: nn.Module, site: AttentionSite, name: str, door: _Door) -> Iterator[None]:
+def _refusing_discarded_edits(
+    attached: _AttachedEdit, point: nn.Module, name: str
+) -> Iterator[None]:
     """Raise if a hook edits a tensor at a point where the model discards edits."""
 
     def remember(_module: nn.Module, args: Any) -> None:
         shown = args[0] if args else None
         if len(point._forward_hooks) > 1 and isinstance(shown, Tensor):
             # A copy, because a hook may also edit in place and return what it was given.
-            door.untouched[name] = shown.clone()
+            attached.untouched[name] = shown.clone()
 
     def check(_module: nn.Module, _args: Any, output: Any) -> None:
-        before = door.untouched.pop(name, None)
+        before = attached.untouched.pop(name, None)
         if before is None or not isinstance(output, Tensor):
             return
         if output.shape != before.shape or not torch.equal(output, before):
             raise NotReachedError(
-                f"A hook edited {site.path}.{name}, and this model computes its attention "
+                f"A hook edited {attached.site.path}.{name}, and this model computes its attention "
                 "elsewhere and throws that edit away. Use sat_lens.replace_attention(model, "
                 "transform), which reaches the softmax itself."
             )
@@ -264,13 +219,43 @@ def _guarding(point: nn.Module, site: AttentionSite, name: str, door: _Door) -> 
     # Hooks added inside the block come later in the order: go behind them before each call.
 
     def go_last() -> None:
-        # A door that ended before an older one has no hook left, and is run through once more.
+        # A block that ended before an older one has no hook left, and is run through once more.
         if handles[1].id in hooks:
             hooks.move_to_end(handles[1].id)
 
-    door.before_call.append(go_last)
+    attached.before_call.append(go_last)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def refusing_attention_not_probed(model: Any) -> Iterator[None]:
+    """Raise if a part that did not run when the model was looked at computes attention.
+
+    Whoever chooses all heads means those of a vision tower too. Made-up tokens do not run it, so
+    none of its attention is known.
+
+    Raises:
+        NotReachedError: In the block: it did.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in parts_not_probed(model):
+            stack.enter_context(wrap_forward(model.get_submodule(path), partial(_refusing, path)))
+        yield
+
+
+def _refusing(path: str) -> Interception:
+    def refuse(*_: Any) -> Any:
+        raise NotReachedError(
+            f"All heads were chosen, and {path} computed attention of which nothing is known: it "
+            "did not run when the model was looked at. Call sat_lens.attention_sites(model, "
+            "*your_inputs) once first, with inputs on which it runs, or choose heads by name."
+        )
+
+    def softmax(scores: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+        return refuse() if scores.dim() == 4 else original(scores)
+
+    return Interception(softmax=softmax, fused=refuse, whole=refuse)

@@ -1,0 +1,161 @@
+"""Edits of scores: what is attached to one attention module.
+
+An edit receives the scores of all heads of a module, ``[batch, head, query, key]`` in the model's
+dtype, and returns the scores of some heads anew in float32, or None to leave all as they are. Any
+such function will do; :class:`TransformEdit` puts groups of heads through transforms, at any level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sat_lens.attention import (
+    AttentionCall,
+    Limit,
+    Scale,
+    Transform,
+    Uniform,
+    limit_is_exact,
+    limit_kernel,
+    transform_scores,
+)
+from sat_lens.attention.fused import LARGE
+from sat_lens.attention.transforms import Ties
+from sat_lens.sites import AttentionSite
+
+
+@dataclasses.dataclass(frozen=True)
+class NewScores:
+    """Scores of some heads: ``scores[:, i]`` belongs to head ``heads[i]``."""
+
+    heads: list[int]
+    scores: Float[Tensor, "batch head query key"]
+
+
+Edit = Callable[[Float[Tensor, "batch head query key"]], NewScores | None]
+# For one module: groups of heads, and the transform of each group.
+TransformOfHeads = list[tuple[list[int], Transform]]
+
+
+def put(whole: Tensor, heads: list[int], part: Tensor) -> Tensor:
+    """Return ``whole`` with the given heads (its second axis) replaced by those of ``part``."""
+    if len(heads) == whole.shape[1]:
+        return part
+    return whole.index_copy(1, torch.tensor(heads, device=whole.device), part)
+
+
+def transform_for(scale: float, ties: Ties = "exact") -> Transform:
+    """Return the transform that multiplies by ``scale``, with the limits at 0 and infinity."""
+    if scale == math.inf:
+        return Limit(ties)
+    return Uniform() if scale == 0 else Scale(scale)
+
+
+def bind_transform(
+    transform: Transform, site: AttentionSite, heads: tuple[int, ...] = ()
+) -> Transform:
+    """Tell a transform that draws at random (it has ``.at``) which module and heads it serves."""
+    bind = getattr(transform, "at", None)
+    return bind(site.path, heads) if callable(bind) else transform
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformEdit:
+    """An edit that puts groups of heads through their transforms."""
+
+    groups: TransformOfHeads
+
+    @classmethod
+    def at(cls, site: AttentionSite, groups: TransformOfHeads) -> TransformEdit:
+        """Make the edit of one module, its transforms bound to their heads."""
+        return cls([(heads, bind_transform(new, site, tuple(heads))) for heads, new in groups])
+
+    def __call__(self, scores: Tensor) -> NewScores:
+        """Return the new scores of the chosen heads."""
+        if len(self.groups) == 1:
+            ((heads, transform),) = self.groups
+            return NewScores(heads, _transformed(scores, heads, transform))
+        parts = {
+            head: new[:, i]
+            for heads, transform in self.groups
+            for new in [_transformed(scores, heads, transform)]
+            for i, head in enumerate(heads)
+        }
+        order = sorted(parts)
+        return NewScores(order, torch.stack([parts[head] for head in order], dim=1))
+
+    def overwrite(self, scores: Float[Tensor, "batch head query key"]) -> None:
+        """Put the new scores in the place of the old, which are in float32."""
+        for heads, transform in self.groups:
+            new = _transformed(scores, heads, transform, overwrite=True)
+            if new is not scores:
+                scores.index_copy_(1, torch.tensor(heads, device=scores.device), new)
+
+    def factors(self, n_heads: int) -> Float[Tensor, " head"]:
+        """Return the inverse temperature of each head; NaN where a transform is more than that."""
+        c = torch.ones(n_heads)
+        for heads, transform in self.groups:
+            c[heads] = _inverse_temperature(transform)
+        return c
+
+    def why_not_fused(self, model: Any, site: AttentionSite) -> str:
+        """Return why a fused kernel cannot do this; empty if it can, or there is no kernel."""
+        if site.level != "kernel":
+            return ""
+        c = self.factors(site.n_heads)
+        if bool(c.isnan().any()):
+            return "ties other than exact ones, and transforms other than a factor, need the scores"
+        weight = next(model.get_submodule(site.path).parameters(), None)
+        if weight is None:
+            return site.why_not
+        has_own_kernel = c.isinf() & (limit_kernel(weight.device) is not None)
+        rescaled = c[~has_own_kernel]
+        if site.why_not and bool((rescaled != 1).any()):
+            return site.why_not
+        is_sharp = bool((rescaled > LARGE).any())
+        if is_sharp and weight.dtype != torch.float32:
+            return f"ties are judged in float32, and the kernel would judge them in {weight.dtype}"
+        if not is_sharp and not bool(has_own_kernel.any()):
+            return ""
+        return "" if limit_is_exact(weight.device, weight.dtype) else "its kernel misses the limit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """An edit that only looks: at scores, and at the calls of a fused kernel."""
+
+    site: AttentionSite
+    observer: Callable[[AttentionSite, Tensor], None]
+    of_calls: Callable[[AttentionSite, AttentionCall], None] | None
+
+    def __call__(self, scores: Tensor) -> None:
+        """Show the scores."""
+        self.observer(self.site, scores)
+
+    def look(self, call: AttentionCall) -> None:
+        """Show a call of a fused kernel before it is made."""
+        if self.of_calls is not None:
+            self.of_calls(self.site, call)
+
+
+def _inverse_temperature(transform: Transform) -> float:
+    if type(transform) is Scale:
+        return transform.c if transform.limit is None else _inverse_temperature(transform.limit)
+    if type(transform) is Uniform:
+        return 0.0
+    return math.inf if transform == Limit() else math.nan
+
+
+def _transformed(
+    scores: Tensor, heads: list[int], transform: Transform, *, overwrite: bool = False
+) -> Tensor:
+    if len(heads) == scores.shape[1]:
+        return transform_scores(scores, transform, all_heads=scores, overwrite=overwrite)
+    return transform_scores(scores[:, heads], transform, all_heads=scores, overwrite=True)
