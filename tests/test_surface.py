@@ -208,7 +208,7 @@ def test_examples_in_the_reference_can_be_pasted(name):
 
 
 def test_examples_are_found_under_decorators():
-    found = Finder().find(importlib.import_module("sat_lens.intervention"))
+    found = Finder().find(importlib.import_module("sat_lens.intervention.managers"))
     assert {"saturate", "replace_attention"} <= {
         test.name.rpartition(".")[2] for test in found if test.examples
     }
