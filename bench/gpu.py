@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.table import markdown, put_between
 from sat_lens.attention import AttentionCall, Limit, transform_scores
 from sat_lens.attention.fused import by_definition, by_queries
-from sat_lens.attention.triton_limit import hard_attention
+from sat_lens.attention.hard_kernel import hard_attention
 
 BEGIN = "<!-- measured on a GPU: begin -->"
 END = "<!-- measured on a GPU: end -->"

@@ -59,7 +59,7 @@ KNOW_NO_TRANSFORMER_LENS = {
     "tasks",
 }
 # The one trains a model; the other needs Triton, which tests/gpu have.
-LEFT_OUT = {"sat_lens.demo.train", "sat_lens.attention.triton_limit"}
+LEFT_OUT = {"sat_lens.demo.train", "sat_lens.attention.hard_kernel"}
 MODULES = [
     module.name
     for module in pkgutil.walk_packages([str(PACKAGE)], "sat_lens.")

@@ -20,7 +20,7 @@ at least 2^-24 of the larger, and the kernel's own rounding blurs what is below 
 factor of 2^100 / B moves all that can be told apart by 2^76 and more, of which softmax makes an
 exact 0, and keeps every number below the greatest of float32, 2^128. Keys of equal score stay so.
 
-Where Triton runs, heads in the limit have a kernel of their own (`triton_limit`), which needs no
+Where Triton runs, heads in the limit have a kernel of their own (`hard_kernel`), which needs no
 such factor, judges ties in float32 whatever the model's dtype, and accepts a bias.
 
 When not to use it: where scores themselves are needed (``ties`` other than exact, a transform of
@@ -183,7 +183,7 @@ def limit_kernel(device: torch.device) -> Callable[[AttentionCall], Tensor] | No
 
 def _in_triton(call: AttentionCall) -> Float[Tensor, "batch head query dv"]:
     # Triton takes a second to import, and of CPUs it knows its interpreter only.
-    from sat_lens.attention.triton_limit import hard_attention
+    from sat_lens.attention.hard_kernel import hard_attention
 
     mask = call.attn_mask
     limit = functools.partial(

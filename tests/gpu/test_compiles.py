@@ -15,7 +15,7 @@ PROGRAM = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sat_lens.attention import triton_limit as hard
+from sat_lens.attention import hard_kernel as hard
 
 capability, name, size = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 dtype = getattr(torch, name)

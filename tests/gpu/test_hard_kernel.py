@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sat_lens.attention import AttentionCall, limit_is_exact, limit_kernel, rescaled_attention
-from sat_lens.attention.triton_limit import Blocks, hard_attention
+from sat_lens.attention.hard_kernel import Blocks, hard_attention
 from sat_lens.errors import UnsupportedModelError
 
 SMALL = Blocks(32, 32)
