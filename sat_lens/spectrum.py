@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,12 +22,12 @@ from sat_lens import figures
 from sat_lens._checks import require_lens_model
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import check_scale
-from sat_lens.caching import NO_ROOM, normalised_similarity
+from sat_lens.caching import NO_ROOM, mean_cosine, normalised_similarity
 from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import replace_attention, saturate
+from sat_lens.metrics import Metric, read_metric
 from sat_lens.models import model_name, residual_stream
-from sat_lens.readings import Mean, Reading, SoftRun
 from sat_lens.results import Provenance, Result, check_columns
 from sat_lens.sites import Heads, places
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
+# A mean, and how many positions or sequences it is over.
+Mean = tuple[float, int]
+# Logits, and residual streams by name.
+Run = tuple[Tensor, dict[str, Tensor]]
 # What a printed curve shows of its columns.
 SHOWN = ("loss", "kl", "top1", "metric")
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 8.0, 32.0, math.inf)
@@ -72,6 +77,8 @@ class ScalingCurve(Result, kind="scaling curve"):
     def notes(self) -> list[str]:
         """What has to be said beside the numbers: which similarities are undefined, and why."""
         undefined = [f"{n}: {NO_ROOM}" for n, v in self.columns.items() if bool(v.isnan().all())]
+        if not any(name.startswith("S_") for name in self.columns):
+            undefined.append("No hook point shows the residual stream, so there is no S.")
         return [*super().notes, *undefined]
 
     def _lines(self) -> list[str]:
@@ -80,9 +87,9 @@ class ScalingCurve(Result, kind="scaling curve"):
         shown = table.reindex(ends)[[name for name in SHOWN if name in table]]
         return str(shown.round(3)).splitlines()
 
-    def plot(self) -> Figure:
+    def plot(self, title: str | None = None) -> Figure:
         """Draw every measure against the inverse temperature."""
-        return figures.scaling_curve_figure(self.frame(), str(self.provenance))
+        return figures.scaling_curve_figure(self.frame(), title or str(self.provenance))
 
     def _check(self) -> None:
         check_columns(self.columns, len(self.scales))
@@ -94,7 +101,7 @@ def scaling_curve(
     *,
     scales: Sequence[float] = DEFAULT_SCALES,
     heads: Heads = None,
-    metric: Callable[[Any], Tensor] | None = None,
+    metric: Metric | None = None,
     batch_size: int = 8,
     progress: bool = True,
     data_name: str = "",
@@ -141,8 +148,9 @@ def scaling_curve(
             for batch in batches(model, data, batch_size):
                 if predicts is None and _has_next_token(batch):
                     predicts = _predicts_next(model, batch)
-                read = Reading(batch, streams, metric, bool(predicts))
-                part = _one_batch(model, read, scales, heads, bar)
+                soft = _run(model, batch, list(streams))
+                compare = _Comparison(batch, streams, metric, bool(predicts), soft)
+                part = _one_batch(model, compare, scales, heads, soft, bar)
                 for name, (values, weight) in part.items():
                     totals[name] = totals.get(name, torch.zeros(())) + values * weight
                     weights[name] = weights.get(name, 0) + weight
@@ -185,21 +193,88 @@ def _has_next_token(batch: Batch) -> bool:
     return batch.output_tokens is not None and batch.output_tokens.shape[1] > 1
 
 
+class _Comparison:
+    """The soft run of a batch, and what other runs of the same batch are compared with it by."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        streams: dict[str, str],
+        metric: Metric | None,
+        predicts: bool,
+        soft: Run,
+    ) -> None:
+        self.batch = batch
+        self.streams = streams
+        self.metric = metric
+        self.predicts = predicts
+        self.stream = soft[1]
+        rows = self._rows(soft[0])
+        self.top = rows.argmax(-1)
+        self.log_p = rows.log_softmax(-1)
+        self.p = self.log_p.exp()
+
+    def outputs(self, logits: Tensor) -> dict[str, Mean]:
+        """Compare logits with the soft ones, at the positions that are no padding."""
+        rows = self._rows(logits)
+        log_q = rows.log_softmax(-1)
+        same = rows.argmax(-1) == self.top
+        kl = (self.log_p - log_q).mul_(self.p).sum(-1)
+        found = {"top1": _mean(same.float()), "kl": _mean(kl)}
+        if self.predicts and self.batch.output_tokens is not None:
+            found["loss"] = _mean(self._losses(self.batch.output_tokens.to(log_q.device), log_q))
+        if self.metric is not None:
+            found["metric"] = float(read_metric(self.metric, logits)), self.batch.size
+        return {name: mean for name, mean in found.items() if mean[1]}
+
+    def cosines(self, stream: dict[str, Tensor]) -> dict[str, Mean]:
+        """Compare residual streams with the soft ones; those that did not fire are left out."""
+        found = {}
+        for name, label in self.streams.items():
+            if name not in self.stream:
+                continue
+            in_decoder = name.startswith("decoder")
+            mask = self.batch.output_non_padding if in_decoder else self.batch.non_padding
+            before = self.stream[name]
+            count = before.shape[:2].numel() if mask is None else int(mask.sum())
+            found[label] = float(mean_cosine(before, stream[name], mask)), count
+        return found
+
+    def _rows(self, logits: Tensor) -> Float[Tensor, "kept vocab"]:
+        mask, rows = self.batch.output_non_padding, logits.flatten(0, -2)
+        if mask is not None and mask.shape == logits.shape[:-1]:
+            rows = rows[mask.to(rows.device).flatten()]
+        return rows.float()
+
+    def _losses(
+        self, tokens: Int[Tensor, "batch position"], log_q: Float[Tensor, "kept vocab"]
+    ) -> Float[Tensor, " next"]:
+        """The loss at each position that has a next token, neither of them padding."""
+        mask = self.batch.output_non_padding
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device)
+        has_next = mask & mask.roll(-1, 1)
+        has_next[:, -1] = False
+        wanted = tokens.roll(-1, 1)[mask]
+        return -log_q.gather(-1, wanted[:, None])[has_next[mask], 0]
+
+
 def _one_batch(
-    model: Any, read: Reading, scales: Sequence[float], heads: Heads, bar: Any
+    model: Any, compare: _Comparison, scales: Sequence[float], heads: Heads, soft: Run, bar: Any
 ) -> dict[str, tuple[Tensor, int]]:
     """Measure one batch: for each column a value per scale, and what it is a mean over."""
-    soft = read.soft(*_run(model, read))
+    batch, names = compare.batch, list(compare.streams)
     with replace_attention(model, RandomKey(), heads):
-        random_stream = _run(model, read)[1]
+        random_stream = _run(model, batch, names)[1]
     found: dict[str, list[Mean]] = {}
     for c in scales:
-        logits, stream = _at_scale(model, read, heads, c, soft)
-        at_c = read.outputs(soft, logits) | read.cosines(soft, stream)
-        for name, mean in at_c.items():
+        logits, stream = soft
+        if c != 1:
+            with saturate(model, heads, c):
+                logits, stream = _run(model, batch, names)
+        for name, mean in (compare.outputs(logits) | compare.cosines(stream)).items():
             found.setdefault(name, []).append(mean)
         bar.update()
-    for label, cosine in read.cosines(soft, random_stream).items():
+    for label, cosine in compare.cosines(random_stream).items():
         found[_control(label)] = [cosine] * len(scales)
     return {
         name: (torch.tensor([value for value, _ in means]), means[0][1])
@@ -207,28 +282,22 @@ def _one_batch(
     }
 
 
-def _at_scale(
-    model: Any, read: Reading, heads: Heads, c: float, soft: SoftRun
-) -> tuple[Tensor, dict[str, Tensor]]:
-    if c == 1:
-        return soft.logits, soft.stream
-    with saturate(model, heads, c):
-        return _run(model, read)
+def _run(model: Any, batch: Batch, names: list[str]) -> Run:
+    logits, cache = model.run_with_cache(batch.inputs, names_filter=names, **batch.kwargs)
+    return logits, {name: cache[name] for name in names if name in cache}
 
 
 def _control(label: str) -> str:
     return label.replace("S_", "cos_random_", 1)
 
 
+def _mean(values: Tensor) -> Mean:
+    return (float(values.mean()), values.numel()) if values.numel() else (math.nan, 0)
+
+
 def _residual_streams(model: Any) -> dict[str, str]:
-    """Find the names of the residual stream after each block, by the label of its similarity."""
+    """The names of the residual stream after each block, with the labels of their similarities."""
     names = residual_stream(model)
     found = places([name.rpartition(".")[0] for name in names])
     labels = [f"S_{place.stack}{'.' if place.stack else ''}L{place.layer}" for place in found]
     return dict(zip(names, labels, strict=True))
-
-
-def _run(model: Any, read: Reading) -> tuple[Tensor, dict[str, Tensor]]:
-    batch, names = read.batch, list(read.streams)
-    logits, cache = model.run_with_cache(batch.inputs, names_filter=names, **batch.kwargs)
-    return logits, {name: cache[name] for name in names if name in cache}
