@@ -470,7 +470,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 
 def as_grid(values: Tensor, layers: int, heads: int, places: list[tuple[int, int]]) -> Tensor:
-    """Put one value per head into a tensor ``[layer, head, ...]``, NaN where there is no head."""
+    """Return one value per head as a tensor ``[layer, head, ...]``, NaN where there is no head."""
     grid = torch.full((layers, heads, *values.shape[1:]), float("nan"), dtype=values.dtype)
     for value, (layer, head) in zip(values, places, strict=True):
         grid[layer, head] = value

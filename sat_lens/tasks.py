@@ -45,7 +45,7 @@ class Task:
     counts: bool
 
     def accuracy(self, logits: Tensor) -> float:
-        """Give the share of counted positions whose likeliest class is the answer."""
+        """Return the share of counted positions whose likeliest class is the answer."""
         right = logits[..., : self.n_answers].argmax(-1).cpu() == self.answers
         return float(right[self.counted].float().mean())
 

@@ -11,7 +11,7 @@ NEWEST_LENS = "4.3"
 
 
 def newer_lens() -> str:
-    """Give a sentence that names the newer TransformerLens, or nothing if the installed one is new.
+    """Return a sentence that names the newer TransformerLens; nothing if the installed one is new.
 
     Example:
         >>> newer_lens() == "" or "TransformerLens" in newer_lens()

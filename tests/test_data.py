@@ -6,6 +6,7 @@ import datasets
 import pytest
 import tiny
 import torch
+import transformers
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -407,3 +408,19 @@ def test_windows_read_no_more_text_than_they_need(demo):
 def test_windows_need_room(demo, context, limit):
     with refusal("room for a token", f"context of {context}"):
         text_windows(demo, TEXTS, context, limit)
+
+
+def test_a_main_input_of_the_models_own_name():
+    size = dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2)
+    size |= dict.fromkeys(["d_model", "encoder_ffn_dim", "decoder_ffn_dim"], 8)
+    size |= dict.fromkeys(["encoder_layers", "decoder_layers"], 1)
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = transformers.WhisperConfig(
+        vocab_size=16, num_mel_bins=4, max_source_positions=10, **size, **ends
+    )
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    features, tokens = torch.randn(1, 4, 20), torch.arange(4, 10)[None]
+    (batch,) = read(model, [{"input_features": features, "decoder_input_ids": tokens}])
+    assert torch.equal(batch.inputs, features)
+    assert torch.equal(batch.output_tokens, tokens)
+    assert batch.run(model).logits.shape == (1, 6, 16)

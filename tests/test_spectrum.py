@@ -7,13 +7,16 @@ import math
 import pytest
 import tiny
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
 import sat_lens as sl
+from sat_lens.data import batches, predicts_next
 from sat_lens.errors import ArgumentError, DataError, FileFormatError, NonFiniteError
 from sat_lens.figures.drawing import measure_groups
+from sat_lens.norms import saturation_measures
 from sat_lens.results import Provenance, read_result, write_result
 from sat_lens.spectrum import DEFAULT_SCALES, ScalingCurve
 
@@ -315,3 +318,32 @@ def test_metrics_that_are_none(demo, metric, kind, words):
 def test_no_data(demo):
     with refusal(DataError, "empty"):
         curve_of(demo, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "has_loss", "has_s"),
+    [
+        ("openai_gpt", True, False),
+        ("deepseek_v4", True, True),
+        ("bert", False, True),
+        ("bert_decoder", True, True),
+        ("t5", True, True),
+    ],
+)
+def test_curve_and_measures_ask_the_same_of_a_model(name, has_loss, has_s):
+    case = next(case for case in zoo.CASES if case.name == name)
+    args, kwargs = case.inputs()
+    data = [{"input": args[0], **kwargs}]
+    curve = curve_of(case.build().eval(), data, scales=[1.0, math.inf])
+    measures = saturation_measures(case.build().eval(), data, min_keys=2)
+    assert ("loss" in curve.columns, "loss" in measures) == (has_loss, has_loss)
+    assert any(column.startswith("S_") for column in curve.columns) == has_s
+    assert math.isnan(measures["S"]) != has_s
+    assert has_s or "residual stream" in curve.notes[0]
+
+
+def test_tokens_that_stand_for_images_are_left_as_they_are():
+    case = next(case for case in zoo.CASES if case.name == "llava")
+    model, (args, kwargs) = case.build().eval(), case.inputs()
+    (batch,) = batches(model, [{"input": args[0], **kwargs}])
+    assert predicts_next(model, batch)

@@ -87,7 +87,7 @@ def mean_cosine(
 def normalised_similarity(
     cos_changed: Float[Tensor, "*any"], cos_random: Float[Tensor, "*#any"]
 ) -> Float[Tensor, "*any"]:
-    """Give S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN where there is no room.
+    """Return S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN where there is no room.
 
     Example:
         >>> import torch

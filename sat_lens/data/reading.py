@@ -212,7 +212,7 @@ def _from_tensor(model: Any, tensor: Tensor, name: str = "input") -> Batch:
 
 
 def _sequences(tensor: Tensor) -> Tensor:
-    """Let one sequence be a batch of one."""
+    """Take one sequence for a batch of one."""
     return tensor[None] if tensor.dim() < 2 else tensor
 
 
