@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pathlib
 import re
+import types
 
 PAGES = pathlib.Path(__file__).parents[1] / "docs" / "api"
 
@@ -21,7 +22,8 @@ def described():
         module = importlib.import_module(name)
         for key in getattr(module, "__all__", None) or _defined_in(module):
             value = getattr(module, key)
-            if inspect.isclass(value) or inspect.isfunction(value):
+            alias = isinstance(value, types.GenericAlias)  # a class too, to Python 3.10
+            if inspect.isfunction(value) or (inspect.isclass(value) and not alias):
                 found[f"{name}.{key}"] = value
     return found
 
