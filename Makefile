@@ -22,7 +22,7 @@ define check-python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu notebooks report test test-slow test-notebooks test-browser \
+.PHONY: help bench bench-gpu notebooks paper report test test-slow test-notebooks test-browser \
 	test-kernels test-old test-resolve test-wheel constraints docs lint types review clean pictures
 
 help: ## List the targets.
@@ -62,6 +62,9 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 
 report: $(VENV)/.installed ## Saturate the demo model over the bundled corpus and write report.html.
 	$(BIN)/sat-lens report --out report.html
+
+paper: $(VENV)/.installed ## Redo the figures of the paper into build/paper (QUICK=1: only try).
+	$(BIN)/python -m paper all $(if $(QUICK),--quick)
 
 # One thread for each of two processes: more of them only wait for one another on two cores.
 test: $(VENV)/.installed-dev ## Run the everyday tests (TESTS=FILES: only these).

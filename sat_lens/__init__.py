@@ -48,7 +48,7 @@ _PLACES = {
     "sweep_heads": "sat_lens.patching",
     "write_report": "sat_lens.viz",
 }
-_ROOMS = ("metrics", "norms", "paper", "patching", "roles", "tasks", "theory", "training", "viz")
+_ROOMS = ("metrics", "norms", "patching", "roles", "tasks", "training", "viz")
 
 __all__ = [
     "HeadRoles",

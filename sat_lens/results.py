@@ -47,6 +47,7 @@ _HOMES = {
     "head roles": "sat_lens.roles",
     "head sweep": "sat_lens.patching",
     "homogeneity curve": "sat_lens.norms",
+    "narrowing": "sat_lens.norms",
     "norm growth": "sat_lens.norms",
     "parameter norms": "sat_lens.norms",
     "rescaling share": "sat_lens.norms",

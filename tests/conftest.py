@@ -35,7 +35,7 @@ def enforce(function: Callable[..., Any]) -> Callable[..., Any]:
     return _known[signature]
 
 
-jaxtyping.install_import_hook("sat_lens", f"{__name__}.enforce")
+jaxtyping.install_import_hook(["sat_lens", "paper"], f"{__name__}.enforce")
 
 import sat_lens as sl  # noqa: E402 - after the hook, so that it is checked
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import sat_lens as sl
+from paper.demo_training import LOG, Recipe, batch_at, train, write_model
+from paper.network import log_spaced_steps
 from sat_lens.data import text_windows
 from sat_lens.demo import corpus
-from sat_lens.demo.train import Recipe, batch_at, log_spaced_steps, train, write_model
 from sat_lens.models import DEMO_FOLDER
 
 TINY = Recipe(steps=5, batch=2, context=16, vocab=300, layers=1, heads=2, d_model=16, d_head=8,
@@ -23,7 +24,7 @@ TINY = Recipe(steps=5, batch=2, context=16, vocab=300, layers=1, heads=2, d_mode
 
 @pytest.fixture(scope="module")
 def log():
-    return json.loads((DEMO_FOLDER / "training_log.json").read_text())
+    return json.loads(LOG.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def windows(demo):
 
 def test_the_model_is_small_and_safe_to_load():
     names = {path.name for path in DEMO_FOLDER.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "training_log.json"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".py", ".pkl"))]
     assert 2e6 < (DEMO_FOLDER / "model.safetensors").stat().st_size < 4e6
     weights = load_file(DEMO_FOLDER / "model.safetensors")
@@ -60,7 +61,7 @@ def test_it_has_learned_the_heads_that_such_a_model_learns(demo, windows):
 
 def test_the_log_follows_norm_and_saturation_from_step_zero_on(log):
     steps = [record["step"] for record in log["steps"]]
-    assert steps == log_spaced_steps(log["recipe"]["steps"])
+    assert steps == log_spaced_steps(log["recipe"]["steps"], halves_from=16)
     first, last = log["steps"][0], log["steps"][-1]
     assert first["norm"] < last["norm"]
     assert first["loss"] > 7 > 3 > last["loss"]
@@ -112,12 +113,12 @@ def test_batches_depend_on_seed_and_step_alone_and_open_with_bos():
 @pytest.fixture
 def short_corpus(monkeypatch):
     texts = [f"def f{i}(x):\n    return x + {i}\n" * 20 for i in range(4)]
-    monkeypatch.setattr("sat_lens.demo.train.training_texts", lambda: iter(texts))
+    monkeypatch.setattr("paper.demo_training.training_texts", lambda: iter(texts))
 
 
 @pytest.mark.usefixtures("short_corpus")
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("sat_lens.demo.train.STEPS_BETWEEN_STATES", 2)
+    monkeypatch.setattr("paper.demo_training.STEPS_BETWEEN_STATES", 2)
     train(TINY, tmp_path / "whole")
 
     calls = iter(range(100))
@@ -128,7 +129,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         return batch_at(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sat_lens.demo.train.batch_at", failing)
+        patch.setattr("paper.demo_training.batch_at", failing)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, tmp_path / "cut")
     train(TINY, tmp_path / "cut")

@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sat_lens.errors import ArgumentError, FileFormatError
-from sat_lens.paper.batched import (
+from paper.cells import (
     AT_ONCE,
     SGD,
     AdamW,
@@ -16,8 +15,9 @@ from sat_lens.paper.batched import (
     stacked,
     train_cells,
 )
-from sat_lens.paper.grid import GrowthGrid, growth_grid
-from sat_lens.paper.network import Shape, new_network, next_token_loss
+from paper.grid import GrowthGrid, growth_grid
+from paper.network import Shape, new_network, next_token_loss
+from sat_lens.errors import ArgumentError, FileFormatError
 
 SHAPE = Shape(vocabulary=11, context=9, width=8, layers=2, heads=2)
 RATES = torch.tensor([1e-3, 1e-3, 3e-2, 1e-1])
@@ -154,7 +154,7 @@ def test_save_and_load(grid, tmp_path):
 
 
 def test_an_interrupt_keeps_the_steps_that_were_taken(monkeypatch):
-    from sat_lens.paper import grid as room
+    from paper import grid as room
 
     real = room.windows
 

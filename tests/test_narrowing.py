@@ -11,9 +11,9 @@ import torch
 import transformers
 
 import sat_lens as sl
-from sat_lens.paper import narrowing
-from sat_lens.paper.key_tokens import MIN_KEYS, attention_narrowing, doublings, phase_boundary
-from sat_lens.paper.language import Setting
+from paper import narrowing
+from paper.language import Setting
+from sat_lens.norms.narrowing import MIN_KEYS, attention_narrowing, doublings, phase_boundary
 
 TOKENS = constructed.tokens(12)
 

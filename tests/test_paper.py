@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import math
 
 import pandas as pd
@@ -13,28 +14,26 @@ import transformers
 from matplotlib.figure import Figure
 from torch import nn
 
-from sat_lens.cli.reproduce import NAMES
-from sat_lens.errors import ArgumentError
-from sat_lens.norms import norm_growth
-from sat_lens.paper import (
+from paper import (
+    FIGURES,
     VERDICTS,
     Claim,
     Reproduction,
     direction,
-    grids,
+    grid,
     heads,
-    masks,
+    reproductions,
     rescaling,
     saturation,
     scaling,
 )
-from sat_lens.paper import norm_growth as growing
-from sat_lens.paper.language import LanguageRun, Setting, equal_steps
-from sat_lens.paper.measures import saturation as measured_saturation
-from sat_lens.paper.measures import scores_of
-from sat_lens.paper.network import Shape, new_network
-from sat_lens.paper.page import write_page
-from sat_lens.paper.registry import FIGURES, reproductions
+from paper import norm_growth as growing
+from paper.claims import write_page
+from paper.language import LanguageRun, Setting, equal_steps
+from paper.network import Shape, new_network, scores_of
+from paper.network import saturation as measured_saturation
+from sat_lens.errors import ArgumentError
+from sat_lens.norms import norm_growth
 
 HOLDS, CORRECTED, FAILS = VERDICTS
 STEPS = [0, *(2**k for k in range(11))]
@@ -56,8 +55,9 @@ def test_a_claim_needs_a_known_verdict_and_its_numbers(types_unchecked):
         Claim("It grows.", "holds", " ")
 
 
-def test_the_command_line_and_the_registry_name_the_same_figures():
-    assert tuple(FIGURES) == NAMES
+def test_every_figure_has_a_module_and_others_are_refused():
+    for module in FIGURES.values():
+        assert callable(importlib.import_module(module).reproduce)
     with pytest.raises(ArgumentError, match=r"'nothing'.*norm-growth"):
         next(reproductions(["nothing"]))
 
@@ -86,7 +86,10 @@ def path(make):
     checkpoints = {step: weights(make(step)) for step in steps}
     run = LanguageRun(Setting(), 0, checkpoints, torch.zeros(1, 2, dtype=torch.long))
     growth = norm_growth({step: checkpoints[step] for step in STEPS}, progress=False)
-    return direction.judged(direction.successive(run), direction._doublings(growth))
+    return direction.judged(
+        direction.successive(run),
+        growth.frame()[["rotation_per_doubling", "straightness", "random_walk"]],
+    )
 
 
 def test_a_straight_way_far_from_its_start_converges_in_direction():
@@ -180,7 +183,7 @@ def grids_outcome(ratio):
     ],
 )
 def test_grids_are_judged_by_the_cells_that_did_not_diverge(growth, expected):
-    assert verdicts(grids.judged("sgd", grid_table(growth))) == expected
+    assert verdicts(grid.judged("sgd", grid_table(growth))) == expected
 
 
 def test_the_right_mask_hides_the_future_exactly_and_the_other_does_not():
@@ -191,7 +194,7 @@ def test_the_right_mask_hides_the_future_exactly_and_the_other_does_not():
         with torch.no_grad():
             same = torch.equal(model(tokens)[:, :20], model(other)[:, :20])
         assert same == hidden
-        own, swapped = masks.future_losses(model, tokens)
+        own, swapped = heads.future_losses(model, tokens)
         assert (own == swapped) == hidden
 
 
@@ -212,12 +215,12 @@ def negative_scores():
 def test_zeros_win_where_all_visible_scores_are_negative():
     model, tokens = negative_scores()
     assert bool((scores_of(model, tokens)[0].tril() <= 0).all())
-    table = masks.mask_table(model, "multiplied", tokens).set_index("masked_by")
+    table = heads.mask_table(model, "multiplied", tokens).set_index("masked_by")
     # Row q attends to the 15 - q future keys; the last row has none, and attends to one key.
     counts = [15 - q for q in range(7, 15)] + [1]
-    assert table.loc[masks.OWN, "positions"] == pytest.approx(sum(counts) / 9)
-    assert table.loc[masks.OWN, "future"] == pytest.approx(8 / 9)
-    for way in (masks.RIGHT, masks.RIGHT_THROUGHOUT):
+    assert table.loc[heads.OWN, "positions"] == pytest.approx(sum(counts) / 9)
+    assert table.loc[heads.OWN, "future"] == pytest.approx(8 / 9)
+    for way in (heads.RIGHT, heads.RIGHT_THROUGHOUT):
         assert table.loc[way, "positions"] == table.loc[way, "single"] == 1
         assert table.loc[way, "future"] == 0
 
@@ -236,10 +239,10 @@ def test_a_network_whose_attention_is_hard_already_is_its_own_saturated_version(
 
 def heads_table(own, repaired):
     parts = [
-        (heads.LANGUAGE, masks.OWN, [1.0, 1.0]),
-        ("multiplied", masks.OWN, own),
-        ("multiplied", masks.RIGHT, repaired),
-        ("infinite", masks.OWN, [1.0, 1.0]),
+        (heads.LANGUAGE, heads.OWN, [1.0, 1.0]),
+        ("multiplied", heads.OWN, own),
+        ("multiplied", heads.RIGHT, repaired),
+        ("infinite", heads.OWN, [1.0, 1.0]),
     ]
     fixed = {"head": "L0H0", "visible": 20.0, "role": "soft", "future_soft": 0.5}
     rows = [

@@ -1,4 +1,4 @@
-"""``sat-lens reproduce`` and ``sat-lens grid`` from end to end, on the smallest models."""
+"""``python -m paper`` from end to end, on the smallest models."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from sat_lens import cli
-from sat_lens.cli.axes import read_axis
+from paper import VERDICTS, Claim, Reproduction
+from paper.__main__ import main, read_axis
+from paper.grid import GrowthGrid
 from sat_lens.errors import ArgumentError
-from sat_lens.paper import VERDICTS, Claim, Reproduction
-from sat_lens.paper.grid import GrowthGrid
 
 FIGURES = ["norm-growth", "direction", "saturation", "scaling", "heads", "grid", "rescaling"]
 
@@ -20,7 +19,7 @@ FIGURES = ["norm-growth", "direction", "saturation", "scaling", "heads", "grid",
 @pytest.fixture(scope="module")
 def redone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper") / "new"
-    status = cli.main(["reproduce", *FIGURES, "--quick", "--quiet", "--out", str(folder)])
+    status = main([*FIGURES, "--quick", "--quiet", "--out", str(folder)])
     assert status == 0
     return folder
 
@@ -68,7 +67,7 @@ def test_the_mask_makes_the_heads_that_average(redone):
 
 
 def test_an_interrupt_leaves_the_figures_that_were_done(monkeypatch, tmp_path, capsys):
-    from sat_lens.paper import direction, norm_growth
+    from paper import direction, norm_growth
 
     def interrupted(**_):
         raise KeyboardInterrupt
@@ -78,7 +77,7 @@ def test_an_interrupt_leaves_the_figures_that_were_done(monkeypatch, tmp_path, c
     figure = Reproduction("norm-growth", "Growth", (claim,), table, Figure(), "")
     monkeypatch.setattr(norm_growth, "reproduce", lambda **_: figure)
     monkeypatch.setattr(direction, "reproduce", interrupted)
-    status = cli.main(["reproduce", "norm-growth", "direction", "--out", str(tmp_path)])
+    status = main(["norm-growth", "direction", "--out", str(tmp_path)])
     assert status == 130
     page = (tmp_path / "index.html").read_text()
     assert "interrupted" in page
@@ -94,11 +93,12 @@ def test_an_interrupt_leaves_the_figures_that_were_done(monkeypatch, tmp_path, c
 def test_the_grid_command_writes_table_figure_and_result(tmp_path, capsys):
     out = tmp_path / "grid"
     arguments = ["--lr", "1e-3,1e-1", "--wd", "0:1:2", "--steps", "2", "--quiet"]
-    assert cli.main(["grid", *arguments, "--optimiser", "sgd", "--out", str(out)]) == 0
+    assert main(["grid", *arguments, "--optimiser", "sgd", "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "grid.csv",
         "grid.safetensors",
         "grid.svg",
+        "index.html",
     ]
     table = pd.read_csv(out / "grid.csv")
     assert table["lr"].tolist() == [0.001, 0.001, 0.1, 0.1]
@@ -116,7 +116,8 @@ def test_the_grid_command_writes_table_figure_and_result(tmp_path, capsys):
         (["grid", "--lr", "0,1"], "learning rate"),
         (["grid", "--momentum", "0.9"], "SGD's alone"),
         (["grid", "--out", "FILE"], "is a file"),
-        (["reproduce", "grid", "--out", "FILE"], "is a file"),
+        (["direction", "--out", "FILE"], "is a file"),
+        (["grid", "direction", "--lr", "1,2"], "--lr is an option of the figure grid alone"),
     ],
 )
 def test_a_mistake_is_found_before_the_work(arguments, words, tmp_path, capsys):
@@ -124,7 +125,7 @@ def test_a_mistake_is_found_before_the_work(arguments, words, tmp_path, capsys):
     file.touch()
     given = [str(file) if argument == "FILE" else argument for argument in arguments]
     elsewhere = [] if "--out" in given else ["--out", str(tmp_path / "new")]
-    assert cli.main([*given, *elsewhere]) == 2
+    assert main([*given, *elsewhere]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 

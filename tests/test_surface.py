@@ -21,6 +21,8 @@ import sat_lens as sl
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "sat_lens"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+# Not installed with the library, and held to the same rules.
+PAPER = sorted((REPOSITORY / "paper").glob("*.py"))
 # In the order of the design: a room imports only rooms above it.
 ROOMS = [
     ["version", "vocabulary"],
@@ -41,10 +43,8 @@ ROOMS = [
     ["norms"],
     ["training"],
     ["tasks"],
-    ["theory"],
     ["viz"],
     ["demo"],
-    ["paper"],
     ["cli"],
     ["__main__"],
 ]
@@ -57,11 +57,12 @@ KNOW_NO_TRANSFORMER_LENS = {
     "norms",
     "tasks",
 }
-# The one trains a model; the other needs Triton, which tests/gpu have.
-LEFT_OUT = {"sat_lens.demo.train", "sat_lens.attention.hard_kernel"}
+# It needs Triton, which tests/gpu have.
+LEFT_OUT = {"sat_lens.attention.hard_kernel"}
 MODULES = [
     module.name
-    for module in pkgutil.walk_packages([str(PACKAGE)], "sat_lens.")
+    for folder in (PACKAGE, REPOSITORY / "paper")
+    for module in pkgutil.walk_packages([str(folder)], f"{folder.name}.")
     if module.name not in LEFT_OUT
 ]
 
@@ -224,12 +225,13 @@ def test_rooms_look_upwards_only(path):
         if parts[0] == "sat_lens":
             assert parts[1] in order, f"{name}: import from a room, not from the surface"
             assert order[parts[1]] <= mine, f"{name} is no room above {room_of(path)}"
+        assert parts[0] != "paper", "the library works without what redoes the paper's figures"
         if parts[0] == "transformer_lens":
             assert room_of(path) not in KNOW_NO_TRANSFORMER_LENS, name
 
 
 def module_name(path):
-    parts = ("sat_lens", *path.relative_to(PACKAGE).with_suffix("").parts)
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
     return ".".join(parts).removesuffix(".__init__")
 
 
@@ -243,14 +245,13 @@ def imported_modules(path, names):
 
 # Cycles that are still there; none may be added.
 CYCLES_LEFT = {
-    ("sat_lens.paper.drawing", "sat_lens.paper.grid"),
     ("sat_lens.patching.files", "sat_lens.patching.result"),
     ("sat_lens.patching.result", "sat_lens.patching.table"),
 }
 
 
 def test_no_two_files_import_each_other():
-    names = {module_name(path): path for path in SOURCES}
+    names = {module_name(path): path for path in [*SOURCES, *PAPER]}
     graph = {name: set(imported_modules(path, names)) for name, path in names.items()}
     mutual = {tuple(sorted((a, b))) for a in graph for b in graph[a] if a in graph[b]}
     # The surface names the rooms lazily, and rooms do not import the surface.
@@ -258,7 +259,7 @@ def test_no_two_files_import_each_other():
     assert found == CYCLES_LEFT
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", [*SOURCES, *PAPER], ids=module_name)
 def test_files_keep_the_style(path):
     text = path.read_text()
     tree = ast.parse(text)
@@ -268,7 +269,8 @@ def test_files_keep_the_style(path):
         if isinstance(node, ast.ImportFrom):
             assert all(alias.name != "*" for alias in node.names)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id != "print" or path.parent.name == "cli"
+            prints = path.parent.name == "cli" or path == REPOSITORY / "paper" / "__main__.py"
+            assert node.func.id != "print" or prints
             assert node.func.id not in ("eval", "exec")
 
 

@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sat_lens as sl
-from sat_lens.paper.flipped import flipped_run, relu_network
-from sat_lens.theory import (
-    degree_of_homogeneity,
-    descend,
-    norm_flow,
-    part_degrees,
-    stationary_norm,
-)
+from paper.degrees import degree_of_homogeneity, part_degrees
+from paper.flow import descend, norm_flow, stationary_norm
+from paper.threshold import flipped_run, relu_network
 
 
 def logistic(labels):

@@ -8,18 +8,18 @@ import pandas as pd
 import pytest
 import torch
 
-from sat_lens.norms import scaled_parameters
-from sat_lens.paper import threshold
-from sat_lens.paper.flipped import flipped_problem
-from sat_lens.paper.network import Shape, new_network, next_token_loss, windows
-from sat_lens.paper.threshold import (
+from paper import threshold
+from paper.flow import squares
+from paper.network import Shape, new_network, next_token_loss, windows
+from paper.threshold import (
     Plan,
     constructed_claims,
+    flipped_problem,
     least_on_ray,
     natural_claims,
     reproduce,
 )
-from sat_lens.theory.flow import squares
+from sat_lens.norms import scaled_parameters
 
 SHAPE = Shape(vocabulary=11, context=12, width=16, layers=1, heads=2)
 

@@ -16,9 +16,16 @@
 # number of steps, and that growth carries the network towards its saturated version. Is that what
 # happens in a small model that we train here, and is it the *norm* that does it?
 #
-# In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that this
-# notebook comes from. Nothing is downloaded after that. All of it takes about a minute on one
-# thread of a CPU.
+# The grid and the log near the end come from `paper/`, which lies beside the library in the
+# repository and is not part of the installed package. In Colab, first run the following, with the
+# address of the repository that this notebook comes from; nothing is downloaded after that. The
+# notebook takes about a minute on one thread of a CPU.
+#
+# ```
+# !git clone ADDRESS checkout
+# %cd checkout/tutorials
+# %pip install -e ..
+# ```
 
 # %%
 import copy
@@ -324,15 +331,20 @@ plt.show()
 #
 # ## Learning rate and weight decay
 #
-# `growth_grid` trains one small model a cell, all cells together (on the command line: `sat-lens
-# grid --lr 1e-4:1e-1:10 --wd 0:1:10`). Here twenty models of width 16 take 200 steps of AdamW.
+# `growth_grid` trains one small model per cell, all cells together (on the command line: `python -m
+# paper grid --lr 1e-4:1e-1:10 --wd 0:1:10`). Here twenty models of width 16 take 200 steps of
+# AdamW.
 #
 # **Predictions.** Norms grow where the learning rate is large enough to get anywhere in 200 steps,
 # and less with more weight decay. Over the cells, more growth goes with more lean.
 
 # %%
-from sat_lens.paper.grid import growth_grid
-from sat_lens.paper.network import Shape
+import sys
+
+sys.path.insert(0, "..")  # the repository, where paper/ is
+
+from paper.grid import growth_grid
+from paper.network import Shape
 
 grid = growth_grid(
     [1e-4, 1e-3, 3e-3, 1e-2, 1e-1],
@@ -377,10 +389,9 @@ best_rate[["growth", "lean", "loss", "share_of_fall"]].round(3)
 # of the run: a peak between steps 2,000 and 3,000, then a fall.
 
 # %%
-from sat_lens.demo.train import Recipe, learning_rate_at
-from sat_lens.models import DEMO_FOLDER
+from paper.demo_training import LOG, Recipe, learning_rate_at
 
-log = json.loads((DEMO_FOLDER / "training_log.json").read_text())
+log = json.loads(LOG.read_text())
 recipe = Recipe(**log["recipe"])
 demo = pd.DataFrame(log["steps"]).set_index("step")
 demo["lean"] = [np.mean([head["lean"] for head in heads.values()]) for heads in demo["heads"]]

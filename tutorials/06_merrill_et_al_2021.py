@@ -16,18 +16,25 @@
 # of its claims hold on a small language model trained here, which need a correction, and which do
 # not hold?
 #
-# `sat-lens reproduce` redoes each figure and computes its verdict: *holds*, *holds with a
-# correction* or *does not hold here*, by a rule that stands beside the numbers. The verdicts that
-# count are those of full runs, on [the page on the paper](../docs/paper.md). Full runs take ten
-# minutes, so this notebook calls the functions behind the command with smaller models and fewer
-# steps, enough to see what each figure shows. Where a verdict differs from that of the full run we
-# say so. "Here" in a verdict means what it says: one small model, one seed, the source of Python's
-# standard library as text.
+# `python -m paper` redoes each figure and computes its verdict: *holds*, *holds with a correction*
+# or *does not hold here*, by a rule that stands beside the numbers. The verdicts that count are
+# those of full runs, on [the page on the paper](../docs/paper.md). Full runs take ten minutes, so
+# this notebook calls the functions behind the command with smaller models and fewer steps, enough
+# to see what each figure shows. Where a verdict differs from that of the full run we say so. "Here"
+# means one small model, one seed, and the source of Python's standard library as text.
 #
-# In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that this
-# notebook comes from. Nothing is downloaded after that.
+# The figures are redone by `paper/`, which lies beside the library in the repository and is not
+# part of the installed package. In Colab, first run the following, with the address of the
+# repository that this notebook comes from; nothing is downloaded after that.
+#
+# ```
+# !git clone ADDRESS checkout
+# %cd checkout/tutorials
+# %pip install -e ..
+# ```
 
 # %%
+import sys
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -36,16 +43,16 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, "..")  # the repository, where paper/ is
+
 import sat_lens as sl
-from sat_lens.demo.train import log_spaced_steps
-from sat_lens.paper import direction, grids, heads, language, masks, saturation, scaling, threshold
-from sat_lens.paper import norm_growth as growth_figure
-from sat_lens.paper.drawing import growth_maps
-from sat_lens.paper.flipped import flipped_problem, relu_network
-from sat_lens.paper.grid import growth_grid
-from sat_lens.paper.measures import scores_of
-from sat_lens.paper.network import Shape, masked
-from sat_lens.theory import descend, norm_flow, part_degrees
+from paper import direction, grid, heads, language, saturation, scaling, threshold
+from paper import norm_growth as growth_figure
+from paper.degrees import part_degrees
+from paper.flow import descend, norm_flow
+from paper.grid import growth_grid, growth_maps
+from paper.network import Shape, log_spaced_steps, masked, scores_of
+from paper.threshold import flipped_problem, relu_network
 
 plt.rcParams["figure.dpi"] = 80
 verdicts = {}
@@ -84,7 +91,7 @@ print(setting)
 
 # %%
 growth = sl.norm_growth(
-    {step: run.checkpoints[step] for step in log_spaced_steps(run.last)},
+    {step: run.checkpoints[step] for step in log_spaced_steps(run.last, halves_from=16)},
     run.tokens,
     progress=False,
     data_name="held-out text",
@@ -230,9 +237,9 @@ plt.show()
 # vanish with the right mask on the very same scores.
 
 # %%
-setting = masks.MaskSetting(Shape(width=32, context=32), steps=600, batch=8)
-networks = {mask: masks.trained_network(setting, mask, progress=False) for mask in heads.MASKS}
-text = masks.held_out_windows(setting, seed=0)
+setting = heads.MaskSetting(Shape(width=32, context=32), steps=600, batch=8)
+networks = {mask: heads.trained_network(setting, mask, progress=False) for mask in heads.MASKS}
+text = heads.held_out_windows(setting, seed=0)
 positions, losses = heads.measured(run, networks, text)
 show("heads", heads.judged(positions, losses))
 
@@ -241,9 +248,9 @@ multiplied = networks["multiplied"]
 with torch.no_grad(), sl.scaled_parameters(multiplied, 1000.0):
     scores = scores_of(multiplied, text)[1][0, 0]
 ways = [
-    ("multiplied", masks.OWN, "o"),
-    ("multiplied", masks.RIGHT, "s"),
-    ("infinite", masks.OWN, "D"),
+    ("multiplied", heads.OWN, "o"),
+    ("multiplied", heads.RIGHT, "s"),
+    ("infinite", heads.OWN, "D"),
 ]
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
@@ -274,7 +281,7 @@ plt.show()
 # one seed, trained for 600 steps here (the full run: 1500, same verdicts). Nor does it touch heads
 # that are *soft* means: those exist (see [tutorial 5](05_counting.ipynb)), and saturating them
 # destroys them, because their scores are close and not tied. The
-# [pitfall](../docs/pitfalls/multiplicative_masks.md) says how to test a model for such a mask.
+# [pitfall](../docs/pitfalls/multiplicative_heads.md) says how to test a model for such a mask.
 #
 # ## 6. Where norms grow: learning rate and weight decay
 #
@@ -299,7 +306,7 @@ maps = [
         ("sgd", [1e-3, 1e-2, 1e-1, 3e-1, 1.0]),
     ]
 ]  # fmt: skip
-show("grid", [claim for grid in maps for claim in grids.judged(grid.optimiser, grid.frame())])
+show("grid", [claim for each in maps for claim in grid.judged(each.optimiser, each.frame())])
 
 # %%
 growth_maps(maps, "Where norms grow, by learning rate and weight decay")
@@ -350,10 +357,10 @@ stopping.figure
 # to be homogeneous approximately. For what is homogeneous, Euler's theorem gives the growth of the
 # squared norm under gradient flow from the outputs alone.
 #
-# **What we measure.** `sat_lens.theory`: the degree of each part of our language model, with what a
-# power law leaves over (`residual`), its parameters multiplied by 1 to 64; Euler's formula against
-# gradient descent with ever smaller steps; and the norm at the end of descent with weight decay,
-# where growth and decay should balance.
+# **What we measure.** The degree of each part of our language model, with what a power law does not
+# explain (`residual`), its parameters multiplied by 1 to 64; Euler's formula against gradient
+# descent with ever smaller steps; and the norm at the end of descent with weight decay, where
+# growth and decay should balance.
 #
 # **Predictions.** A norm has degree 1, that of its gain; attention has degree 2 once saturated, and
 # none while it is soft; a gated feed-forward layer has 3, nearly. The residual stream adds parts of
@@ -458,7 +465,7 @@ with pd.option_context("display.max_colwidth", None, "display.width", 150):
 #
 # # 2: soft, none; saturated, 0: only which key wins counts. So on the right nothing but attention
 # # moves, and what is reached is the same network with hard attention.
-# from sat_lens.theory import degree_of_homogeneity
+# from paper.degrees import degree_of_homogeneity
 #
 # lens = run.lens(run.last)
 # soft, hard = (

@@ -9,40 +9,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 
 from sat_lens.cli.arguments import EPILOG
-from sat_lens.cli.output import INTERRUPTED
-from sat_lens.errors import SatLensError
+from sat_lens.cli.output import status_of_work
 from sat_lens.version import __version__
 
-COMMANDS = ("report", "roles", "merge", "sweep", "check", "grid", "reproduce")
+COMMANDS = ("report", "roles", "merge", "sweep", "check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-    except SatLensError as error:
-        print(f"sat-lens: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sat-lens: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has left, and has no use for the rest.
-        _discard_output()
-        return 0
-    except OSError as error:
-        if error.filename is None:
-            _discard_output()
-        print(f"sat-lens: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-        return 2
-    return status
+    return status_of_work("sat-lens", lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,8 +36,3 @@ def _parser() -> argparse.ArgumentParser:
     for name in COMMANDS:
         importlib.import_module(f"sat_lens.cli.{name}").add(chosen)
     return parser
-
-
-def _discard_output() -> None:
-    """Keep Python from complaining when it flushes at its end what could not be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

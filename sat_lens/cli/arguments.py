@@ -20,8 +20,6 @@ examples:
   torchrun --nproc-per-node 4 -m sat_lens roles --out all.st    the same in four processes
   sat-lens sweep gpt2 --prompt "The Eiffel Tower is in" --answer " Paris" --wrong " Rome"
   sat-lens check bert-base-uncased         which attention modules can be saturated
-  sat-lens grid --optimiser sgd            where norms grow, by learning rate and weight decay
-  sat-lens reproduce norm-growth --quick   redo a figure of the paper and judge its claims
 """
 _MODEL = (
     'the bundled "demo" (default), a local directory in Hugging Face format, or a hub name such as '

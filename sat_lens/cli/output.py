@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sat_lens.errors import SatLensError
 from sat_lens.vocabulary import CAUTION
 
 if TYPE_CHECKING:
@@ -25,3 +28,31 @@ def status_of(complete: bool) -> int:
         return 0
     print("Interrupted: these are the numbers of what was read.", file=sys.stderr)
     return INTERRUPTED
+
+
+def status_of_work(program: str, work: Callable[[], int]) -> int:
+    """Return a command's exit status; what goes wrong becomes one line on standard error."""
+    try:
+        status = work()
+        sys.stdout.flush()
+    except SatLensError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has left, and has no use for the rest.
+        _discard_output()
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            _discard_output()
+        print(f"{program}: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _discard_output() -> None:
+    """Keep Python from complaining when it flushes at its end what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

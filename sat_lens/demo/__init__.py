@@ -1,1 +1,1 @@
-"""The bundled demo model: the list of its corpus and its training recipe."""
+"""The bundled demo model: its weights, and the list of the corpus that it was trained on."""

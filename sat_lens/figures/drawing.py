@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -342,6 +342,71 @@ def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1.2,
     )  # fmt: skip
     return figure
+
+
+def headline(panel: Axes, words: str) -> None:
+    """Write the title of one panel."""
+    panel.set_title(visible(words), size=8.5, color=INK, loc="left").set_parse_math(False)
+
+
+def label(panel: Axes, *, x: str = "", y: str = "") -> None:
+    """Label the axes of one panel."""
+    panel.set_xlabel(x, size=8, color=QUIET)
+    panel.set_ylabel(y, size=8, color=QUIET)
+
+
+@_plain_words
+def lines(
+    axes: Axes,
+    table: pd.DataFrame,
+    columns: dict[str, str],
+    *,
+    x: str,
+    y: str = "",
+    log_x: bool = True,
+    log_y: bool = False,
+    dashed: Sequence[str] = (),
+    legend: bool = True,
+) -> None:
+    """Draw columns of a table against its index.
+
+    Args:
+        axes: The panel.
+        table: The index is the horizontal axis. Values that a logarithmic axis cannot show are
+            left out.
+        columns: Columns to draw, and what the legend calls them.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+        log_x: Whether the horizontal axis is logarithmic.
+        log_y: Whether the vertical axis is.
+        dashed: Columns drawn dashed and without marks: controls.
+        legend: Whether the panel gets a legend.
+    """
+    places = table.index.to_numpy(dtype=float)
+    for number, (name, words) in enumerate(columns.items()):
+        values = table[name].to_numpy(dtype=float)
+        keep = np.isfinite(values) & ((places > 0) | (not log_x)) & ((values > 0) | (not log_y))
+        style = "--" if name in dashed else "-o"
+        color = LINES[number % len(LINES)]
+        axes.plot(places[keep], values[keep], style, color=color, lw=1.5, ms=3, label=words)
+    if log_x:
+        logarithmic(axes, "x", multiples=(1,))
+    if log_y:
+        logarithmic(axes, "y")
+    label(axes, x=x, y=y)
+    if legend:
+        axes.legend(frameon=False, fontsize=7)
+
+
+def logarithmic(
+    axes: Axes, which: Literal["x", "y"], multiples: Sequence[float] = (1, 2, 5)
+) -> None:
+    """Make an axis logarithmic, with plain numbers at these multiples of the powers of ten."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def measure_groups(columns: Sequence[str]) -> dict[str, list[str]]:

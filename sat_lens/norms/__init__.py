@@ -5,6 +5,7 @@ from sat_lens.norms.growth import Exponent, NormGrowth, norm_growth
 from sat_lens.norms.homogeneity import HomogeneityCurve, homogeneity_curve
 from sat_lens.norms.measures import lens_model, saturation_measures
 from sat_lens.norms.names import COMPONENTS
+from sat_lens.norms.narrowing import Narrowing, attention_narrowing
 from sat_lens.norms.parameters import ParameterNorms, parameter_norms
 from sat_lens.norms.scaled import scaled_parameters
 
@@ -12,9 +13,11 @@ __all__ = [
     "COMPONENTS",
     "Exponent",
     "HomogeneityCurve",
+    "Narrowing",
     "NormGrowth",
     "ParameterNorms",
     "RescalingShare",
+    "attention_narrowing",
     "homogeneity_curve",
     "lens_model",
     "norm_growth",

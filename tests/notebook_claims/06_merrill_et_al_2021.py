@@ -35,8 +35,8 @@ assert at_two.loc[scaling.RANDOM, "cos_saturated"] < 0.2
 
 # The mask.
 own = positions[positions["trained_with"] == "multiplied"].groupby("masked_by")["positions"]
-assert own.max()[masks.OWN] > 5
-assert own.max()[masks.RIGHT] < 1.5
+assert own.max()[heads.OWN] > 5
+assert own.max()[heads.RIGHT] < 1.5
 assert positions[positions["trained_with"] == "infinite"]["positions"].max() < 1.5
 assert losses["multiplied"][0] + 1 < losses["multiplied"][1]
 assert losses["multiplied"][0] < losses["infinite"][0] == losses["infinite"][1]

@@ -1,7 +1,7 @@
-"""Parameters times c: does a trained network lie nearer to its saturated version than a random one.
+"""Figure ``scaling``: is a trained network closer to its saturated version than a random one?
 
-Twice: all parameters times c, as in the paper, and queries' and keys' projections alone, which
-multiplies scores by c squared and touches nothing else.
+Parameters are multiplied by c in two ways: all of them, as in the paper, and the projections of
+queries and keys alone, which multiplies scores by c squared and changes nothing else.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from paper.claims import Claim, Reproduction, number, verdict
+from paper.language import LanguageRun, trained_run
+from sat_lens.figures.drawing import headline, lines, panels
 from sat_lens.norms import homogeneity_curve
 from sat_lens.norms.scaled import Which
-from sat_lens.paper.claims import Claim, Reproduction, number, verdict
-from sat_lens.paper.drawing import lines, panels
-from sat_lens.paper.language import LanguageRun, trained_run
-from sat_lens.vocabulary import INK
 
+# A difference above this is clear.
 CLEAR = 0.05
 SCALES = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0)
 ALL, SCORES = "all parameters", "queries and keys"
@@ -23,7 +23,7 @@ TRAINED, RANDOM = "trained", "random initialisation"
 
 
 def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Reproduction:
-    """Draw similarity to the saturated network against c, trained and untrained."""
+    """Measure similarity to the saturated network against c, trained and untrained."""
     run = trained_run(quick, seed, progress)
     table = measured(run, progress)
     return Reproduction(
@@ -40,20 +40,20 @@ def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Repr
 
 
 def measured(run: LanguageRun, progress: bool) -> pd.DataFrame:
-    """Measure both roads on both networks: a row for what grows, the network and c."""
-    roads: dict[str, Which] = {ALL: "all", SCORES: "qk"}
+    """Measure both ways to grow on both networks: one row per way, network and c."""
+    ways: dict[str, Which] = {ALL: "all", SCORES: "qk"}
     found = {
         (grown, network): homogeneity_curve(
             run.lens(step), run.tokens, scales=SCALES, which=which, seed=run.seed, progress=progress
         ).frame()
-        for grown, which in roads.items()
+        for grown, which in ways.items()
         for network, step in ((TRAINED, run.last), (RANDOM, 0))
     }
     return pd.concat(found, names=["grown", "network"]).reset_index()
 
 
 def judged(table: pd.DataFrame) -> tuple[Claim, ...]:
-    """Judge convergence with c, and trained against random, on both roads."""
+    """Judge convergence with c, and trained against random, for both ways to grow."""
     near = {n: float(_row(table, ALL, n, 100.0)["cos_saturated"]) for n in (TRAINED, RANDOM)}
     return (
         Claim(
@@ -90,7 +90,9 @@ def _row(table: pd.DataFrame, grown: str, network: str, c: float) -> pd.Series:
 
 
 def _drawn(table: pd.DataFrame) -> Figure:
-    figure, axes = panels(2, "Similarity to the saturated network as parameters grow")
+    figure, axes = panels(
+        2, "Similarity to the saturated network as parameters grow", across=2, size=(3.6, 3.3)
+    )
     for panel, grown in zip(axes, (ALL, SCORES), strict=True):
         part = table[table["grown"] == grown].pivot(index="c", columns="network")
         shown = pd.DataFrame(
@@ -108,7 +110,7 @@ def _drawn(table: pd.DataFrame) -> Figure:
         }
         controls = [name for name in words if name.endswith("cos_random")]
         lines(panel, shown, words, x="c", y="cosine", dashed=controls, legend=False)
-        panel.set_title(f"{grown} times c", size=8.5, color=INK, loc="left")
+        headline(panel, f"{grown} times c")
     named = axes[0].get_legend_handles_labels()
     figure.legend(*named, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     return figure

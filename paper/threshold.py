@@ -1,10 +1,12 @@
-"""Does the norm grow up to a threshold that rises with training accuracy?
+"""Figure ``threshold``: does the norm grow up to a threshold that rises with training accuracy?
 
-So says the first version of the paper (arXiv 2010.09697v1, abstract). Constructed: bias-free ReLU
-networks learn labels of which a share was flipped, so that accuracy is limited and a homogeneous
-network's threshold is known (:mod:`sat_lens.theory.stationary`). Natural: a small language model;
-it is not homogeneous, so its threshold is the norm at which the loss along the ray through its
-parameters is least, found by trying.
+The first version of the paper says so (arXiv 2010.09697v1, abstract). It is tested twice:
+
+- Constructed problems: bias-free ReLU networks learn labels of which a share was flipped, so that
+  accuracy is limited. They are homogeneous, so the norm at which growth stops can be computed
+  (:func:`paper.flow.stationary_norm`).
+- A small language model. It is not homogeneous, so its threshold is found by search: the norm at
+  which the loss along the ray through its parameters is least.
 """
 
 from __future__ import annotations
@@ -12,36 +14,38 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sat_lens.demo.corpus import corpus_name, training_texts
-from sat_lens.norms.scaled import scaled_parameters
-from sat_lens.paper.claims import Claim, Reproduction, verdict
-from sat_lens.paper.drawing import panels
-from sat_lens.paper.flipped import flipped_run
-from sat_lens.paper.network import (
+from paper.claims import Claim, Reproduction, verdict
+from paper.flow import Descent, descend, squares
+from paper.network import (
     Shape,
     SmallTransformer,
     characters,
+    log_spaced_steps,
     new_network,
     next_token_loss,
     windows,
 )
-from sat_lens.theory.descent import octaves
-from sat_lens.theory.flow import squares
-from sat_lens.vocabulary import INK, LINES, QUIET
+from sat_lens.demo.corpus import corpus_name, training_texts
+from sat_lens.figures.drawing import headline, label, panels
+from sat_lens.norms.scaled import scaled_parameters
+from sat_lens.vocabulary import LINES
 
 CONSTRUCTED, NATURAL = "labels partly flipped", "language model"
-# A norm is at its threshold within this share, growth has stopped below this share per doubling.
+# The rules of the verdicts: a norm within this share of its threshold is at it; growth below this
+# share while steps double has stopped; a rank correlation from here on means rising.
 AT_THRESHOLD, STOPPED, RISING = 0.05, 0.01, 0.9
-# The loss along the ray is tried at these powers of two of the present norm.
+# Multiples of the present norm, as powers of two, at which the loss along the ray is measured.
 _RAY = [k / 32 for k in range(-32, 33)]
+# Earlier steps of the language model are not judged.
 _EARLY = 64
 
 
@@ -62,15 +66,15 @@ QUICK = Plan(depths=(2,), flipped=(0.0, 0.1, 0.2, 0.4), seeds=1, steps=4096, mod
 
 
 def reproduce(
-    quick: bool, seed: int = 0, progress: bool = True, plan: Plan | None = None
+    quick: bool = False, seed: int = 0, progress: bool = True, plan: Plan | None = None
 ) -> Reproduction:
     """Follow norm and accuracy on constructed problems and on a language model, and judge.
 
     Args:
-        quick: Whether to train little: less than a minute.
+        quick: Whether to train little, in less than a minute.
         seed: Seed of the data and of the initial parameters.
         progress: Whether to show progress bars.
-        plan: How much to train, in place of what ``quick`` chooses.
+        plan: How much to train; None leaves that to ``quick``.
     """
     chosen = plan or (QUICK if quick else Plan())
     constructed = constructed_runs(chosen, seed, progress)
@@ -96,7 +100,7 @@ def reproduce(
 
 
 def constructed_runs(plan: Plan, seed: int, progress: bool) -> pd.DataFrame:
-    """Train on labels flipped to several shares; give the state at the end of each run."""
+    """Train with several shares of flipped labels; return one row per run, the state at its end."""
     seeds = range(seed, seed + plan.seeds)
     cells = list(itertools.product(plan.depths, plan.flipped, seeds))
     bar = tqdm(cells, desc="flipped labels", unit="run", disable=not progress)
@@ -120,8 +124,52 @@ def _constructed_row(plan: Plan, layers: int, share: float, seed: int) -> dict[s
     }
 
 
+def flipped_run(layers: int, share: float, seed: int, points: int, steps: int) -> Descent:
+    """Learn labels of which a share was flipped, by full-batch gradient descent.
+
+    Example:
+        >>> flipped_run(2, 0.2, seed=0, points=50, steps=8).degree
+        2
+    """
+    x, labels = flipped_problem(points, share, seed)
+    return descend(
+        relu_network([2, *[4] * (layers - 1), 1], seed),
+        x,
+        lambda f: F.softplus(-labels * f[:, 0]).mean(),
+        steps=steps,
+        learning_rate=0.3,
+        degree=layers,
+        accuracy=lambda f: float((f[:, 0].sign() == labels).double().mean()),
+    )
+
+
+def relu_network(sizes: Sequence[int], seed: int) -> nn.Sequential:
+    """Return a bias-free ReLU network; its degree of homogeneity is the number of its layers.
+
+    Example:
+        >>> len(relu_network([2, 4, 1], seed=0))
+        3
+    """
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for wide, narrow in itertools.pairwise(sizes):
+            layers += [nn.Linear(wide, narrow, bias=False), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def flipped_problem(points: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return points on two sides of a gap, and their labels: the side, flipped for a share."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(points, 2, generator=generator, dtype=torch.float64)
+    x[:, 0] += 0.5 * x[:, 0].sign()
+    labels = x[:, 0].sign()
+    labels[torch.randperm(points, generator=generator)[: round(share * points)]] *= -1
+    return x, labels
+
+
 def language_model_run(optimiser: str, plan: Plan, seed: int, progress: bool) -> pd.DataFrame:
-    """Train a small language model; give norm, accuracy and threshold at the powers of two."""
+    """Train a small language model; return norm, accuracy and threshold at (half) powers of two."""
     stream = characters(training_texts(), 400_000)
     model = new_network(plan.shape, seed=seed)
     parameters = list(model.parameters())
@@ -131,9 +179,10 @@ def language_model_run(optimiser: str, plan: Plan, seed: int, progress: bool) ->
         else torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
     )
     fixed = windows(stream, plan.shape.context, 32, seed + 1_000_003)
-    kept = {*octaves(plan.model_steps), *half_octaves(plan.model_steps)}
+    kept = log_spaced_steps(plan.model_steps, halves_from=1)
     step_term, first, rows = 0.0, squares(parameters), []
-    for step in _steps(plan.model_steps, optimiser, progress):
+    named = f"language model, {optimiser}"
+    for step in tqdm(range(plan.model_steps + 1), desc=named, unit="step", disable=not progress):
         if step in kept:
             state = _state(model, fixed)
             grown = state["norm"] ** 2 - first
@@ -147,21 +196,6 @@ def language_model_run(optimiser: str, plan: Plan, seed: int, progress: bool) ->
         moves = torch._foreach_sub([p.detach() for p in parameters], before)
         step_term += squares(moves)
     return pd.DataFrame(rows)
-
-
-def half_octaves(last: int) -> list[int]:
-    """Give the steps half way, as logarithms, between powers of two.
-
-    Example:
-        >>> half_octaves(50)
-        [1, 3, 6, 11, 23, 45]
-    """
-    return [step for k in range(last.bit_length()) if (step := round(2 ** (k + 0.5))) < last]
-
-
-def _steps(last: int, name: str, progress: bool) -> Iterator[int]:
-    bar = tqdm(range(last + 1), desc=f"language model, {name}", unit="step", disable=not progress)
-    return iter(bar)
 
 
 @torch.no_grad()
@@ -179,9 +213,9 @@ def _state(model: SmallTransformer, tokens: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def least_on_ray(model: SmallTransformer, tokens: Tensor) -> float:
-    """Give the power of two by which parameters must be multiplied for the least loss.
+    """Return log2 of the factor on all parameters at which the loss is least.
 
-    NaN where that is a factor of two or more.
+    NaN where that factor is not between 1/2 and 2.
     """
     losses = []
     for octave in _RAY:
@@ -197,7 +231,7 @@ def least_on_ray(model: SmallTransformer, tokens: Tensor) -> float:
 
 
 def constructed_claims(frame: pd.DataFrame) -> Iterator[Claim]:
-    """Judge the ends of the runs on flipped labels."""
+    """Judge how the runs on flipped labels ended."""
     limited, full = frame[frame["accuracy"] < 1], frame[frame["accuracy"] == 1]
     ratios = limited["norm"] / limited["threshold"]
     at = float(((ratios - 1).abs() <= AT_THRESHOLD).mean())
@@ -234,7 +268,7 @@ def constructed_claims(frame: pd.DataFrame) -> Iterator[Claim]:
 
 
 def natural_claims(frame: pd.DataFrame) -> Iterator[Claim]:
-    """Judge the course of norm, threshold and accuracy of a language model, by optimiser."""
+    """Judge how norm, threshold and accuracy of a language model went, by optimiser."""
     for name, run in frame.groupby("run", sort=False):
         late = run[run["step"] >= _EARLY]
         last = run.iloc[-1]
@@ -264,14 +298,18 @@ def _rank_correlation(first: pd.Series[float], second: pd.Series[float]) -> floa
 
 def _drawn(frame: pd.DataFrame) -> Figure:
     groups = list(frame.groupby("panel", sort=False))
-    figure, axes = panels(len(groups), "The norm, and where it would stop, against accuracy")
+    figure, axes = panels(
+        len(groups),
+        "The norm, and where it would stop, against accuracy",
+        across=len(groups),
+        size=(3.6, 3.3),
+    )
     for panel, (name, part) in zip(axes, groups, strict=True):
         for color, (run, rows) in zip(LINES, part.groupby("run", sort=False), strict=False):
             drawn = rows.sort_values("accuracy")
             panel.plot(drawn["accuracy"], drawn["norm"], "o", color=color, ms=4, label=str(run))
             panel.plot(drawn["accuracy"], drawn["threshold"], "o", color=color, ms=8, mfc="none")
-        panel.set_title(str(name), size=8.5, color=INK, loc="left").set_parse_math(False)
-        panel.set_xlabel("training accuracy", size=8, color=QUIET)
-        panel.set_ylabel("norm; open: where growth stops", size=8, color=QUIET)
+        headline(panel, str(name))
+        label(panel, x="training accuracy", y="norm; open: where growth stops")
         panel.legend(frameon=False, fontsize=7)
     return figure

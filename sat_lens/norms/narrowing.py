@@ -1,10 +1,10 @@
-"""The attention mass on each key token, through training: its entropy, and when that stops falling.
+"""Attention by key token through training: where its mass goes, and when it stops narrowing.
 
-Key tokens are told apart by identity, as in Tian et al. 2023, arXiv 2305.16380: the mass on a key
-token is summed over all its places in the row. A key token is distinct for a query token if the
-rows in which it is visible leave little doubt about the next token, and common if they leave much.
+Keys are grouped by token, as in Tian et al. 2023, arXiv 2305.16380: the mass on a key token is
+summed over all its positions in the row. A key token is distinct for a query token if the next
+token is nearly certain in the rows in which it is visible, and common if it is not.
 
-When not to use it: to say which position a head attends to; :func:`sat_lens.head_roles` does.
+When not to use it: to see which position a head attends to; use :func:`sat_lens.head_roles`.
 """
 
 from __future__ import annotations
@@ -14,86 +14,88 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.norms.checkpoints import list_checkpoints
 from sat_lens.norms.measures import lens_model, undisturbed
-from sat_lens.paper.drawing import lines, panels
-from sat_lens.results import Provenance
-from sat_lens.vocabulary import INK, visible
+from sat_lens.results import Provenance, Result
+from sat_lens.sites import attention_sites
+from sat_lens.vocabulary import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MIN_KEYS = 8
-# The boundary: narrowing per doubling of steps is below this share of what it was at its fastest.
+# Narrowing is slow below this share of the fastest narrowing, per doubling of steps.
 SLOW = 0.25
-# A key token counts for a query token once it was visible in this many rows.
+# Pairs of query and key token must occur in this many rows to count for commonness.
 MIN_ROWS = 32
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Narrowing:
-    """Attention by key token through training; made by :func:`attention_narrowing`.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Narrowing(Result, kind="narrowing"):
+    """Attention by key token through training, as :func:`attention_narrowing` measures it.
 
     Attributes:
         provenance: The checkpoints and the data.
         steps: The step of each checkpoint.
         queries: The query tokens, the most frequent first.
         masses: Mean attention mass on each key token, by checkpoint and query token.
-        uniform: What uniform attention would put there.
-        columns: One value a checkpoint; see :meth:`frame`.
-        names: What to call tokens; their numbers where no tokenizer was given.
+        uniform: The same masses under uniform attention.
+        columns: One value per checkpoint; see :meth:`frame`.
+        names: The text of each token by its number; empty where no tokenizer was given.
     """
 
-    provenance: Provenance
     steps: tuple[int, ...]
     queries: tuple[int, ...]
     masses: Float[Tensor, "step query token"]
     uniform: Float[Tensor, "query token"]
     columns: dict[str, Tensor]
-    names: dict[int, str] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a checkpoint, indexed by step.
+        """Return one row per checkpoint, indexed by step.
 
-        Columns: ``entropy`` of the mass over key tokens, in nats, mean over rows with at least 8
-        visible keys and over heads; ``entropy_uniform``, that of uniform attention; ``narrowing``,
+        Columns: ``entropy`` of the mass over key tokens, in nats, mean over heads and over rows
+        with at least 8 visible keys; ``entropy_uniform``, that of uniform attention; ``narrowing``,
         the fall of the entropy per doubling of steps since the checkpoint before; ``moved``, the
-        total variation between the masses of the chosen query tokens at this checkpoint and the one
-        before, per doubling; ``commonness``, the rank correlation over pairs of query and key token
-        between what the key gets beyond uniform attention and the entropy of the next token, given
-        both: below 0 where attention prefers distinct tokens, which tell more of what comes next.
+        total variation between the masses at this checkpoint and the one before, mean over the
+        query tokens, per doubling; ``commonness``, a rank correlation over pairs of query and key
+        token: that of the key's mass relative to uniform attention with the entropy of the next
+        token given both. It is below 0 where attention prefers distinct tokens.
         """
         values = {name: column.tolist() for name, column in self.columns.items()}
         return pd.DataFrame(values, index=pd.Index(self.steps, name="step"))
 
     @property
     def boundary(self) -> int | None:
-        """The phase boundary: the step at which the fastest narrowing gives way to a slow one.
+        """The phase boundary: the first step after the fastest narrowing at which it is slow.
 
-        Slow is less than a quarter of the fastest narrowing, per doubling of steps; None where it
-        never is, or where the entropy never falls. Narrowing may become faster again later.
+        Slow is less than a quarter of the fastest, per doubling of steps. None where narrowing
+        never becomes slow, or where the entropy never falls. It may become faster again later.
         """
         return phase_boundary(self.steps, self.columns["entropy"].tolist())
 
     def keys(self, query: int, largest: int = 10) -> pd.DataFrame:
-        """Give the mass on the key tokens that a query token attends to most at the end.
+        """Return the mass on the key tokens that a query token attends to most at the end.
 
         Args:
             query: A query token, one of ``queries``.
             largest: How many key tokens.
 
         Returns:
-            One row a checkpoint, one column a key token; a last row ``"uniform"``.
+            One row per checkpoint and one column per key token; the last row, ``"uniform"``, is
+            that of uniform attention.
 
         Raises:
-            ArgumentError: The query token is none of those measured.
+            ArgumentError: The query token was not measured.
         """
         if query not in self.queries:
             raise ArgumentError(f"Query tokens are {list(self.queries)}; found {query}.")
@@ -104,30 +106,33 @@ class Narrowing:
         return pd.DataFrame(rows.tolist(), index=index, columns=top.tolist())
 
     def plot(self, title: str | None = None) -> Figure:
-        """Draw the entropy, how it moves, and the key tokens of the most frequent query token."""
-        figure, (entropy, speed, keys) = panels(3, title or f"Narrowing: {self.provenance}")
+        """Draw the entropy, its changes, and the masses of the most frequent query token."""
+        from sat_lens.figures.drawing import headline, lines, panels  # matplotlib is slow to import
+
+        figure, (entropy, speed, keys) = panels(
+            3, title or f"Narrowing: {self.provenance}", across=3, size=(3.6, 3.3)
+        )
         table = self.frame().rename(index={0: 0.5})
         step = "step (0 on the left edge)"
         named = {"entropy": "attention", "entropy_uniform": "uniform"}
         lines(entropy, table, named, x=step, y="nats", dashed=["entropy_uniform"])
-        entropy.set_title("entropy over key tokens", size=8.5, color=INK, loc="left")
+        headline(entropy, "entropy over key tokens")
         if self.boundary:
             entropy.axvline(self.boundary, color="#999999", lw=0.8, ls=":")
         named = {"narrowing": "entropy lost (nats)", "moved": "mass moved (share)"}
         lines(speed, table, named, x=step)
-        speed.set_title("per doubling of steps", size=8.5, color=INK, loc="left")
+        headline(speed, "per doubling of steps")
         shown = self.keys(self.queries[0], 6).drop(index="uniform").rename(index={0: 0.5})
         words = {str(token): self.name(int(token)) for token in shown.columns}
         lines(keys, shown.rename(columns=str), words, x=step, legend=False)
         keys.set_ylim(0, 1.35 * float(shown.to_numpy().max()))
         keys.legend(frameon=False, fontsize=7, ncol=3, loc="upper left")
-        title = f"mass on keys, query {self.name(self.queries[0])}"
-        keys.set_title(title, size=8.5, color=INK, loc="left").set_parse_math(False)
+        headline(keys, f"mass on keys, query {self.name(self.queries[0])}")
         return figure
 
     def name(self, token: int) -> str:
-        """Say what to call a token."""
-        return visible(self.names.get(token, f"token {token}"))
+        """Return a token as printable text, or its number where no tokenizer was given."""
+        return visible(self.names[token] if self.names else f"token {token}")
 
 
 def attention_narrowing(
@@ -150,13 +155,23 @@ def attention_narrowing(
         layer: Which block's attention; its heads are averaged.
         n_queries: How many query tokens to keep masses for: the most frequent ones.
         as_model: Makes a TransformerLens model of a checkpoint's path or model.
-        tokenizer: Names the tokens in the figure, by its ``decode``.
+        tokenizer: Decodes the tokens for the figure; None shows their numbers.
         progress: Whether to show a progress bar.
         data_name: What the data is called in the result.
 
     Raises:
-        DataError: The sequences are no matrix of tokens, or no longer than 8.
-        ArgumentError: There is no attention in that layer, or fewer than two checkpoints.
+        DataError: The tokens are not a matrix, or the sequences are not longer than 8.
+        ArgumentError: There is no attention in that layer, or there are fewer than two checkpoints.
+
+    Example:
+        >>> import torch
+        >>> import sat_lens as sl
+        >>> from sat_lens.norms import attention_narrowing
+        >>> model = sl.load_model("demo")
+        >>> tokens = torch.arange(3, 23).repeat(2, 1)
+        >>> found = attention_narrowing({0: model, 1: model}, tokens, progress=False)
+        >>> found.frame()["moved"].tolist()
+        [nan, 0.0]
     """
     if tokens.dim() != 2 or tokens.shape[1] <= MIN_KEYS:
         raise DataError(
@@ -183,12 +198,12 @@ def attention_narrowing(
     }
     provenance = Provenance(f"{len(steps)} checkpoints, layer {layer}", data_name)
     ids = range(reader.vocabulary if tokenizer is not None else 0)
-    names = {token: tokenizer.decode([token]) for token in ids}
+    names = tuple(tokenizer.decode([token]) for token in ids)
     return Narrowing(provenance, steps, reader.queries, masses, uniform, columns, names)
 
 
 def doublings(steps: Sequence[int]) -> list[float]:
-    """Give the number of doublings between steps; step 0 counts as half a step.
+    """Return the number of doublings between successive steps; step 0 counts as half a step.
 
     Example:
         >>> doublings([0, 1, 2, 8])
@@ -199,7 +214,7 @@ def doublings(steps: Sequence[int]) -> list[float]:
 
 
 def phase_boundary(steps: Sequence[int], entropy: Sequence[float]) -> int | None:
-    """Give the first step after the fastest narrowing at which narrowing has become slow.
+    """Return the first step after the fastest narrowing at which narrowing is slow, or None.
 
     Example:
         >>> phase_boundary([1, 2, 4, 8, 16], [4.0, 3.9, 2.9, 2.8, 2.8])
@@ -215,7 +230,7 @@ def phase_boundary(steps: Sequence[int], entropy: Sequence[float]) -> int | None
 
 
 class _Reader:
-    """Sums attention over the places of each key token, on the same sequences every time."""
+    """Sums attention over the positions of each key token, on the same sequences every time."""
 
     def __init__(self, tokens: Int[Tensor, "sequence position"], n_queries: int) -> None:
         self.tokens, self.vocabulary = tokens, int(tokens.max()) + 1
@@ -223,18 +238,18 @@ class _Reader:
         counts = torch.bincount(counted.flatten(), minlength=self.vocabulary)
         chosen = counts.topk(min(n_queries, int((counts > 0).sum()))).indices
         self.queries = tuple(chosen.tolist())
-        self.rows, self.doubt = self._next_tokens()
+        self.rows, self.next_entropy = self._next_tokens()
 
     def uniform_pattern(self) -> Float[Tensor, "sequence head query key"]:
-        """Give uniform attention over visible keys."""
+        """Return uniform attention over the visible keys."""
         n = self.tokens.shape[1]
         past = torch.ones(n, n, dtype=torch.float64).tril()
         return (past / past.sum(1, keepdim=True)).expand(len(self.tokens), 1, n, n)
 
     def measure(
         self, pattern: Float[Tensor, "sequence head query key"]
-    ) -> tuple[float, Float[Tensor, "asked token"]]:
-        """Give the mean entropy over key tokens, and the mean masses by query token."""
+    ) -> tuple[float, Float[Tensor, "chosen token"]]:
+        """Return the mean entropy over key tokens, and the mean masses by query token."""
         entropy, n = 0.0, self.tokens.shape[1]
         sums = torch.zeros(len(self.queries), self.vocabulary, dtype=torch.float64)
         counts = torch.zeros(len(self.queries), dtype=torch.float64)
@@ -243,23 +258,23 @@ class _Reader:
             mass.index_add_(2, sequence, rows)
             mass = mass[:, MIN_KEYS - 1 : n - 1]
             entropy += float(torch.special.entr(mass).sum(-1).mean())
-            asked = sequence[MIN_KEYS - 1 : n - 1]
+            counted = sequence[MIN_KEYS - 1 : n - 1]
             for i, query in enumerate(self.queries):
-                sums[i] += mass[:, asked == query].mean(0).sum(0)
-                counts[i] += (asked == query).sum()
+                sums[i] += mass[:, counted == query].mean(0).sum(0)
+                counts[i] += (counted == query).sum()
         return entropy / len(self.tokens), sums / counts[:, None]
 
     def commonness(self, mass: Tensor, uniform: Tensor) -> float:
-        """Correlate what a key gets beyond uniform attention with the doubt that it leaves."""
+        """Return the column ``commonness`` of :meth:`Narrowing.frame`."""
         used = self.rows >= MIN_ROWS
         if int(used.sum()) < 3:
             return math.nan
         gain = pd.Series((mass / uniform)[used].tolist())
-        doubt = pd.Series(self.doubt[used].tolist())
-        return float(gain.rank().corr(doubt.rank()))
+        entropy = pd.Series(self.next_entropy[used].tolist())
+        return float(gain.rank().corr(entropy.rank()))
 
     def _next_tokens(self) -> tuple[Tensor, Tensor]:
-        """Give, by query and key token, the rows and the entropy of the next token in them.
+        """Return, by query and key token, the number of rows and the next token's entropy in them.
 
         The entropy has the correction of Miller (1955) for few rows, (K - 1) / 2N.
         """
@@ -282,8 +297,6 @@ class _Reader:
 
 
 def _pattern(model: Any, tokens: Tensor, layer: int) -> Float[Tensor, "sequence head query key"]:
-    from sat_lens.sites import attention_sites
-
     sites = [site for site in attention_sites(model) if site.layer == layer]
     if not sites:
         raise ArgumentError(f"There is no attention in layer {layer}.")

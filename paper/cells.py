@@ -1,9 +1,9 @@
 """Many models of one shape trained together: their parameters stacked, one step for all.
 
-Each cell of a grid has its own learning rate and weight decay, and is otherwise the same run: the
-same initial parameters, the same batches. One forward and backward pass serves all cells
-(``torch.func``), which saves what a small model spends on everything but arithmetic. A cell's
-numbers are those of the model trained alone with ``torch.optim``, up to rounding.
+Each cell of a grid has its own learning rate and weight decay, and otherwise shares its initial
+parameters and its batches with the others. One forward and backward pass serves all cells
+(``torch.func``), which saves the overhead that dominates small models. A cell's numbers are those
+of the model trained alone with ``torch.optim``, up to rounding.
 
 When not to use it: for one model, or for models large enough to keep the processor busy alone.
 """
@@ -23,6 +23,7 @@ from sat_lens.errors import ArgumentError
 
 Stack = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+# How many cells share a forward pass; it bounds the memory.
 AT_ONCE = 128
 
 
@@ -45,7 +46,7 @@ class AdamW:
         self.second: Stack = {}
 
     def step(self, parameters: Stack, gradients: Stack) -> None:
-        """Take one step in every cell."""
+        """Take one step in every cell, in place."""
         self.steps += 1
         beta1, beta2 = self.betas
         for name, parameter in parameters.items():
@@ -70,7 +71,7 @@ class SGD:
         self.velocity: Stack = {}
 
     def step(self, parameters: Stack, gradients: Stack) -> None:
-        """Take one step in every cell."""
+        """Take one step in every cell, in place."""
         for name, parameter in parameters.items():
             push = gradients[name] + _per_cell(self.wd, parameter) * parameter
             if self.momentum:
@@ -85,13 +86,13 @@ Optimiser = AdamW | SGD
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellsRun:
-    """What came of training all cells.
+    """The cells after training.
 
     Attributes:
         parameters: Stacked parameters, ``[cell, ...]`` each.
-        broke_at: The step at which a cell's loss was no finite number any more, 0 if it never was.
+        broke_at: The first step at which a cell's loss was not finite, 0 if it always was.
         steps: How many steps were taken.
-        complete: False if the run was interrupted.
+        complete: Whether the run went to its end.
     """
 
     parameters: Stack
@@ -101,7 +102,7 @@ class CellsRun:
 
 
 def stacked(model: nn.Module, cells: int) -> Stack:
-    """Copy a model's parameters once for each cell.
+    """Return a model's parameters, copied once for each cell.
 
     Raises:
         ArgumentError: There are no cells.
@@ -115,14 +116,14 @@ def stacked(model: nn.Module, cells: int) -> Stack:
 
 
 def cell(parameters: Stack, index: int) -> Stack:
-    """Take one cell's parameters out of the stack."""
+    """Return one cell's parameters."""
     return {name: parameter[index] for name, parameter in parameters.items()}
 
 
 def losses_and_gradients(
     model: nn.Module, parameters: Stack, tokens: Int[Tensor, "batch position"], loss: Loss
 ) -> tuple[Float[Tensor, " cell"], Stack]:
-    """Give every cell's loss and its gradient; memory is bounded by some cells at once."""
+    """Return every cell's loss and its gradient."""
     losses: list[Tensor] = []
     gradients: Stack = {name: torch.empty_like(stack) for name, stack in parameters.items()}
 
@@ -156,12 +157,12 @@ def train_cells(
 
     Args:
         model: The model whose shape the cells have; its own parameters are not used.
-        parameters: Stacked parameters; they are changed in place.
-        optimiser: An optimiser that was made for as many cells.
+        parameters: Stacked parameters; changed in place.
+        optimiser: An optimiser made for as many cells.
         batches: One batch of tokens for each step.
         loss: A function of logits and tokens.
         total: How many batches there are, for the progress bar.
-        progress: Whether to show one.
+        progress: Whether to show a progress bar.
         name: What the bar calls the run.
     """
     broke_at = torch.zeros(_cells(parameters), dtype=torch.long)

@@ -1,14 +1,14 @@
-"""A transformer language model small enough that a hundred of them train at once.
+"""A transformer language model small enough that a hundred of them train at once, and its text.
 
-Pre-norm layers, learned positions, ReLU, no biases. Which mask it was trained with is an
-argument, because one of the figures is about masks.
-
-When not to use it: to measure a model that TransformerLens can run; the rest of the library does.
+Pre-norm layers, learned positions, ReLU, no biases. The mask is an argument, because the figure
+``heads`` is about masks. It is no TransformerLens model, so two of the library's measures are
+applied to it here (:func:`saturation`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -19,10 +19,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sat_lens._checks import check_count
+from sat_lens.attention import Limit, RandomKey, distances_to_saturated
+from sat_lens.caching import mean_cosine, normalised_similarity
 from sat_lens.errors import ArgumentError, DataError
 
 Transform = Callable[[Tensor], Tensor]
 Mask = Literal["multiplied", "infinite"]
+# Rows with fewer visible keys are not measured.
+MIN_KEYS = 8
+# How much text is read, at most.
+CHARACTERS = 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Shape:
 
 
 class Attention(nn.Module):
-    """Causal self-attention whose scores a function may change before the softmax."""
+    """Causal self-attention whose scores can be put through a transform before the softmax."""
 
     def __init__(self, shape: Shape, mask: Mask) -> None:
         super().__init__()
@@ -62,7 +68,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch query width"], transform: Transform | None
     ) -> Float[Tensor, "batch query width"]:
-        """Attend; masked scores reach ``transform``, and its result the softmax."""
+        """Attend; ``transform`` receives the masked scores, and the softmax its result."""
         q, k, v = (
             rearrange(part(x), "b n (h d) -> b h n d", h=self.heads)
             for part in (self.q, self.k, self.v)
@@ -73,7 +79,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each on a normed copy of the residual stream."""
+    """Attention and a feed-forward layer, each applied to the normalised residual stream."""
 
     def __init__(self, shape: Shape, mask: Mask) -> None:
         super().__init__()
@@ -85,7 +91,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch position width"], transform: Transform | None
     ) -> Float[Tensor, "batch position width"]:
-        """Add what the two layers say to the residual stream."""
+        """Return the residual stream after both layers."""
         x = x + self.attention(self.norm1(x), transform)
         return x + self.outer(self.inner(self.norm2(x)).relu())
 
@@ -95,8 +101,8 @@ class SmallTransformer(nn.Module):
 
     Args:
         shape: Its size.
-        mask: ``"infinite"`` takes the scores of future keys to -inf; ``"multiplied"`` multiplies
-            them by zero, which hides nothing.
+        mask: ``"infinite"`` sets the scores of future keys to -inf; ``"multiplied"`` multiplies
+            them by zero, which does not hide the future.
 
     Example:
         >>> model = SmallTransformer(Shape(vocabulary=5, width=8))
@@ -116,13 +122,13 @@ class SmallTransformer(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "batch position"], transform: Transform | None = None
     ) -> Float[Tensor, "batch position vocabulary"]:
-        """Give the logits of the next token."""
+        """Return the logits of the next token."""
         return self.unembedding(self.norm(self.residual(tokens, transform)))
 
     def residual(
         self, tokens: Int[Tensor, "batch position"], transform: Transform | None = None
     ) -> Float[Tensor, "batch position width"]:
-        """Give the residual stream after the last layer."""
+        """Return the residual stream after the last layer."""
         x = self.embedding[tokens] + self.positions[: tokens.shape[-1]]
         for block in self.blocks:
             x = block(x, transform)
@@ -130,7 +136,7 @@ class SmallTransformer(nn.Module):
 
 
 def new_network(shape: Shape, mask: Mask = "infinite", seed: int = 0) -> SmallTransformer:
-    """Build an untrained model from a seed; PyTorch's random state stays as it was."""
+    """Return an untrained model; PyTorch's random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SmallTransformer(shape, mask)
@@ -139,7 +145,7 @@ def new_network(shape: Shape, mask: Mask = "infinite", seed: int = 0) -> SmallTr
 def masked(
     scores: Float[Tensor, "*rows query key"], mask: Mask
 ) -> Float[Tensor, "*rows query key"]:
-    """Mask the future, or do what multiplying its scores by zero does.
+    """Mask the scores of future keys, with -inf or with the zeros of a multiplied mask.
 
     Example:
         >>> masked(torch.ones(2, 2), "multiplied").tolist(), masked(torch.ones(2, 2), "infinite")[0]
@@ -152,12 +158,12 @@ def masked(
 def next_token_loss(
     logits: Float[Tensor, "batch position vocabulary"], tokens: Int[Tensor, "batch position"]
 ) -> Float[Tensor, ""]:
-    """Give the mean cross-entropy of the next token, in nats; works under ``torch.func``."""
+    """Return the mean cross-entropy of the next token, in nats; works under ``torch.func``."""
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def characters(texts: Iterable[str], limit: int) -> Int[Tensor, " character"]:
-    """Encode texts by character; what is not ASCII becomes a question mark.
+def characters(texts: Iterable[str], limit: int = CHARACTERS) -> Int[Tensor, " character"]:
+    """Encode texts by character; characters beyond ASCII become question marks.
 
     Raises:
         DataError: The texts have no characters.
@@ -180,7 +186,7 @@ def characters(texts: Iterable[str], limit: int) -> Int[Tensor, " character"]:
 def windows(
     stream: Int[Tensor, " token"], context: int, batch: int, seed: int
 ) -> Int[Tensor, "batch context"]:
-    """Draw windows of a stream; the draw depends on the seed alone.
+    """Return random windows of a stream; the draw depends on the seed alone.
 
     Raises:
         DataError: The stream is shorter than one window.
@@ -190,3 +196,68 @@ def windows(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - context + 1, (batch, 1), generator=generator)
     return stream[starts + torch.arange(context)]
+
+
+@torch.no_grad()
+def scores_of(
+    model: SmallTransformer, tokens: Int[Tensor, "batch position"]
+) -> list[Float[Tensor, "batch head query key"]]:
+    """Return the scores that each layer's softmax receives, the first layer's first."""
+    kept: list[Tensor] = []
+
+    def keep(scores: Tensor) -> Tensor:
+        kept.append(scores)
+        return scores
+
+    model.residual(tokens, keep)
+    return kept
+
+
+@torch.no_grad()
+def saturation(
+    model: SmallTransformer, tokens: Int[Tensor, "batch position"], seed: int = 0
+) -> dict[str, float]:
+    """Measure ``S`` of the final residual stream with its two cosines, and the heads' mean lean.
+
+    Example:
+        >>> sorted(saturation(new_network(Shape()), torch.randint(128, (2, 32))))
+        ['S', 'cos_random', 'cos_saturated', 'lean']
+    """
+    soft = model.residual(tokens)
+    cos_saturated = mean_cosine(soft, model.residual(tokens, Limit()))
+    cos_random = mean_cosine(soft, model.residual(tokens, _random_keys(seed)))
+    rows = [distances_to_saturated(scores) for scores in scores_of(model, tokens)]
+    counted = [row.n_keys >= MIN_KEYS for row in rows]
+    to_argmax, to_mean = (
+        torch.cat([getattr(row, name)[c] for row, c in zip(rows, counted, strict=True)]).mean()
+        for name in ("tv_argmax", "tv_mean")
+    )
+    return {
+        "cos_saturated": float(cos_saturated),
+        "cos_random": float(cos_random),
+        "S": float(normalised_similarity(cos_saturated, cos_random)),
+        "lean": float(to_mean / (to_argmax + to_mean)),
+    }
+
+
+def _random_keys(seed: int) -> Transform:
+    """Return a transform to random keys, different ones in every layer, for one forward pass."""
+    layers = itertools.count()
+    return lambda scores: RandomKey(seed, f"L{next(layers)}")(scores)
+
+
+def log_spaced_steps(last: int, halves_from: int | None = None) -> list[int]:
+    """Return step 0, the powers of two, and the last step.
+
+    Args:
+        last: The last step.
+        halves_from: From which power of two on the steps half way to the next one, in logarithms,
+            are in the list as well; None is never.
+
+    Example:
+        >>> log_spaced_steps(10), log_spaced_steps(50, halves_from=16)
+        ([0, 1, 2, 4, 8, 10], [0, 1, 2, 4, 8, 16, 23, 32, 45, 50])
+    """
+    powers = [2**k for k in range(last.bit_length())]
+    halves = [] if halves_from is None else [round(p * 2**0.5) for p in powers if p >= halves_from]
+    return sorted({0, last, *(step for step in [*powers, *halves] if step < last)})

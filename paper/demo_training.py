@@ -1,22 +1,25 @@
-"""The recipe of the bundled demo model: ``python -m sat_lens.demo.train``.
+"""The recipe of the bundled demo model: ``python -m paper.demo_training``.
 
 Trains a small Llama-shaped causal language model on the training part of
 :mod:`sat_lens.demo.corpus`. The run is deterministic for a seed, a number of threads and a
-machine; it keeps its state in ``--work`` and goes on from there when started again. Weights are
-kept at log-spaced steps, step 0 included; when training is done they are measured
-(:mod:`sat_lens.demo.measure`) and the last of them is written to ``--out`` in float16.
+machine; it keeps its state in ``--work`` and resumes from there when started again. Weights are
+kept at log-spaced steps, step 0 included. When training is done, all of them are measured, and the
+last is written to ``--out`` in float16 with the measurements beside it. Those of the bundled model
+are in ``paper/demo_training_log.json``.
 
-When not to use it: to read the demo model. The package ships it; see ``sat_lens.models``.
+When not to use it: to load the demo model. The library ships it: ``sat_lens.load_model("demo")``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +31,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sat_lens.demo.corpus import training_texts
-from sat_lens.demo.measure import measure_checkpoints
+from paper.network import log_spaced_steps
+from sat_lens.data import text_windows
+from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
+from sat_lens.intervention import saturate
+from sat_lens.metrics import next_token_loss
+from sat_lens.models import load_model
+from sat_lens.results import library_versions, write_whole
+from sat_lens.roles import head_roles
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 STEPS_BETWEEN_STATES = 250
+LOG = Path(__file__).with_name("demo_training_log.json")
+# Held-out windows that each checkpoint is measured on.
+WINDOWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +65,6 @@ class Recipe:
     warmup: int = 100
     weight_decay: float = 0.1
     bfloat16_autocast: bool = True
-
-
-def log_spaced_steps(last: int) -> list[int]:
-    """Return step 0, the powers of two with their half-octaves from 16 on, and the last step.
-
-    Example:
-        >>> log_spaced_steps(50)
-        [0, 1, 2, 4, 8, 16, 23, 32, 45, 50]
-    """
-    octaves = {2**k for k in range(last.bit_length())}
-    halves = {round(2 ** (k + 0.5)) for k in range(4, last.bit_length())}
-    return sorted({0, last} | {step for step in octaves | halves if step < last})
 
 
 def train_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -133,7 +133,7 @@ def batch_at(
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """Give the learning rate of a step: linear warm-up, then a cosine to zero."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
@@ -154,7 +154,7 @@ def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW
 def save_state(
     work: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int
 ) -> None:
-    """Write what is needed to go on from here; the file appears whole or not at all."""
+    """Write what is needed to resume; the file appears whole or not at all."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
@@ -179,7 +179,7 @@ def load_state(work: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW
 
 
 def train(recipe: Recipe, work: Path) -> None:
-    """Train to the recipe's last step, going on from the state in ``work`` if there is one."""
+    """Train to the recipe's last step, resuming from the state in ``work`` if there is one."""
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work, recipe)
     stream = encode_corpus(tokenizer)
@@ -188,7 +188,7 @@ def train(recipe: Recipe, work: Path) -> None:
     optimizer = make_optimizer(model, recipe)
     resumed = (work / "state.safetensors").exists()
     start = load_state(work, model, optimizer) if resumed else 0
-    kept = set(log_spaced_steps(recipe.steps))
+    kept = set(log_spaced_steps(recipe.steps, halves_from=16))
     progress = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")
     for step in progress:
         if step in kept:
@@ -237,10 +237,57 @@ def _tokenizer(work: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+def measure_checkpoints(work: Path, out: Path, context: int, recipe: dict[str, Any]) -> None:
+    """Measure ``work/checkpoint-*`` in the order of steps, and write the log to ``out``.
+
+    For each step: losses soft and saturated on held-out text, the norm of all parameters, and the
+    saturation of every head.
+    """
+    steps = sorted(int(path.name.split("-")[1]) for path in work.glob("checkpoint-*"))
+    records = [_measure(work, step, context) for step in tqdm(steps, desc="measuring", unit="ckpt")]
+    log = {
+        "recipe": recipe,
+        "corpus": corpus_name(),
+        "held_out_windows": WINDOWS,
+        "versions": library_versions(),
+        "steps": records,
+    }
+    write_whole(out, (json.dumps(log, indent=1) + "\n").encode())
+
+
+def _measure(work: Path, step: int, context: int) -> dict[str, Any]:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    model = load_model(str(work / f"checkpoint-{step}"), tokenizer=tokenizer)
+    windows = text_windows(model, held_out_texts(), context, WINDOWS)
+    roles = head_roles(model, windows, progress=False).frame()
+    parameters = [p.detach() for p in model.original_model.parameters()]
+    with saturate(model):
+        saturated = _loss(model, windows)
+    return {
+        "step": step,
+        "loss": _loss(model, windows),
+        "loss_saturated": saturated,
+        "norm": float(torch.sqrt(sum((p.double() ** 2).sum() for p in parameters))),
+        "heads": {
+            label: {
+                name: round(float(row[name]), 4)
+                for name in ("tv_argmax", "tv_mean", "tv_nearest", "lean", "previous", "induction")
+            }
+            for label, row in roles.iterrows()
+        },
+    }
+
+
+def _loss(model: Any, windows: Int[Tensor, "window context"]) -> float:
+    with torch.no_grad():
+        losses = [float(next_token_loss(part)(model(part))) for part in windows.split(16)]
+    return round(sum(losses) / len(losses), 4)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m sat_lens.demo.train", description=__doc__.split("\n\n")[0]
+        prog="python -m paper.demo_training", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--work", type=Path, default=Path("demo-training"), help="state folder")
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="where the model goes")

@@ -1,4 +1,4 @@
-"""The norm of the parameters against the step, and the law of the square root."""
+"""Figure ``norm-growth``: whether the norm grows like the square root of the number of steps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from paper.claims import Claim, Reproduction, verdict
+from paper.language import measured_growth, trained_run
+from sat_lens.figures.drawing import headline, lines, panels
 from sat_lens.norms import Exponent, NormGrowth
-from sat_lens.paper.claims import Claim, Reproduction, verdict
-from sat_lens.paper.drawing import lines, panels
-from sat_lens.paper.language import measured_growth, trained_run
-from sat_lens.vocabulary import INK
 
+# The rules of the verdicts: a norm grew if it ends above this multiple of its start; an exponent
+# this close to 1/2 is a square root.
 GREW = 1.01
 NEAR = 0.1
 PARTS = ("embedding", "qk", "ov", "mlp", "layer_norm")
@@ -33,7 +34,7 @@ def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Repr
 
 
 def judged(growth: NormGrowth) -> tuple[Claim, ...]:
-    """Judge growth and the square root by the measured norms."""
+    """Judge growth, and the square root, by the measured norms."""
     norms = growth.columns["norm"]
     first, last = float(norms[0]), float(norms[-1])
     share = float(_grown(growth.columns["norm_embedding"]) / _grown(norms))
@@ -65,7 +66,9 @@ def _is_half(exponent: Exponent) -> bool:
 
 def _drawn(growth: NormGrowth) -> Figure:
     table = growth.frame()
-    figure, (norms, parts) = panels(2, "The norm of the parameters through training")
+    figure, (norms, parts) = panels(
+        2, "The norm of the parameters through training", across=2, size=(3.6, 3.3)
+    )
     table["sqrt"] = table["norm_grown"].iloc[-1] * np.sqrt(table.index / table.index[-1])
     named = {
         "norm": "raw norm",
@@ -77,5 +80,5 @@ def _drawn(growth: NormGrowth) -> Figure:
     names |= {"qk_product": "W_Q W_K, per head", "ov_product": "W_V W_O, per head"}
     shares = table[list(names)] / table[list(names)].iloc[0]
     lines(parts, shares, names, x="step", y="norm / initial norm", log_y=True)
-    parts.set_title("by component", size=8.5, color=INK, loc="left")
+    headline(parts, "by component")
     return figure

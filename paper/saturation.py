@@ -1,21 +1,21 @@
-"""How near a network comes to its saturated version while it trains, beside a control."""
+"""Figure ``saturation``: how close a network comes to its saturated version while it trains."""
 
 from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sat_lens.paper.claims import Claim, Reproduction, number, verdict
-from sat_lens.paper.drawing import lines, panels
-from sat_lens.paper.language import measured_growth, trained_run
-from sat_lens.vocabulary import INK
+from paper.claims import Claim, Reproduction, number, verdict
+from paper.language import measured_growth, trained_run
+from sat_lens.figures.drawing import headline, lines, panels
 
+# A rise above this is clear.
 CLEAR = 0.05
 MEASURES = ("cos_saturated", "cos_random", "S", "lean", "loss", "loss_saturated")
 
 
 def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Reproduction:
-    """Compare every checkpoint with its saturated version and with random keys."""
+    """Compare every checkpoint with its saturated version, and with attention to random keys."""
     table = measured_growth(quick, seed, progress).frame()[list(MEASURES)]
     return Reproduction(
         name="saturation",
@@ -37,7 +37,7 @@ def judged(table: pd.DataFrame) -> tuple[Claim, ...]:
     beside = table["cos_saturated"] - table["cos_random"]
     return (
         Claim(
-            "Training brings a network near to its saturated version; a randomly initialised one "
+            "Training brings a network close to its saturated version; a randomly initialised one "
             "is far from it.",
             verdict(bool(raw > CLEAR and over > CLEAR), bool(over > CLEAR)),
             f"Raw cosine {first['cos_saturated']:.3f} at random initialisation, "
@@ -47,12 +47,12 @@ def judged(table: pd.DataFrame) -> tuple[Claim, ...]:
             f"{CLEAR}; if S alone does, taking the control into account is the correction.",
         ),
         Claim(
-            "The raw cosine says how saturated a network is (implied).",
+            "The raw cosine tells how saturated a network is (implied).",
             verdict(bool((beside.iloc[1:] > CLEAR).all())),
-            f"Cosine to the saturated less that to random keys: from {beside.min():.3f} (step "
-            f"{beside.idxmin()}) to {beside.max():.3f} (step {beside.idxmax()}). Rule: after "
-            f"step 0 it exceeds {CLEAR} at every checkpoint; where it does not, a cosine is no "
-            "evidence, because any hard attention gives it.",
+            "Cosine to the saturated network minus that with random keys: from "
+            f"{beside.min():.3f} (step {beside.idxmin()}) to {beside.max():.3f} (step "
+            f"{beside.idxmax()}). Rule: after step 0 it exceeds {CLEAR} at every checkpoint; where "
+            "it does not, a cosine is no evidence, because any hard attention gives it.",
         ),
         Claim(
             "Heads move from uniform attention towards single keys.",
@@ -65,14 +65,16 @@ def judged(table: pd.DataFrame) -> tuple[Claim, ...]:
 
 def _drawn(table: pd.DataFrame) -> Figure:
     shown = table.rename(index={0: 0.5})
-    figure, (cosines, measures, losses) = panels(3, "Soft and saturated through training")
+    figure, (cosines, measures, losses) = panels(
+        3, "Soft and saturated through training", across=3, size=(3.6, 3.3)
+    )
     named = {"cos_saturated": "saturated", "cos_random": "random keys"}
     lines(cosines, shown, named, x="step (0 on the left edge)", dashed=["cos_random"])
-    cosines.set_title("cosine to the soft network", size=8.5, color=INK, loc="left")
+    headline(cosines, "cosine to the soft network")
     words = {"S": "S", "lean": "mean lean of heads"}
     lines(measures, shown, words, x="step (0 on the left edge)")
-    measures.set_title("beside the control", size=8.5, color=INK, loc="left")
+    headline(measures, "beside the control")
     named = {"loss": "soft", "loss_saturated": "saturated"}
     lines(losses, shown, named, x="step (0 on the left edge)")
-    losses.set_title("loss, nats per token", size=8.5, color=INK, loc="left")
+    headline(losses, "loss, nats per token")
     return figure

@@ -1,20 +1,26 @@
-"""What a figure of the paper claims, and what became of each claim when it was measured anew."""
+"""What a figure of the paper claims, what became of each claim, and the page that says so."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
-import io
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from sat_lens.errors import ArgumentError
+from sat_lens.figures import figure_bytes
+from sat_lens.results import library_versions, write_csv, write_whole
+from sat_lens.viz.page import render
 
 Verdict = Literal["holds", "holds with a correction", "does not hold here"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
+PAGE = "index.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +29,15 @@ class Claim:
 
     Attributes:
         text: What is claimed, and by whom where that is not the paper.
-        verdict: One of "holds", "holds with a correction" and "does not hold here"; the words
-            "here" and "correction" are explained by ``why``.
+        verdict: "holds", "holds with a correction" or "does not hold here"; ``why`` says what the
+            correction is, and where "here" is.
         why: The measured numbers, and the rule that turns them into the verdict.
 
     Raises:
         ArgumentError: The verdict is none of the three, or a text is empty.
 
     Example:
-        >>> from sat_lens.paper import Claim
+        >>> from paper import Claim
         >>> Claim("Norms grow.", "holds", "38.2 at the start, 70.2 at the end.").verdict
         'holds'
     """
@@ -55,12 +61,12 @@ class Reproduction:
 
     Attributes:
         name: What the command line calls it, such as "norm-growth".
-        title: What is drawn, in a line.
+        title: What is drawn, in one line.
         claims: The claims that the numbers decide.
         frame: The numbers behind the figure.
         figure: The figure.
         note: What it was measured on, and what it does not show.
-        complete: False if the run was interrupted: what was measured until then is here.
+        complete: Whether the run went to its end; if not, these are the numbers until then.
     """
 
     name: str
@@ -74,16 +80,14 @@ class Reproduction:
     @functools.cached_property
     def svg(self) -> bytes:
         """The figure as SVG, drawn once for its file and its page."""
-        drawn = io.BytesIO()
-        self.figure.savefig(drawn, format="svg", metadata={"Date": None})
-        return drawn.getvalue()
+        return figure_bytes(self.figure, "svg")
 
 
 def verdict(holds: bool, corrected: bool = False) -> Verdict:
-    """Choose the verdict: the claim as it stands first, then its corrected form.
+    """Return the verdict on a claim, given whether it holds as it stands or once corrected.
 
     Example:
-        >>> from sat_lens.paper import verdict
+        >>> from paper import verdict
         >>> verdict(True), verdict(False, corrected=True), verdict(False)
         ('holds', 'holds with a correction', 'does not hold here')
     """
@@ -93,10 +97,52 @@ def verdict(holds: bool, corrected: bool = False) -> Verdict:
 
 
 def number(value: float) -> str:
-    """Write a measured number, also one that is not defined.
+    """Format a measured number, which may be undefined.
 
     Example:
         >>> number(0.12345), number(float("nan"))
         ('0.123', 'undefined')
     """
     return f"{value:.3f}" if math.isfinite(value) else "undefined"
+
+
+def write_reproduction(folder: Path, figure: Reproduction) -> None:
+    """Write ``<name>.svg`` and ``<name>.csv``.
+
+    Raises:
+        FileFormatError: A file cannot be written.
+    """
+    write_whole(folder / f"{figure.name}.svg", figure.svg)
+    write_csv(folder / f"{figure.name}.csv", figure.frame)
+
+
+def write_page(
+    folder: Path, figures: Sequence[Reproduction], *, complete: bool = True, quick: bool = False
+) -> Path:
+    """Write one self-contained page of all figures given and return its path.
+
+    Args:
+        folder: Where it goes.
+        figures: The figures, in the order of the page.
+        complete: Whether all figures are there; if not, the page says so.
+        quick: Whether this is a trial run; if so, the page says that its verdicts mean nothing.
+
+    Raises:
+        FileFormatError: It cannot be written.
+    """
+    page = render(
+        "page.html",
+        styles=["base.css", "page.css"],
+        scripts=[],
+        folder=Path(__file__).parent,
+        title="Effects of parameter norm growth, redone",
+        complete=complete and all(figure.complete for figure in figures),
+        quick=quick,
+        versions=", ".join(f"{name} {version}" for name, version in library_versions().items()),
+        figures=[
+            {"shown": figure, "picture": base64.b64encode(figure.svg).decode()}
+            for figure in figures
+        ],
+    )
+    write_whole(folder / PAGE, page.encode())
+    return folder / PAGE

@@ -1,8 +1,8 @@
-"""How much of a growing norm is mere rescaling of weight pairs.
+"""Figure ``rescaling``: how much of a growing norm is mere rescaling of weight pairs.
 
-Scores see ``W_Q`` and ``W_K`` only through their product, and a norm that grows because one of them
-grows while the other shrinks says nothing of the network. Balancing a pair removes that part; what
-balancing leaves is in :mod:`sat_lens.norms.balance`.
+Scores depend on ``W_Q`` and ``W_K`` only through their product, so a norm that grows because one of
+them grows while the other shrinks says nothing about the network. Balancing a pair removes that
+part (:func:`sat_lens.norms.rescaling_share`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from paper.claims import Claim, Reproduction, verdict
+from paper.language import LanguageRun, trained_run
+from sat_lens.figures.drawing import headline, lines, panels
 from sat_lens.norms import rescaling_share
-from sat_lens.paper.claims import Claim, Reproduction, verdict
-from sat_lens.paper.drawing import lines, panels
-from sat_lens.paper.language import LanguageRun, trained_run
-from sat_lens.vocabulary import INK
 
+# The rule of the verdict: shares of the growth that balancing removes.
 LITTLE, MOST = 0.05, 0.5
 PAIRS = {"qk": "W_Q, W_K", "vo": "W_V, W_O", "mlp": "mlp"}
 TITLE = "How much of the norm is mere rescaling"
@@ -39,10 +39,10 @@ def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Repr
 
 
 def measured(run: LanguageRun) -> pd.DataFrame:
-    """Give, by step, the squared norms of all pairs, raw and balanced, and the shares removed.
+    """Return, by step, the squared norms of all pairs, raw and balanced, and the shares removed.
 
     Columns: ``raw`` and ``minimal``, the squared norms of all pairs together, as they are and after
-    the best rescaling; ``share`` of the raw that this removes, and that of each kind of pair
+    the best rescaling; ``share`` of the raw one that this removes, and that of each kind of pair
     (``share_qk``, ``share_vo``, ``share_mlp``); ``share_of_model``, the same part of the squared
     norm of all parameters.
     """
@@ -85,12 +85,12 @@ def judged(table: pd.DataFrame) -> tuple[Claim, ...]:
 
 def _drawn(table: pd.DataFrame) -> Figure:
     shown = table.rename(index={0: 0.5})
-    figure, (norms, shares) = panels(2, TITLE)
+    figure, (norms, shares) = panels(2, TITLE, across=2, size=(3.6, 3.3))
     step = "step (0 on the left edge)"
     lines(norms, shown, {"raw": "as they are", "minimal": "balanced"}, x=step, dashed=["minimal"])
-    norms.set_title("squared norm of all pairs", size=8.5, color=INK, loc="left")
+    headline(norms, "squared norm of all pairs")
     named = {f"share_{name}": pair for name, pair in PAIRS.items()}
     lines(shares, shown, named, x=step)
     shares.set_ylim(bottom=0)
-    shares.set_title("share that balancing removes", size=8.5, color=INK, loc="left")
+    headline(shares, "share that balancing removes")
     return figure

@@ -1,4 +1,4 @@
-"""Whether the direction of the parameters converges while their norm grows."""
+"""Figure ``direction``: whether the parameters' direction converges while their norm grows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from sat_lens.norms import NormGrowth
-from sat_lens.paper.claims import Claim, Reproduction, verdict
-from sat_lens.paper.drawing import lines, panels
-from sat_lens.paper.language import LanguageRun, equal_steps, measured_growth, trained_run
-from sat_lens.vocabulary import INK
+from paper.claims import Claim, Reproduction, verdict
+from paper.language import LanguageRun, equal_steps, measured_growth, trained_run
+from sat_lens.figures.drawing import headline, lines, panels
 
+# The path is compared with a random walk at this many checkpoints, the last ones.
 LATE = 5
 
 
 def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Reproduction:
-    """Measure how the parameters turn, at equal spaces and per doubling of the steps."""
+    """Measure how the parameters turn, between equally spaced steps and per doubling of steps."""
     run = trained_run(quick, seed, progress)
     growth = measured_growth(quick, seed, progress)
-    equal, doubling = successive(run), _doublings(growth)
+    equal = successive(run)
+    doubling = growth.frame()[["rotation_per_doubling", "straightness", "random_walk"]]
     return Reproduction(
         name="direction",
         title="The direction of the parameters through training",
@@ -31,15 +31,16 @@ def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Repr
         figure=_drawn(equal, doubling),
         note=f"Measured on {run.setting}. One seed. A path of independent steps at right angles "
         "to the parameters has cosine |theta_t| / |theta_t'| between checkpoints t < t', and "
-        "cosine sqrt(t / t') between the ways from the start to them; both are drawn as controls.",
+        "cosine sqrt(t / t') between their displacements from the start; both are drawn as "
+        "controls.",
     )
 
 
 def successive(run: LanguageRun) -> pd.DataFrame:
-    """Give the cosine of checkpoints at equal spaces with the one before, by step.
+    """Return, by step, the cosine of each equally spaced checkpoint with the one before.
 
-    Columns: ``cosine``, and ``independent``, the cosine that a path of independent steps with the
-    same norms would have.
+    Columns: ``cosine``, and ``independent``, the cosine for a path of independent steps with the
+    same norms.
     """
     vectors = {step: _vector(run.checkpoints[step]) for step in equal_steps(run.last)}
     rows = {
@@ -62,35 +63,31 @@ def judged(equal: pd.DataFrame, doubling: pd.DataFrame) -> tuple[Claim, ...]:
     spacing = int(equal.index[1] - equal.index[0])
     return (
         Claim(
-            "Successive checkpoints, at equal spaces, point more and more in the same direction.",
+            "Successive checkpoints, equally spaced, point more and more in the same direction.",
             verdict(bool(cosines.iloc[-1] > cosines.iloc[0])),
             f"Cosine {cosines.iloc[0]:.4f} for the first two checkpoints {spacing} steps apart, "
             f"{cosines.iloc[-1]:.4f} for the last two; independent steps would give "
             f"{independent.iloc[0]:.4f} and {independent.iloc[-1]:.4f}. Rule: the last is above "
-            "the first. At equal spaces a growing norm alone makes cosines rise.",
+            "the first. A growing norm alone makes such cosines rise.",
         ),
         Claim(
             "The direction of the parameters converges.",
             verdict(last < 0.5 * most, last < 0.8 * most),
             f"{last:.1f} degrees in the last doubling of the steps, at most {most:.1f} in any. "
-            "Rule: a direction that converges turns less with each doubling: by less than half "
-            "the most at the end; below 0.8 of it, it slows (the correction).",
+            "Rule: a direction that converges turns less with each doubling. It holds if the last "
+            "turn is less than half the largest; below 0.8 of it, slowing is the correction.",
         ),
         Claim(
             "The path is straighter than a random walk (not in the paper; what can be said "
             "instead of convergence).",
             verdict(bool((gaps > 0).all()), bool(gaps.mean() > 0)),
-            f"Cosine between the ways from the start to successive checkpoints: "
+            f"Cosine between the displacements of successive checkpoints from the start: "
             f"{late['straightness'].min():.3f} to {late['straightness'].max():.3f} in the last "
             f"{len(late)}, for a random walk {late['random_walk'].min():.3f} to "
-            f"{late['random_walk'].max():.3f}. Rule: above it at each of them; on average only is "
+            f"{late['random_walk'].max():.3f}. Rule: above it at each of them; only on average is "
             "the correction.",
         ),
     )
-
-
-def _doublings(growth: NormGrowth) -> pd.DataFrame:
-    return growth.frame()[["rotation_per_doubling", "straightness", "random_walk"]]
 
 
 def _vector(model: nn.Module) -> Tensor:
@@ -100,14 +97,14 @@ def _vector(model: nn.Module) -> Tensor:
 
 def _drawn(equal: pd.DataFrame, doubling: pd.DataFrame) -> Figure:
     title = "The direction of the parameters through training"
-    figure, (cosines, turns, straight) = panels(3, title)
+    figure, (cosines, turns, straight) = panels(3, title, across=3, size=(3.6, 3.3))
     named = {"cosine": "trained", "independent": "independent steps"}
     lines(cosines, equal, named, x="step", log_x=False, dashed=["independent"])
-    cosines.set_title("cosine to the checkpoint before", size=8.5, color=INK, loc="left")
+    headline(cosines, "cosine to the checkpoint before")
     lines(turns, doubling, {"rotation_per_doubling": "trained"}, x="step")
     turns.set_ylim(bottom=0)
-    turns.set_title("degrees per doubling of steps", size=8.5, color=INK, loc="left")
+    headline(turns, "degrees per doubling of steps")
     named = {"straightness": "trained", "random_walk": "random walk"}
     lines(straight, doubling, named, x="step", dashed=["random_walk"])
-    straight.set_title("cosine of the ways from the start", size=8.5, color=INK, loc="left")
+    headline(straight, "cosine of displacements from the start")
     return figure

@@ -1,9 +1,9 @@
-"""Attention that starts uniform, narrows to distinct tokens, and freezes: "scan and snap".
+"""Figure ``narrowing``: attention starts uniform, narrows to distinct tokens, and freezes.
 
-Tian et al. 2023, arXiv 2305.16380, prove this of one layer without positions, in which decoder and
-attention learn at different rates, and show it on WikiText. Here the text is the source of Python's
-standard library, and the model one ordinary layer. The measurement is in
-:mod:`sat_lens.paper.key_tokens`.
+Tian et al. 2023, arXiv 2305.16380, call this "scan and snap". They prove it for one layer without
+positions, in which decoder and attention learn at different rates, and show it on WikiText. Here
+the text is the source of Python's standard library, and the model one ordinary layer, measured by
+:func:`sat_lens.norms.attention_narrowing`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import math
 
 import pandas as pd
 
+from paper.claims import Claim, Reproduction, verdict
+from paper.language import Setting, train
+from paper.network import log_spaced_steps
 from sat_lens.demo.corpus import corpus_name
 from sat_lens.models import load_tokenizer
-from sat_lens.paper.claims import Claim, Reproduction, verdict
-from sat_lens.paper.key_tokens import SLOW, Narrowing, attention_narrowing
-from sat_lens.paper.language import Setting, train
-from sat_lens.theory.descent import octaves
+from sat_lens.norms.narrowing import SLOW, Narrowing, attention_narrowing
 
+# The rules of the verdicts: nearly uniform is this share of the entropy of uniform attention; a
+# fall of the entropy (in nats) or a rank correlation is clear above the other number.
 NEARLY_UNIFORM, CLEAR = 0.95, 0.1
 
 FULL = Setting(steps=4096, layers=1, heads=1, context=64, held_out=64)
 QUICK = Setting(steps=512, layers=1, heads=1, context=64, batch=8, files=40, held_out=32)
 
 
-def reproduce(quick: bool, seed: int = 0, progress: bool = True) -> Reproduction:
+def reproduce(quick: bool = False, seed: int = 0, progress: bool = True) -> Reproduction:
     """Train a model of one layer and one head, and follow its attention by key token."""
     run = train(QUICK if quick else FULL, seed, progress)
-    kept = {step: run.checkpoints[step] for step in octaves(run.last)}
+    kept = {step: run.checkpoints[step] for step in log_spaced_steps(run.last)}
     result = attention_narrowing(
         kept, run.tokens, tokenizer=load_tokenizer(), progress=progress, data_name=corpus_name()
     )
@@ -45,7 +47,7 @@ def reproduce(quick: bool, seed: int = 0, progress: bool = True) -> Reproduction
 
 
 def _masses(result: Narrowing) -> pd.DataFrame:
-    """Give what the figure shows of the most frequent query token: its masses on six key tokens."""
+    """Return the masses that the figure shows: of the most frequent query token on six keys."""
     query = result.queries[0]
     shown = result.keys(query, 6).drop(index="uniform")
     source = repr(result.name(query))
@@ -53,7 +55,7 @@ def _masses(result: Narrowing) -> pd.DataFrame:
 
 
 def judged(result: Narrowing) -> tuple[Claim, ...]:
-    """Judge the phases by the checkpoints of one run."""
+    """Judge the phases of one training run."""
     table, boundary = result.frame(), result.boundary
     start = table["entropy"].iloc[0] / table["entropy_uniform"].iloc[0]
     low, last = table["entropy"].min(), table["entropy"].iloc[-1]
@@ -74,7 +76,8 @@ def judged(result: Narrowing) -> tuple[Claim, ...]:
             "alone is the correction.",
         ),
         Claim(
-            "It narrows to distinct tokens, away from tokens that many next tokens share.",
+            "It narrows to distinct tokens, away from common ones, which leave open what comes "
+            "next.",
             verdict(bool(common.iloc[-1] < -CLEAR), corrected=bool(common.min() < -CLEAR)),
             "Rank correlation of what a key token gets beyond uniform attention with the entropy "
             f"of the next token, given it and the query: {common.iloc[0]:.3f} at step 0, "

@@ -1,10 +1,10 @@
-"""The small language model that the paper's figures are redone on, trained when first asked for.
+"""The small language model that most figures are redone on, trained when first asked for.
 
 A Llama-shaped model (pre-norm, RMSNorm, rotary positions, no biases: T5's kind of block) on the
 source of Python's standard library, with AdamW at a constant learning rate and no weight decay, so
-that nothing but the gradient moves its norm. Several figures of one invocation share one run.
+that nothing but the gradient changes its norm. Figures redone in one call share one run.
 
-When not to use it: for a model worth reading; see the bundled demo model.
+When not to use it: for a model worth interpreting; take the bundled demo model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from paper.network import log_spaced_steps, next_token_loss, windows
 from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
 from sat_lens.models import load_tokenizer
 from sat_lens.norms import NormGrowth, norm_growth
 from sat_lens.norms.measures import lens_model
-from sat_lens.paper.network import next_token_loss, windows
 
 EQUAL_SPACES = 16
 
@@ -64,7 +64,7 @@ class LanguageRun:
     Attributes:
         setting: What was trained.
         seed: Of the parameters and the batches.
-        checkpoints: The models by step: log-spaced, and at sixteen equal spaces.
+        checkpoints: The models by step: log-spaced steps, and seventeen equally spaced ones.
         tokens: Held-out windows to measure on.
     """
 
@@ -74,7 +74,7 @@ class LanguageRun:
     tokens: Int[Tensor, "window context"]
 
     def lens(self, step: int) -> Any:
-        """Give a checkpoint as a TransformerLens model."""
+        """Return a checkpoint as a TransformerLens model."""
         return lens_model(self.checkpoints[step])
 
     @property
@@ -85,14 +85,12 @@ class LanguageRun:
 
 @functools.lru_cache(maxsize=1)
 def trained_run(quick: bool, seed: int, progress: bool) -> LanguageRun:
-    """Train the model, or give the run that was trained last if it is the one meant."""
+    """Train the model, or return the last run if its arguments were the same."""
     return train(QUICK if quick else FULL, seed, progress)
 
 
 def train(setting: Setting, seed: int, progress: bool) -> LanguageRun:
-    """Train a model of any setting."""
-    from sat_lens.demo.train import log_spaced_steps
-
+    """Train a model of any setting, and keep its checkpoints."""
     tokenizer = load_tokenizer()
     stream = _encoded(tokenizer, training_texts(), setting.files)
     held_out = _encoded(tokenizer, held_out_texts(), setting.files)
@@ -100,7 +98,7 @@ def train(setting: Setting, seed: int, progress: bool) -> LanguageRun:
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=setting.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
     )
-    kept = set(log_spaced_steps(setting.steps)) | set(equal_steps(setting.steps))
+    kept = set(log_spaced_steps(setting.steps, halves_from=16)) | set(equal_steps(setting.steps))
     checkpoints: dict[int, nn.Module] = {0: _copy(model)}
     bar = tqdm(range(setting.steps), desc="training", unit="step", disable=not progress)
     for step in bar:
@@ -119,15 +117,13 @@ def train(setting: Setting, seed: int, progress: bool) -> LanguageRun:
 @functools.lru_cache(maxsize=1)
 def measured_growth(quick: bool, seed: int, progress: bool) -> NormGrowth:
     """Follow norms, rotation and saturation over the log-spaced checkpoints of the run."""
-    from sat_lens.demo.train import log_spaced_steps
-
     run = trained_run(quick, seed, progress)
-    chosen = {step: run.checkpoints[step] for step in log_spaced_steps(run.last)}
+    chosen = {step: run.checkpoints[step] for step in log_spaced_steps(run.last, halves_from=16)}
     return norm_growth(chosen, run.tokens, progress=progress, data_name=corpus_name())
 
 
 def equal_steps(last: int) -> list[int]:
-    """Give the steps at sixteen equal spaces, the first and the last included.
+    """Return seventeen equally spaced steps, the first and the last included.
 
     Example:
         >>> equal_steps(64)[:4]
@@ -144,7 +140,7 @@ def _encoded(tokenizer: Any, texts: Iterable[str], files: int | None) -> Int[Ten
 
 
 def _new_model(setting: Setting, seed: int, vocabulary: int) -> Any:
-    from sat_lens.demo.train import Recipe, new_model
+    from paper.demo_training import Recipe, new_model
 
     recipe = Recipe(
         seed=seed,
