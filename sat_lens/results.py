@@ -397,8 +397,8 @@ def largest(values: pd.Series, count: int = 5) -> str:
         'L0H1 -1.5, L0H0 0.25'
     """
     kept = values.dropna()
-    order = kept.abs().sort_values(ascending=False, kind="stable").index[:count]
-    return ", ".join(f"{label} {kept[label]:.3g}" for label in order)
+    order = (-kept.abs()).argsort(kind="stable")[:count]
+    return ", ".join(f"{label} {value:.3g}" for label, value in kept.iloc[order].items())
 
 
 def csv_text(frame: pd.DataFrame) -> str:
@@ -468,11 +468,3 @@ def write_whole(path: str | Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def as_grid(values: Tensor, layers: int, heads: int, places: list[tuple[int, int]]) -> Tensor:
-    """Return one value per head as a tensor ``[layer, head, ...]``, NaN where there is no head."""
-    grid = torch.full((layers, heads, *values.shape[1:]), float("nan"), dtype=values.dtype)
-    for value, (layer, head) in zip(values, places, strict=True):
-        grid[layer, head] = value
-    return grid

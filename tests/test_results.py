@@ -23,10 +23,10 @@ from safetensors.torch import save
 
 import sat_lens as sl
 from sat_lens.errors import FileFormatError
+from sat_lens.patching.result import _as_grid
 from sat_lens.results import (
     Provenance,
     Result,
-    as_grid,
     csv_text,
     library_versions,
     read_result,
@@ -249,7 +249,7 @@ def test_the_index_is_written_if_it_has_a_name(tmp_path):
 
 
 def test_a_grid_holds_nan_where_there_is_no_head():
-    grid = as_grid(torch.tensor([1.0, 2.0]), 2, 2, [(0, 1), (1, 0)])
+    grid = _as_grid(torch.tensor([1.0, 2.0]), 2, 2, [(0, 1), (1, 0)])
     expected = torch.tensor([[math.nan, 1.0], [2.0, math.nan]])
     torch.testing.assert_close(grid, expected, equal_nan=True)
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sat_lens import figures
+from sat_lens._checks import check_choice
 from sat_lens.errors import ArgumentError
-from sat_lens.patching.files import as_file, fields_from_file, read_checks
 from sat_lens.patching.items import Item
-from sat_lens.patching.table import notes_of, random_size, spread, table_of, title_of
-from sat_lens.results import Provenance, as_grid, read_entries, read_result, write_result
+from sat_lens.results import Result, largest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KIND = "head sweep"
 QUANTITIES = ("effect", "normalised", "random_effect", "random_spread", "corruption_effect")
 # What soft and saturated must differ by for a share of it: in proportion, and beyond rounding.
 LEAST_GAP, LEAST_DIFFERENCE = 1e-3, 1e-6
+_ARGUMENTS = {
+    "method": ("exact", "attribution", "screen"),
+    "direction": ("noising", "denoising"),
+    "source": ("local", "run"),
+}
 Grid = Tensor | dict[str, Tensor]
 
 
@@ -48,8 +51,8 @@ class Checks:
     recall_sample: int = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeadSweep:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class HeadSweep(Result, kind="head sweep"):
     """One value of the metric per head, position and prompt; made by :func:`sat_lens.sweep_heads`.
 
     The sign is that of TransformerLens: an effect is the value of the patched run minus that of the
@@ -75,7 +78,6 @@ class HeadSweep:
         complete: False if the sweep was interrupted; missing values are NaN.
     """
 
-    provenance: Provenance
     arguments: Mapping[str, Any]
     inputs: Mapping[str, Any]
     items: tuple[Item, ...]
@@ -152,7 +154,7 @@ class HeadSweep:
         Raises:
             ArgumentError: It was not measured.
         """
-        return self._grid(spread(_measured(self.random_effects, 'baseline="random"')))
+        return self._grid(_spread(_measured(self.random_effects, 'baseline="random"')))
 
     @property
     def corruption_effect(self) -> Grid:
@@ -190,7 +192,7 @@ class HeadSweep:
     @property
     def notes(self) -> list[str]:
         """What a reader must know before trusting the numbers, in sentences; often nothing."""
-        return notes_of(self)
+        return _notes_of(self)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per head (and position), indexed by label; prompts are averaged.
@@ -202,7 +204,7 @@ class HeadSweep:
         ``method`` and ``confirmed``: where that is False, the row is a first-order estimate;
         ``stack``, ``layer``, ``head`` (-1 for groups).
         """
-        return table_of(self)
+        return _table_of(self)
 
     def plot(self, quantity: str = "effect", title: str | None = None) -> Figure:
         """Draw a map of heads: layers down, heads across, colours centred on 0.
@@ -237,24 +239,63 @@ class HeadSweep:
             raise ArgumentError(f"No {what} is finite. {' '.join(self.notes)}")
         if not bool(self.confirmed.all()):
             what += f", {self.method}: approximate where not confirmed"
-        reference = random_size(self) if quantity == "effect" else None
-        return figures.sweep_map(grid, title or title_of(self), what, reference=reference)
+        reference = _random_size(self) if quantity == "effect" else None
+        return figures.sweep_map(grid, title or _title_of(self), what, reference=reference)
 
-    def save(self, path: str | Path) -> None:
-        """Write the result as one safetensors file with a JSON header."""
-        tensors, meta = as_file(self)
-        write_result(path, KIND, tensors, meta)
+    def _lines(self) -> list[str]:
+        effects = self.frame()["effect"]
+        if self.positions is not None:
+            places = [str(p) for _ in self.items for p in self.positions]
+            labels = zip(effects.index, places, strict=True)
+            effects = effects.set_axis([f"{label} at {place}" for label, place in labels])
+        size = _random_size(self)
+        return [
+            _title_of(self).partition(": ")[2],
+            f"metric: soft {float(self.soft.mean()):.4g}, saturated "
+            f"{float(self.saturated.mean()):.4g}",
+            f"largest effects: {largest(effects)}",
+            *([] if size is None else [f"random keys: {size:.2g} (root mean square)"]),
+        ]
 
-    @classmethod
-    def load(cls, path: str | Path) -> HeadSweep:
-        """Read a result that :meth:`save` wrote.
+    def _check(self) -> None:
+        for name, choices in _ARGUMENTS.items():
+            check_choice(name, self.arguments[name], choices)
+        for name in ("component", "transform"):
+            if not isinstance(self.arguments[name], (str, type(None))):
+                raise TypeError(f"{name} is {self.arguments[name]!r}")
+        labels = {item.label for item in self.items}
+        if len({item.is_group for item in self.items}) != 1 or len(labels) != len(self.items):
+            raise ValueError("items are none, repeat, or mix heads with groups")
+        for item in self.items:
+            layers, heads = (0, 0) if item.is_group else self.shapes[item.stack]
+            if not item.is_group and not (item.layer < layers and 0 <= item.head < heads):
+                raise ValueError(f"{item.label} is no head of {layers} layers of {heads}")
+        self._check_tensors()
 
-        Raises:
-            FileFormatError: The file is missing, broken, foreign, or holds something else.
-        """
-        tensors, meta = read_result(path, KIND)
-        with read_entries(path):
-            return cls(**fields_from_file(tensors, meta), checks=Checks(**read_checks(meta)))
+    def _check_tensors(self) -> None:
+        """Every tensor must have the shape that the others imply, and be of the right kind."""
+        prompts, items = list(self.soft.shape), [len(self.items)]
+        if len(prompts) > 1:
+            raise ValueError(f"soft has shape {prompts}")
+        whole = [*items, *([] if self.positions is None else [len(self.positions)]), *prompts]
+        draws = [] if self.random_values is None else list(self.random_values.shape[:1])
+        shapes = {
+            "soft": prompts,
+            "saturated": prompts,
+            "item_values": whole,
+            "confirmed": items,
+            "random_values": [*draws, *whole],
+            "corrupted_soft": prompts,
+            "corruption_values": whole,
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if list(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, and {shape} was needed")
+            if name != "confirmed" and not tensor.is_floating_point():
+                raise TypeError(f"{name} holds {tensor.dtype}")
 
     @property
     def _other(self) -> Tensor:
@@ -273,7 +314,7 @@ class HeadSweep:
         chosen = [i for i, item in enumerate(self.items) if item.stack == stack]
         layers, heads = self.shapes[stack]
         places = [(self.items[i].layer, self.items[i].head) for i in chosen]
-        return as_grid(values[chosen], layers, heads, places)
+        return _as_grid(values[chosen], layers, heads, places)
 
 
 def _share(effects: Tensor, base: Tensor, other: Tensor) -> Tensor:
@@ -292,3 +333,115 @@ def _measured(values: Tensor | None, needed: str) -> Tensor:
     if values is None:
         raise ArgumentError(f"This was not measured. Call sweep_heads with {needed}.")
     return values
+
+
+def _table_of(sweep: HeadSweep) -> pd.DataFrame:
+    """One row a head (and position), indexed by label, prompts averaged."""
+    columns = _columns(sweep)
+    rows = []
+    for i, item in enumerate(sweep.items):
+        for j, position in enumerate(sweep.positions or [None]):
+            at = (i,) if position is None else (i, j)
+            row: dict[str, Any] = {"label": item.label}
+            if position is not None:
+                row["position"] = position
+            # What a screen cuts off stands in the middle, so the effects come first.
+            row |= {name: _mean(values, at) for name, values in columns.items()}
+            row |= {"method": sweep.method, "confirmed": bool(sweep.confirmed[i])}
+            row |= {"stack": item.stack, "layer": item.layer, "head": item.head}
+            rows.append(row)
+    return pd.DataFrame(rows).set_index("label")
+
+
+def _columns(sweep: HeadSweep) -> dict[str, Tensor | None]:
+    """Every number of a row; None is one that was asked for and not reached."""
+    columns: dict[str, Tensor | None] = {"effect": sweep.item_effects}
+    if sweep.soft.dim():
+        columns["effect_se"] = _standard_error(sweep.item_effects)
+    columns["normalised"] = sweep.mean_normalised
+    if sweep.arguments.get("baseline") == "random":
+        draws = sweep.random_effects
+        means = draws if draws is None or not sweep.soft.dim() else draws.mean(-1)
+        columns["random_effect"] = None if means is None else means.nanmean(0)
+        columns["random_spread"] = None if means is None else _spread(means)
+    if sweep.corrupted is not None:
+        columns["corruption_effect"] = sweep.corruption_effects
+    return columns | {"value": sweep.item_values}
+
+
+def _spread(draws: Tensor) -> Tensor:
+    """The standard deviation over the first axis, of what is not NaN there."""
+    count = draws.isfinite().sum(0)
+    squares = (draws - draws.nanmean(0)).square().nansum(0)
+    return (squares / (count - 1)).masked_fill(count < 2, math.nan).sqrt()
+
+
+def _random_size(sweep: HeadSweep) -> float | None:
+    """The root mean square of all random effects: what mere disturbance does to the metric."""
+    draws = sweep.random_effects
+    return None if draws is None else float(draws.square().nanmean().sqrt())
+
+
+def _title_of(sweep: HeadSweep) -> str:
+    """What was done to which model, in a sentence."""
+    given = sweep.arguments
+    what = "one group of heads" if sweep.items[0].is_group else "one head"
+    done = _transformed(given["transform"])
+    noising = sweep.direction == "noising"
+    if given["source"] == "run":
+        runs = (f"the {done} run", "the soft run")
+        start, end = runs if noising else runs[::-1]
+        change = f"{given['component']} of {what} at a time, from {start} into {end}"
+    elif noising:
+        change = f"{what} at a time {done}, all others soft"
+    else:
+        change = f"{what} at a time soft, all others {done}"
+    return f"{sweep.provenance.model}: {change}"
+
+
+def _transformed(transform: str | None) -> str:
+    """What a transform does to heads, in words."""
+    if transform is None:
+        return "saturated"
+    name, _, rest = transform.partition("(")
+    if name == "Scale":
+        return f"at c = {float(rest.removeprefix('c=').removesuffix(')')):g}"
+    plain = {"Uniform": "uniform", "RandomKey": "at random keys"}
+    return plain.get(name, f"put through {transform}")
+
+
+def _notes_of(sweep: HeadSweep) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    notes = []
+    gap = float((sweep.saturated - sweep.soft).mean())
+    if not bool(sweep.mean_normalised.isfinite().any()) and sweep.item_effects.isfinite().any():
+        notes.append(
+            f"normalised is not given: the soft and the saturated run differ by {gap:.2g} in the "
+            "metric, too little to divide by."
+        )
+    if sweep.method == "attribution":
+        notes.append("All effects are first-order estimates: they rank heads, at best.")
+    elif not bool(sweep.confirmed.all()):
+        notes.append("Effects that are not confirmed are first-order estimates.")
+    if not sweep.complete:
+        notes.append("The sweep was interrupted; what is missing is NaN.")
+    return notes
+
+
+def _mean(values: Tensor | None, at: tuple[int, ...]) -> float:
+    return math.nan if values is None else float(values[at].mean())
+
+
+def _standard_error(effects: Tensor) -> Tensor:
+    prompts = effects.shape[-1]
+    if prompts < 2:
+        return effects.new_full(effects.shape[:-1], math.nan)
+    return effects.std(-1) / math.sqrt(prompts)
+
+
+def _as_grid(values: Tensor, layers: int, heads: int, places: list[tuple[int, int]]) -> Tensor:
+    """One value per head as a tensor ``[layer, head, ...]``, NaN where there is no head."""
+    grid = torch.full((layers, heads, *values.shape[1:]), float("nan"), dtype=values.dtype)
+    for value, (layer, head) in zip(values, places, strict=True):
+        grid[layer, head] = value
+    return grid

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from sat_lens.results import Provenance, read_entries, read_result, write_result
+from sat_lens.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KIND = "saturable heads"
 
-
-@dataclasses.dataclass(frozen=True)
-class SaturableHeads:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SaturableHeads(Result, kind="saturable heads"):
     """The order in which heads were saturated (or restored), and the metric after each.
 
     Made by :func:`sat_lens.patching.saturable_heads`.
@@ -36,7 +33,6 @@ class SaturableHeads:
         complete: False if the search was interrupted.
     """
 
-    provenance: Provenance
     direction: str
     tolerance: float
     soft: float
@@ -94,23 +90,16 @@ class SaturableHeads:
         axes.legend(frameon=False, fontsize="small")
         return figure
 
-    def save(self, path: str | Path) -> None:
-        """Write the result as one safetensors file with a JSON header."""
-        meta = dataclasses.asdict(self)
-        meta.pop("values")
-        write_result(path, KIND, {"values": self.values}, meta)
+    def _lines(self) -> list[str]:
+        done = "saturated" if self.direction == "noising" else "restored"
+        listed = ", ".join(self.heads[:5]) + (", ..." if len(self.heads) > 5 else "")
+        met = "" if self.found else " (the tolerance was not met)"
+        return [
+            f"{len(self.heads)} of {self.n_heads} heads {done}{met}: {listed or 'none'}",
+            f"metric: soft {self.soft:.4g}, saturated {self.saturated:.4g}, tolerance "
+            f"{self.tolerance:.4g}",
+        ]
 
-    @classmethod
-    def load(cls, path: str | Path) -> SaturableHeads:
-        """Read a result that :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: The file is missing, broken, foreign, or holds something else.
-        """
-        tensors, meta = read_result(path, KIND)
-        with read_entries(path):
-            known = {**meta, "order": tuple(meta["order"])}
-            known["provenance"] = Provenance(**meta["provenance"])
-            found = cls(**known, values=tensors["values"].reshape(len(known["order"])))
-            found.frame()
-            return found
+    def _check(self) -> None:
+        if self.values.shape != (len(self.order),):
+            raise ValueError(f"values have the shape {list(self.values.shape)}")
