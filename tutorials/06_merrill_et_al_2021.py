@@ -281,7 +281,7 @@ plt.show()
 # one seed, trained for 600 steps here (the full run: 1500, same verdicts). Nor does it touch heads
 # that are *soft* means: those exist (see [tutorial 5](05_counting.ipynb)), and saturating them
 # destroys them, because their scores are close and not tied. The
-# [pitfall](../docs/pitfalls/multiplicative_heads.md) says how to test a model for such a mask.
+# [pitfall](../docs/pitfalls/multiplicative_masks.md) says how to test a model for such a mask.
 #
 # ## 6. Where norms grow: learning rate and weight decay
 #
