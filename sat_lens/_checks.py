@@ -33,7 +33,7 @@ def is_count(value: object, at_least: int = 1) -> TypeGuard[int]:
         >>> is_count(1), is_count(0), is_count(2.0), is_count(True)
         (True, False, False, False)
     """
-    return is_integer(value) and value >= at_least
+    return is_integer(value) and bool(value >= at_least)
 
 
 def check_count(

@@ -102,8 +102,8 @@ def hand_edited(path, change):
         lambda meta, tensors: meta.update(columns="norm"),
         lambda meta, tensors: meta.update(exponent=3),
         lambda meta, tensors: meta["exponent"].pop("value"),
-        lambda meta, tensors: tensors.update(norm=torch.ones(2, 2)),
-        lambda meta, tensors: tensors.pop("norm"),
+        lambda meta, tensors: tensors.update({"columns/norm": torch.ones(2, 2)}),
+        lambda meta, tensors: tensors.pop("columns/norm"),
     ],
 )
 def test_a_result_that_was_edited_by_hand_is_refused(tmp_path, change):

@@ -101,6 +101,24 @@ def batch_sizes(data: Any, batch_size: int) -> list[int] | None:
     return [min(batch_size, count - start) for start in starts]
 
 
+def repeatable(data: Data) -> Data:
+    """Return data that can be read several times, from what may be an iterator.
+
+    Raises:
+        DataError: It is no data; see :func:`batches`.
+
+    Example:
+        >>> from sat_lens.data import repeatable
+        >>> repeatable(text for text in ["import os", "x = 1"])
+        ['import os', 'x = 1']
+    """
+    if isinstance(data, (Tensor, str)):
+        return data
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise _unreadable(data)
+    return list(data)
+
+
 def _read(model: Any, data: Data, batch_size: int, cuts: list[int]) -> Iterator[Batch]:
     """Read batches; how many tokens were cut off each sequence that was too long goes to cuts."""
     if isinstance(data, Tensor):

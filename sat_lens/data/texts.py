@@ -80,7 +80,10 @@ def tokenizer_of(model: Any) -> Any:
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise DataError("This model has no tokenizer, so it reads token tensors and not texts.")
+        raise DataError(
+            "The data are texts and the model has no tokenizer. Give token tensors, or a tokenizer "
+            "(tokenizer= where a function takes it, else model.tokenizer = tokenizer)."
+        )
     if len(tokenizer) == 0:
         raise DataError(
             "This model's tokenizer knows no tokens, as when its folder holds none. Save one there "

@@ -35,7 +35,7 @@ from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.norms.heads import HeadWeights, heads_of, model_width
 from sat_lens.norms.names import canonical_name, inner_norms
 from sat_lens.norms.sources import Parameters, module_parameters, squared_norm, wide
-from sat_lens.results import Provenance
+from sat_lens.results import Provenance, Result, largest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,8 +54,8 @@ _OUT = ("out", "down_proj", "c_proj", "fc2", "lin2", "linear2", "w_out", "fc_out
 Row = tuple[str, str, Tensor]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RescalingShare:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RescalingShare(Result, kind="rescaling share"):
     """How much of each pair's squared norm is mere rescaling; made by :func:`rescaling_share`.
 
     Attributes:
@@ -68,7 +68,6 @@ class RescalingShare:
         notes: What was left out, in words.
     """
 
-    provenance: Provenance
     labels: tuple[str, ...]
     pairs: tuple[str, ...]
     squares: Float[Tensor, "pair 3"]
@@ -110,6 +109,18 @@ class RescalingShare:
             log_x=False,
             log_y=False,
         )
+
+    def _lines(self) -> list[str]:
+        shares = self.frame()["share_minimal"]
+        shares.index = pd.Index([f"{label} ({pair})" for label, pair in shares.index])
+        return [
+            f"{self.share:.2%} of the model's squared norm is rescaling",
+            f"Largest shares of a pair's squared norm: {largest(shares)}",
+        ]
+
+    def _check(self) -> None:
+        if not len(self.labels) == len(self.pairs) == len(self.squares):
+            raise ValueError("labels, pairs and squares differ in length")
 
 
 def rescaling_share(model: Any) -> RescalingShare:

@@ -1,10 +1,9 @@
-"""Which checkpoints a caller means, and at which step each was taken."""
+"""Which checkpoints a caller means, and the step of each."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import numbers
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from sat_lens._checks import check_count
+from sat_lens._checks import check_count, is_integer
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError
+from sat_lens.models import hub_or_cache
 from sat_lens.norms.sources import STATE_DICT_SUFFIXES
 
 _STEP = re.compile(r"(\d+)(?:\.[A-Za-z]+)?$")
@@ -34,14 +34,13 @@ class HubRevision:
         return f"{self.name}@{self.revision}"
 
     def download(self) -> Path:
-        """Fetch its weights and give their directory.
+        """Fetch its weights and return their directory.
 
         Raises:
             ModelError: The hub cannot be reached, or has no such revision.
         """
+        # Checkpoints on disk do without.
         from huggingface_hub import snapshot_download
-
-        from sat_lens.models import hub_or_cache
 
         try:
             with hub_or_cache(self.name):
@@ -73,16 +72,16 @@ class Checkpoint:
         return str(self.source)
 
     def located(self) -> Path | nn.Module:
-        """Give the path or the model, after a download where one is needed."""
+        """Return the path or the model, after a download where one is needed."""
         return self.source.download() if isinstance(self.source, HubRevision) else self.source
 
 
 def list_checkpoints(checkpoints: Any) -> list[Checkpoint]:
-    """Read what the caller gave as checkpoints, in the order of their steps.
+    """Return the checkpoints that a caller means, in the order of their steps.
 
     Raises:
-        ArgumentError: There are fewer than two, a step cannot be read off a name, or steps are
-            repeated or out of order.
+        ArgumentError: There are fewer than two, a name holds no step, or steps are repeated or out
+            of order.
         FileFormatError: A path does not exist, or a directory holds no checkpoints.
     """
     found = _read(checkpoints)
@@ -103,7 +102,7 @@ def list_checkpoints(checkpoints: Any) -> list[Checkpoint]:
 
 
 def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
-    """List the published checkpoints of a model; TransformerLens knows their schedules.
+    """List the published checkpoints of a model, by TransformerLens's registry.
 
     Raises:
         ArgumentError: TransformerLens knows no checkpoints of that model, or not that step.
@@ -140,38 +139,37 @@ def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
     return [Checkpoint(step, HubRevision(full_name, pattern.format(step))) for step in chosen]
 
 
+def step_of(path: Path) -> int:
+    """Read the step from the name of a checkpoint.
+
+    Raises:
+        ArgumentError: The name ends in no number.
+
+    Example:
+        >>> step_of(Path("run/checkpoint-1000")), step_of(Path("model_64.pt"))
+        (1000, 64)
+    """
+    found = _STEP.search(path.name)
+    if found is None:
+        raise ArgumentError(
+            f"No step can be read from {path.name!r}. Name it like checkpoint-1000, or give a "
+            "mapping from steps to checkpoints."
+        )
+    return int(found[1])
+
+
 def _read(checkpoints: Any) -> list[Checkpoint]:
     if isinstance(checkpoints, (str, os.PathLike)):
         return _in_directory(Path(checkpoints))
     if isinstance(checkpoints, Mapping):
-        return [_given(step, source) for step, source in checkpoints.items()]
+        return [_item(pair) for pair in checkpoints.items()]
     if not isinstance(checkpoints, Iterable) or isinstance(checkpoints, nn.Module):
         raise _unreadable(checkpoints)
     items: list[Any] = [list(x) if isinstance(x, Iterator) else x for x in checkpoints]
     if len(items) == 2 and isinstance(items[0], str) and _are_steps(items[1]):
         name, steps = items
-        return hub_checkpoints(name, None if steps is None else [_step(step) for step in steps])
+        return hub_checkpoints(name, None if steps is None else [int(step) for step in steps])
     return [_item(item) for item in items]
-
-
-def _item(item: Any) -> Checkpoint:
-    if isinstance(item, (str, os.PathLike)):
-        return Checkpoint(step_of(Path(item)), Path(item))
-    if isinstance(item, Sequence) and len(item) == 2:
-        return _given(item[0], item[1])
-    if isinstance(item, nn.Module):
-        raise ArgumentError(
-            "A model in memory does not say its step: give a mapping from steps to models."
-        )
-    raise _unreadable(item)
-
-
-def _given(step: Any, source: Any) -> Checkpoint:
-    if isinstance(source, (str, os.PathLike)):
-        return Checkpoint(_step(step), Path(source))
-    if isinstance(source, nn.Module):
-        return Checkpoint(_step(step), source)
-    raise _unreadable(source)
 
 
 def _in_directory(folder: Path) -> list[Checkpoint]:
@@ -193,36 +191,26 @@ def _in_directory(folder: Path) -> list[Checkpoint]:
     return sorted((Checkpoint(step_of(path), path) for path in kept), key=lambda c: c.step)
 
 
-def step_of(path: Path) -> int:
-    """Read the step off the name of a checkpoint.
-
-    Raises:
-        ArgumentError: The name ends in no number.
-
-    Example:
-        >>> step_of(Path("run/checkpoint-1000")), step_of(Path("model_64.pt"))
-        (1000, 64)
-    """
-    found = _STEP.search(path.name)
-    if found is None:
+def _item(item: Any) -> Checkpoint:
+    """Read a path whose name says the step, or a pair of a step and a path or model."""
+    if isinstance(item, (str, os.PathLike)):
+        return Checkpoint(step_of(Path(item)), Path(item))
+    if isinstance(item, nn.Module):
         raise ArgumentError(
-            f"No step can be read off {path.name!r}. Name it like checkpoint-1000, or give a "
-            "mapping from steps to checkpoints."
+            "A model in memory does not say its step: give a mapping from steps to models."
         )
-    return int(found[1])
+    if not isinstance(item, Sequence) or len(item) != 2:
+        raise _unreadable(item)
+    step, source = item
+    check_count("A step", step, at_least=0)
+    if not isinstance(source, (str, os.PathLike, nn.Module)):
+        raise _unreadable(source)
+    return Checkpoint(int(step), source if isinstance(source, nn.Module) else Path(source))
 
 
 def _are_steps(value: Any) -> bool:
-    if value is None:
-        return True
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-        return False
-    return all(isinstance(step, numbers.Integral) for step in value)
-
-
-def _step(value: Any) -> int:
-    check_count("A step", value, at_least=0)
-    return int(value)
+    is_list = isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+    return value is None or (is_list and all(map(is_integer, value)))
 
 
 def _unreadable(found: object) -> ArgumentError:

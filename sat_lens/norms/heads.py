@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,24 +131,26 @@ def model_width(config: Mapping[str, Any]) -> int:
 
 
 def joint_rows(
-    place: ParameterPlace, shape: Sequence[int], config: Mapping[str, Any]
-) -> tuple[bool, dict[str, Tensor]] | None:
-    """Find the rows of a joint projection, or of its bias, that make queries, keys and values.
+    place: ParameterPlace, tensor: Tensor, config: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Find what of a joint projection, or of its bias, makes queries and keys, and what values.
 
     Returns:
-        Whether the matrix must be transposed first, and row numbers by ``"q"``, ``"k"``, ``"v"``;
-        None for what is no joint projection, or one whose layout is not known.
+        A view of the tensor as [out, ...], the numbers of its rows for queries and keys, and those
+        for values; None for what is no joint projection, or one whose layout is not known.
     """
     n_heads = head_count(config, place.stack)
     # In cross-attention a joint projection makes keys and values alone.
     if place.projection not in ("joint", "interleaved") or place.cross or not n_heads:
         return None
-    width = model_width(config) or (min(shape) if len(shape) == 2 else 0)
+    width = model_width(config) or (min(tensor.shape) if tensor.dim() == 2 else 0)
     d_head = int(config.get("head_dim") or 0) or width // n_heads
     if not d_head:
         return None
-    rows = _split_joint(torch.arange(max(shape)), place.projection, n_heads, d_head, config)
-    return None if rows is None else (_is_conv1d(shape), rows)
+    weight = tensor.T if _is_conv1d(tensor) else tensor
+    numbers = torch.arange(len(weight), device=tensor.device)
+    rows = _split_joint(numbers, place.projection, n_heads, d_head, config)
+    return None if rows is None else (weight, torch.cat([rows["q"], rows["k"]]), rows["v"])
 
 
 def split_heads(
@@ -171,7 +173,7 @@ def split_heads(
     joint = next((name for name in ("joint", "interleaved") if name in matrices), None)
     if joint:
         weight = matrices[joint]
-        if _is_conv1d(weight.shape):
+        if _is_conv1d(weight):
             weight, o = weight.T, o.T
         rows = _split_joint(weight, joint, n_heads, o.shape[1] // n_heads, config)
     else:
@@ -225,9 +227,9 @@ def _split_joint(
     return dict(zip("qkv", weight.split(sizes), strict=True))
 
 
-def _is_conv1d(shape: Sequence[int]) -> bool:
+def _is_conv1d(weight: Tensor) -> bool:
     """Whether a joint projection is [in, out]: it has more outputs than inputs."""
-    return len(shape) == 2 and shape[0] < shape[1]
+    return weight.dim() == 2 and weight.shape[0] < weight.shape[1]
 
 
 def _latent(

@@ -1,6 +1,6 @@
 """How near a network comes to its saturated version as all its parameters grow.
 
-This is the curve of the paper's appendix, with the control that it lacks. See
+This is the curve of the paper's appendix on homogeneity, with the control that it lacks. See
 :mod:`sat_lens.norms.scaled` for why it says little about attention alone.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -20,34 +18,34 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sat_lens import figures
-from sat_lens._checks import check_count, check_module
+from sat_lens._checks import check_count, check_module, is_lens_model, is_number
+from sat_lens.attention import RandomKey
+from sat_lens.caching import mean_cosine, normalised_similarity
+from sat_lens.data import Batch, batch_sizes, batches
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.models import last_residual
-from sat_lens.norms.arguments import columns_of_length
+from sat_lens.intervention import replace_attention
+from sat_lens.models import last_residual, model_name
 from sat_lens.norms.measures import undisturbed
 from sat_lens.norms.scaled import Which, scaled_parameters
-from sat_lens.results import Provenance, read_entries, read_result, write_result
+from sat_lens.results import Provenance, Result, check_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KIND = "homogeneity curve"
 DEFAULT_SCALES = (1.0, 1.2, 1.5, 2.0, 5.0, 10.0, 100.0, 1000.0)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class HomogeneityCurve:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class HomogeneityCurve(Result, kind="homogeneity curve"):
     """Similarity of a network with scaled parameters; made by :func:`homogeneity_curve`."""
 
-    provenance: Provenance
     scales: tuple[float, ...]
     columns: dict[str, Tensor]
 
     def frame(self) -> pd.DataFrame:
         """Return one row a factor c.
 
-        Columns, all of the final hidden representation and averaged over positions that are no
-        padding:
+        Columns, all of the final hidden states, averaged over positions that are no padding:
         ``cos_saturated``, the cosine to the network at the largest c; ``cos_random``, to that
         network attending to random keys, and ``S``, the first normalised by it, both NaN for what
         is no TransformerLens model; ``cos_model``, to the network at c = 1.
@@ -62,27 +60,11 @@ class HomogeneityCurve:
         named = title or f"Parameters x c: {self.provenance}"
         return figures.scaling_curve_figure(self.frame(), named)
 
-    def save(self, path: str | Path) -> None:
-        """Write the result as one safetensors file with a JSON header."""
-        meta = {
-            "provenance": dataclasses.asdict(self.provenance),
-            "scales": list(self.scales),
-            "columns": list(self.columns),
-        }
-        write_result(path, KIND, self.columns, meta)
+    def _lines(self) -> list[str]:
+        return str(self.frame().iloc[[0, -1]].round(3)).splitlines()
 
-    @classmethod
-    def load(cls, path: str | Path) -> HomogeneityCurve:
-        """Read a result that :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: The file is missing, broken, foreign, or holds something else.
-        """
-        columns, meta = read_result(path, KIND)
-        with read_entries(path):
-            scales = tuple(float(c) for c in meta["scales"])
-            ordered = columns_of_length(columns, meta["columns"], len(scales))
-            return cls(Provenance(**meta["provenance"]), scales, ordered)
+    def _check(self) -> None:
+        check_columns(self.columns, len(self.scales))
 
 
 def homogeneity_curve(
@@ -129,57 +111,47 @@ def homogeneity_curve(
         >>> bool(curve.frame().loc[100, "cos_saturated"] > 0.9999)
         True
     """
-    from sat_lens.caching import normalised_similarity
-    from sat_lens.data import batch_sizes, batches
-    from sat_lens.models import model_name
-
     check_module(model)
     check_count("batch_size", batch_size)
     factors = _factors(scales)
     if hidden is not None and not callable(hidden):
         raise ArgumentError(f"hidden is a function of the model and its input; found {hidden!r}.")
-    if hidden is None and not hasattr(model, "hook_dict"):
+    has_hooks = is_lens_model(model)
+    if hidden is None and not has_hooks:
         raise ArgumentError(
             f"A {type(model).__name__} shows no residual stream: pass hidden=, a function of the "
             "model and its input that gives hidden states, or a TransformerLens model."
         )
     read = hidden or _final_residual
     sizes = batch_sizes(data, batch_size)
-    runs_a_batch = len(factors) + 2 + hasattr(model, "hook_dict")
-    n_runs = None if sizes is None else len(sizes) * runs_a_batch
+    n_runs = None if sizes is None else len(sizes) * (len(factors) + 2 + has_hooks)
+    bar = tqdm(desc="homogeneity", total=n_runs, unit="run", disable=not progress)
+
+    def states_at(c: float, batch: Batch, transform: RandomKey | None = None) -> Tensor:
+        replaced = replace_attention(model, transform) if transform else contextlib.nullcontext()
+        with scaled_parameters(model, c, which), replaced:
+            states = read(model, batch)
+        bar.update()
+        if not isinstance(states, Tensor):
+            raise ArgumentError(f"hidden must give a tensor; it gave a {type(states).__name__}.")
+        if not bool(states.isfinite().all()):
+            raise NonFiniteError(
+                f"With parameters times {c} the network gives NaN or infinity. Leave that c out, "
+                "or use float32."
+            )
+        return states
+
     sums = torch.zeros(3, len(factors), dtype=torch.float64)
     total = 0
-    bar = tqdm(desc="homogeneity", total=n_runs, unit="run", disable=not progress)
     with undisturbed(model), bar:
         for batch in batches(model, data, batch_size):
-
-            def run(c: float, random_keys: bool = False, batch: Any = batch) -> Tensor:
-                control = _random_keys(model, seed) if random_keys else contextlib.nullcontext()
-                with scaled_parameters(model, c, which), control:
-                    states = read(model, batch)
-                bar.update()
-                if not isinstance(states, Tensor):
-                    raise ArgumentError(
-                        f"hidden must give a tensor; it gave a {type(states).__name__}."
-                    )
-                if not bool(states.isfinite().all()):
-                    raise NonFiniteError(
-                        f"With parameters times {c} the network gives NaN or infinity. Leave that "
-                        "c out, or use float32."
-                    )
-                return states.double()
-
-            saturated, plain = run(max(factors)), run(1.0)
-            control = run(max(factors), True) if hasattr(model, "hook_dict") else None
+            saturated, plain = states_at(max(factors), batch), states_at(1.0, batch)
+            control = states_at(max(factors), batch, RandomKey(seed)) if has_hooks else None
             for i, c in enumerate(factors):
-                states = run(c)
-                others = (saturated, control, plain)
-                sums[:, i] += batch.size * torch.tensor(
-                    [
-                        math.nan if o is None else _cosine(states, o, batch.non_padding)
-                        for o in others
-                    ]
-                )
+                states = states_at(c, batch)
+                for row, other in enumerate((saturated, control, plain)):
+                    cosine = math.nan if other is None else _cosine(states, other, batch)
+                    sums[row, i] += batch.size * cosine
             total += batch.size
     cos_saturated, cos_random, cos_model = sums / total
     columns = {
@@ -192,30 +164,20 @@ def homogeneity_curve(
 
 
 def _factors(scales: Any) -> tuple[float, ...]:
-    known = isinstance(scales, Iterable) and not isinstance(scales, str)
-    found = list(scales) if known else [scales]
-    good = all(isinstance(c, numbers.Real) and 0 < float(c) < math.inf for c in found)
-    if not good or len(set(found)) < 2:
+    found = list(scales) if isinstance(scales, Iterable) and not isinstance(scales, str) else []
+    if not all(is_number(c) and 0 < c < math.inf for c in found) or len(set(found)) < 2:
         raise ArgumentError(f"Needed at least two positive factors c; found {scales!r}.")
     return tuple(float(c) for c in found)
 
 
-def _final_residual(model: Any, batch: Any) -> Tensor:
+def _final_residual(model: Any, batch: Batch) -> Tensor:
     name = last_residual(model)
     _, cache = model.run_with_cache(batch.inputs, names_filter=lambda n: n == name, **batch.kwargs)
     states: Tensor = cache[name]
     return states
 
 
-def _random_keys(model: Any, seed: int) -> contextlib.AbstractContextManager[Any]:
-    from sat_lens.attention import RandomKey
-    from sat_lens.intervention import replace_attention
-
-    return replace_attention(model, RandomKey(seed))
-
-
-def _cosine(first: Tensor, second: Tensor, mask: Tensor | None) -> float:
-    cosines = torch.cosine_similarity(first, second, dim=-1)
-    if mask is not None and cosines.shape == mask.shape:
-        return float(cosines[mask.to(cosines.device)].mean())
-    return float(cosines.mean())
+def _cosine(first: Tensor, second: Tensor, batch: Batch) -> float:
+    """Return the mean cosine, without padding where states are one for each position."""
+    by_position = batch.non_padding is not None and batch.non_padding.shape == first.shape[:-1]
+    return float(mean_cosine(first, second, batch.non_padding if by_position else None))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence, Set
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -21,21 +20,19 @@ from sat_lens import figures
 from sat_lens._checks import check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.models import model_name
-from sat_lens.norms.arguments import columns_of_length
 from sat_lens.norms.heads import HEAD_NORMS, heads_of, joint_rows
 from sat_lens.norms.names import COMPONENTS, ParameterPlace, canonical_name, inner_norms
 from sat_lens.norms.sources import Parameters, module_parameters, squared_norm
-from sat_lens.results import Provenance, read_entries, read_result, write_result
+from sat_lens.results import Provenance, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KIND = "parameter norms"
 Table = Literal["component", "layer", "head", "parameter"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ParameterNorms:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ParameterNorms(Result, kind="parameter norms"):
     """Norms of one model's parameters; made by :func:`parameter_norms`.
 
     Attributes:
@@ -50,7 +47,6 @@ class ParameterNorms:
         notes: What the norms and the products of the heads leave out, in words.
     """
 
-    provenance: Provenance
     names: tuple[str, ...]
     components: tuple[str, ...]
     layers: tuple[str, ...]
@@ -109,7 +105,7 @@ class ParameterNorms:
         raise ArgumentError(f"by is component, layer, head or parameter; found {by!r}.")
 
     def summary(self) -> dict[str, float]:
-        """Give one row of numbers: the total, each component, the means over heads of the products.
+        """Return one row of numbers: the total, each component, means over heads of the products.
 
         Keys are ``norm``, ``norm_<component>``, ``qk_product`` and ``ov_product``.
         """
@@ -133,31 +129,15 @@ class ParameterNorms:
             log_y=False,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write the result as one safetensors file with a JSON header."""
-        tensors = {"squares": self.squares, "sizes": self.sizes, "heads": self.heads}
-        meta = {
-            "provenance": dataclasses.asdict(self.provenance),
-            **{name: list(getattr(self, name)) for name in _LISTS},
-        }
-        write_result(path, KIND, tensors, meta)
+    def _lines(self) -> list[str]:
+        return [f"Norm {self.total:.4g}", *str(self.frame().round(4)).splitlines()]
 
-    @classmethod
-    def load(cls, path: str | Path) -> ParameterNorms:
-        """Read a result that :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: The file is missing, broken, foreign, or holds something else.
-        """
-        tensors, meta = read_result(path, KIND)
-        with read_entries(path):
-            parts: dict[str, Any] = {name: tuple(map(str, meta[name])) for name in _LISTS}
-            parts |= columns_of_length(tensors, ("squares", "sizes"), len(parts["names"]))
-            heads = tensors["heads"].reshape(len(parts["labels"]), len(HEAD_NORMS))
-            return cls(provenance=Provenance(**meta["provenance"]), heads=heads, **parts)
-
-
-_LISTS = ("names", "components", "layers", "labels", "notes")
+    def _check(self) -> None:
+        for name in ("components", "layers", "squares", "sizes"):
+            if len(getattr(self, name)) != len(self.names):
+                raise ValueError(f"{name} has not one entry for each of {len(self.names)} names")
+        if self.heads.shape != (len(self.labels), len(HEAD_NORMS)):
+            raise ValueError(f"heads has the shape {list(self.heads.shape)}")
 
 
 def parameter_norms(model: nn.Module) -> ParameterNorms:
@@ -227,14 +207,13 @@ def _parts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a parameter's components; a joint projection serves two."""
     tensor = parameters.read(name)
-    joint = joint_rows(place, tensor.shape, parameters.config)
+    joint = joint_rows(place, tensor, parameters.config)
     if joint is None:
         yield place.component, tensor
-        return
-    transposed, rows = joint
-    by_row = tensor.T if transposed else tensor
-    yield "qk", by_row[torch.cat([rows["q"], rows["k"]]).to(tensor.device)]
-    yield "ov", by_row[rows["v"].to(tensor.device)]
+    else:
+        weight, qk_rows, v_rows = joint
+        yield "qk", weight[qk_rows]
+        yield "ov", weight[v_rows]
 
 
 def _notes(

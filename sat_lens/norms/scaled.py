@@ -1,22 +1,21 @@
 """Parameters multiplied by a factor while a block runs: the paper's own road to saturation.
 
 Multiplying all parameters by c is not attention-only saturation (:func:`sat_lens.saturate`).
-Scores grow with c squared, but so do, at degrees of their own, biases, the gains of layer norms and
-the MLPs; the residual stream is drowned by what is added to it, and what comes out has little in
-common with the model at c = 1 long before attention is saturated. On a pretrained sentence encoder
-the cosine to the model was .19 at c = 1.5 and .01 at c = 2, while under attention-only saturation
-it was .66 (control: random keys, .10). Read it as a statement about the paper's construction, and
-ask for attention alone, ``which="qk"`` or :func:`sat_lens.saturate`, for one about attention.
+Scores grow with c squared, but biases, gains of layer norms and MLPs grow too, each at a power of
+its own; what they add drowns the residual stream, and the output has little in common with the
+model's long before attention is saturated. On a pretrained sentence encoder the cosine to the model
+was .19 at c = 1.5 and .01 at c = 2, while under attention-only saturation it was .66 (control:
+random keys, .10). Read a result as a statement about the paper's construction; for one about
+attention use ``which="qk"`` or :func:`sat_lens.saturate`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Iterator
+from typing import Literal, TypeVar, get_args
 
-import torch
 from torch import Tensor, nn
 
 from sat_lens._checks import check_choice, check_module, check_number
@@ -34,9 +33,9 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
     """Multiply parameters by c while the block lasts (Merrill et al. 2021, section 4).
 
     Afterwards the parameters hold the very bits that they held before, also if an exception or an
-    interrupt ends the block, or several blocks end in another order than they began; tied
-    parameters are multiplied once. The copies that this takes are as large as the parameters.
-    Move or cast the model before the block, not in it.
+    interrupt ends the block, or several blocks end in another order than they began. Tied
+    parameters are multiplied once. The block keeps copies as large as the parameters. Move or cast
+    the model before the block, not in it.
 
     This is not attention-only saturation: biases, gains and MLPs grow as well, and the output soon
     has little to do with the model's; see the module's own text. With ``which="qk"`` scores are
@@ -55,7 +54,7 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
     Raises:
         ArgumentError: ``c`` is not finite, ``which`` is unknown, or the model has no such
             parameters; at the end, the model was moved, cast or given other parameters in the
-            block. Those that it had are as they were nevertheless.
+            block. Those that it had are back as they were nevertheless.
         ModelError: The model has parameters without values, or quantised ones.
 
     Example:
@@ -69,6 +68,7 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
     """
     check_module(model)
     check_number("c", c)
+    check_choice("which", which, get_args(Which))
     block = _Block(model, float(c), which)
     try:
         block.begin()
@@ -113,14 +113,13 @@ class _Block:
         return moved
 
     def _multiply(self) -> None:
-        named = self.model.named_parameters()
-        self.memory = [(name, parameter, parameter.detach()) for name, parameter in named]
+        self.memory = [(name, p, p.detach()) for name, p in self.model.named_parameters()]
         self.buffers = [
             (module, name, buffer)
             for module in self.model.modules()
             for name, buffer in module.named_buffers(recurse=False)
         ]
-        self.parts = _chosen(self.model, self.which)
+        self.parts = _parts(self.model, self.which)
         self.saved = [part.read().clone() for part in self.parts]
         for part, copy in zip(self.parts, self.saved, strict=True):
             part.write(copy * self.c)
@@ -169,35 +168,15 @@ class _Part:
         return self.tensor if self.rows is None else self.tensor[self.rows]
 
     def write(self, values: Tensor) -> None:
-        with torch.no_grad():
-            if self.rows is None:
-                self.tensor.copy_(values)
-            else:
-                self.tensor.index_copy_(0, self.rows, values)
+        if self.rows is None:
+            self.tensor.copy_(values)
+        else:
+            self.tensor.index_copy_(0, self.rows, values)
 
 
-def _chosen(model: nn.Module, which: Which) -> list[_Part]:
-    check_choice("which", which, get_args(Which))
-    _check_can_be_multiplied(model)
-    named = {
-        canonical_name(name): parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.numel()
-    }
-    places = parameter_places(named)
-    whole = [p for name, p in named.items() if _is_meant(places[name], p, which)]
-    chosen = [_Part(parameter) for parameter in _without_overlap(whole)]
-    if which == "qk":
-        chosen += _joint_parts(named, places, config_of(model))
-    if not chosen:
-        raise ArgumentError(
-            f"{type(model).__name__} has no parameters of the kind {which!r}: none of its names "
-            "says so. Use which='all', or 'matrices'."
-        )
-    return chosen
-
-
-def _check_can_be_multiplied(model: nn.Module) -> None:
+def _parts(model: nn.Module, which: Which) -> list[_Part]:
+    """Find the memory that ``which`` means, each stretch of it once."""
+    named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
@@ -206,19 +185,26 @@ def _check_can_be_multiplied(model: nn.Module) -> None:
                 f"{name} holds integers, as quantised weights do, and cannot be multiplied. Load "
                 "the model without quantisation."
             )
-
-
-def _joint_parts(
-    named: Mapping[str, Tensor], places: Mapping[str, ParameterPlace], config: Mapping[str, Any]
-) -> Iterator[_Part]:
-    """Give the queries' and keys' rows of joint projections that are not split already."""
-    split = superseded(named)
-    for name, place in places.items():
-        joint = None if name in split else joint_rows(place, named[name].shape, config)
-        if joint is not None:
-            transposed, rows = joint
-            tensor = named[name].T if transposed else named[name]
-            yield _Part(tensor, torch.cat([rows["q"], rows["k"]]).to(tensor.device))
+        if parameter.is_floating_point() and parameter.numel():
+            named[canonical_name(name)] = parameter.detach()
+    places = parameter_places(named)
+    whole = [
+        parameter for name, parameter in named.items() if _is_meant(places[name], parameter, which)
+    ]
+    parts = [_Part(tensor) for tensor in _without_overlap(whole)]
+    if which == "qk":
+        config, split = config_of(model), superseded(named)
+        for name, tensor in named.items():
+            joint = None if name in split else joint_rows(places[name], tensor, config)
+            if joint is not None:
+                weight, qk_rows, _ = joint
+                parts.append(_Part(weight, qk_rows))
+    if not parts:
+        raise ArgumentError(
+            f"{type(model).__name__} has no parameters of the kind {which!r}: none of its names "
+            "says so. Use which='all', or 'matrices'."
+        )
+    return parts
 
 
 def _is_meant(place: ParameterPlace, parameter: Tensor, which: Which) -> bool:

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sat_lens._checks import check_count, check_module
+from sat_lens.data import repeatable
 from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
 from sat_lens.norms import parameter_norms, saturation_measures
-from sat_lens.norms.arguments import check_readable, kept_data
 from sat_lens.norms.measures import (
     import_transformer_lens,
     kept_random_state,
@@ -103,7 +103,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         self._path = None if path is None else Path(path)
-        self._data = kept_data(data)
+        self._data = None if data is None else repeatable(data)
         if data is not None:
             import_transformer_lens()
         self._every = every
@@ -248,7 +248,6 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         with kept_random_state():
             if self._view is None or not shares_memory(self._view, model):
                 self._view = lens_model(model, self._tokenizer)
-                check_readable(self._view, self._data)
             # The first measure also loads and builds what later ones find ready.
             began = time.perf_counter()
             found = saturation_measures(self._view, self._data, batch_size=self._batch_size)
