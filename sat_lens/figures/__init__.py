@@ -14,20 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sat_lens.figures.drawing import (
-        figure_bytes,
         growth_figure,
-        panels,
         role_map,
         scale_range_figure,
         scaling_curve_figure,
         sweep_map,
         training_figure,
     )
+    from sat_lens.figures.panels import figure_bytes
 
 __all__ = [
     "figure_bytes",
     "growth_figure",
-    "panels",
     "role_map",
     "scale_range_figure",
     "scaling_curve_figure",
@@ -39,7 +37,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Results import this room for their plots; matplotlib costs half a second, once one is drawn.
     if name in __all__:
-        return getattr(importlib.import_module("sat_lens.figures.drawing"), name)
+        file = "panels" if name == "figure_bytes" else "drawing"
+        return getattr(importlib.import_module(f"sat_lens.figures.{file}"), name)
     raise AttributeError(f"module 'sat_lens.figures' has no attribute {name!r}")
 
 

@@ -5,27 +5,33 @@ The strength of a colour is its opacity, so that a picture can stand on a light 
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from sat_lens.errors import ArgumentError
+from sat_lens.figures.panels import (
+    headline,
+    label,
+    lines,
+    new_figure,
+    panels,
+    plain_words,
+)
 from sat_lens.vocabulary import (
     CAUTION,
     DESCRIPTIONS,
@@ -68,94 +74,12 @@ WORDS = {
 _OF_A_LAYER = re.compile(r"(S|cos_random)_(?:[a-z_]+\.)?L\d+")
 _LEAST_SHADE = 0.3
 _FARTHEST = 8  # octaves of c on either side of 1
-_DATES = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-
-
-# Figures, panels and files.
-
-
-# Words are drawn as they are: a $ in a name begins no formula.
-_plain_words = rc_context({"text.parse_math": False})
-
-
-class ShownFigure(Figure):
-    """A matplotlib figure that a notebook displays although nobody imported pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
-
-
-def _new_figure(title: str | None, width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches, below its title in words."""
-    lines = [] if title is None else textwrap.wrap(visible(title), int(width * 11)) or [""]
-    size = (width, height + 0.2 * len(lines))
-    figure = ShownFigure(figsize=size, facecolor=PAPER, layout="constrained")
-    if lines:
-        figure.suptitle("\n".join(lines), size=10, color=INK, weight="bold", x=0.02, ha="left")
-    return figure
-
-
-@_plain_words
-def panels(
-    count: int, title: str | None, *, across: int = 2, size: tuple[float, float] = (3.6, 2.5)
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels in the style of the library, and its axes.
-
-    Args:
-        count: How many panels.
-        title: What was measured on what; None draws no title.
-        across: How many panels stand in a row, at most.
-        size: Width and height of one panel, in inches.
-
-    Example:
-        >>> from sat_lens.figures import panels
-        >>> figure, axes = panels(3, "Three panels")
-        >>> len(axes)
-        3
-    """
-    across = min(count, across)
-    down = math.ceil(count / across)
-    figure = _new_figure(title, size[0] * across, size[1] * down)
-    drawn = [figure.add_subplot(down, across, i + 1) for i in range(count)]
-    for axes in drawn:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(RULE)
-        axes.tick_params(labelsize=7.5, colors=QUIET, length=2)
-    return figure, drawn
-
-
-def figure_bytes(
-    figure: Figure, file_format: str, *, salt: str = "sat_lens", for_page: bool = False
-) -> bytes:
-    """Return a figure as PNG, SVG or PDF; the same figure gives the same bytes.
-
-    Args:
-        figure: The figure.
-        file_format: ``"png"``, ``"svg"`` or ``"pdf"``.
-        salt: What makes the identifiers in an SVG differ from those of another one.
-        for_page: Whether words stay words in an SVG, and the ground is left clear.
-
-    Example:
-        >>> from sat_lens.figures import figure_bytes, panels
-        >>> figure_bytes(panels(1, None)[0], "pdf")[:4]
-        b'%PDF'
-    """
-    buffer = io.BytesIO()
-    letters = "none" if for_page else "path"
-    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": salt, "svg.fonttype": letters}):
-        figure.savefig(
-            buffer, format=file_format, dpi=200, metadata=_DATES.get(file_format, {}),
-            transparent=for_page,
-        )  # fmt: skip
-    return buffer.getvalue()
 
 
 # Curves: against the inverse temperature, against training steps, and ranges of c.
 
 
-@_plain_words
+@plain_words
 def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw every measure against the inverse temperature, one panel a measure.
 
@@ -186,7 +110,7 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     scales = [float(c) for c in ordered.index]
     places = scale_places(scales)
     inside = [i for i, c in enumerate(scales) if 0 < c < math.inf]
-    figure, drawn = panels(len(groups), title, size=_panel_size(len(groups)))
+    figure, drawn = _grid_of_panels(len(groups), title)
     for index, (axes, (words, names)) in enumerate(zip(drawn, groups.items(), strict=True)):
         for name, color in zip(names, _line_colors(index, len(names)), strict=True):
             values = ordered[name].to_numpy(dtype=float)
@@ -200,12 +124,12 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         chosen = tick_scales(scales, most=7)
         ticks = [places[scales.index(c)] for c in chosen]
         axes.set_xticks(ticks, [scale_text(c) for c in chosen])
-        axes.set_xlabel("inverse temperature c", size=8, color=QUIET)
-        axes.set_title(visible(words), size=8.5, color=INK, loc="left")
+        label(axes, x="inverse temperature c")
+        headline(axes, words)
     return figure
 
 
-@_plain_words
+@plain_words
 def growth_figure(
     frame: pd.DataFrame,
     title: str | None,
@@ -245,19 +169,21 @@ def growth_figure(
             f"Needed a table with rows and the columns {', '.join(names) or 'of some number'}; "
             f"found {len(frame)} rows and {', '.join(map(str, frame.columns)) or 'no columns'}."
         )
-    figure, (axes,) = panels(1, title, size=_panel_size(1))
-    _draw_columns(axes, steps, frame[names], log_x, log_y)
-    axes.set_xlabel(visible(x), size=8, color=QUIET)
-    if len(names) > 1:
+    figure, (axes,) = _grid_of_panels(1, title)
+    several = len(names) > 1
+    words = {name: name.replace("_", " ") for name in names}
+    y = "" if several else words[names[0]]
+    table = frame.set_index(steps)
+    lines(axes, table, words, x=x, y=y, log_x=log_x, log_y=log_y, dashed=CONTROLS, legend=False)
+    if several:
         axes.legend(
-            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), borderpad=0
-        )
-    else:
-        axes.set_ylabel(visible(names[0].replace("_", " ")), size=8, color=QUIET)
+            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), borderpad=0,
+            labelcolor=INK,
+        )  # fmt: skip
     return figure
 
 
-@_plain_words
+@plain_words
 def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw a training run: norms, saturation with its control, and losses, a panel each.
 
@@ -288,16 +214,17 @@ def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
             f"Needed a table with some of the columns {known}; found "
             f"{', '.join(map(str, frame.columns)) or 'none'}."
         )
-    figure, drawn = panels(len(groups), title, size=_panel_size(len(groups)))
+    figure, drawn = _grid_of_panels(len(groups), title)
     for axes, (words, names) in zip(drawn, groups.items(), strict=True):
-        _draw_columns(axes, frame.index.to_series(), frame[names], True, words == "norms")
-        axes.set_title(visible(words), size=8.5, color=INK, loc="left")
-        axes.set_xlabel("step", size=8, color=QUIET)
+        named = {name: name.replace("_", " ") for name in names}
+        log_y = words == "norms"
+        lines(axes, frame, named, x="step", log_y=log_y, dashed=CONTROLS, legend=False)
+        headline(axes, words)
         axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", labelcolor=INK, facecolor=PAPER)
     return figure
 
 
-@_plain_words
+@plain_words
 def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw each head's range of c between uniform and saturated attention as a bar.
 
@@ -332,9 +259,10 @@ def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     low, high = math.floor(ends.min()), math.ceil(ends.max())
     exponents = range(low, high + 1, math.ceil((high - low or 1) / 8))
     axes.set_xticks(list(exponents), [f"{2.0**e:g}" for e in exponents])
+    axes.tick_params(axis="x", labeltop=len(ranged) > 40)
     axes.set_yticks(range(len(ranged)), [visible(str(label)) for label in ranged.index], size=7)
     axes.set(xlim=(low - 0.1, high + 0.1), ylim=(len(ranged) - 0.4, -0.6))
-    axes.set_xlabel("inverse temperature c", size=8, color=QUIET)
+    label(axes, x="inverse temperature c")
     handles = [Patch(color=c, label=role) for role, c in ROLE_COLORS.items()
                if (ranged["role"] == role).any()]  # fmt: skip
     figure.legend(
@@ -342,71 +270,6 @@ def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1.2,
     )  # fmt: skip
     return figure
-
-
-def headline(panel: Axes, words: str) -> None:
-    """Write the title of one panel."""
-    panel.set_title(visible(words), size=8.5, color=INK, loc="left").set_parse_math(False)
-
-
-def label(panel: Axes, *, x: str = "", y: str = "") -> None:
-    """Label the axes of one panel."""
-    panel.set_xlabel(x, size=8, color=QUIET)
-    panel.set_ylabel(y, size=8, color=QUIET)
-
-
-@_plain_words
-def lines(
-    axes: Axes,
-    table: pd.DataFrame,
-    columns: dict[str, str],
-    *,
-    x: str,
-    y: str = "",
-    log_x: bool = True,
-    log_y: bool = False,
-    dashed: Sequence[str] = (),
-    legend: bool = True,
-) -> None:
-    """Draw columns of a table against its index.
-
-    Args:
-        axes: The panel.
-        table: The index is the horizontal axis. Values that a logarithmic axis cannot show are
-            left out.
-        columns: Columns to draw, and what the legend calls them.
-        x: Label of the horizontal axis.
-        y: Label of the vertical axis.
-        log_x: Whether the horizontal axis is logarithmic.
-        log_y: Whether the vertical axis is.
-        dashed: Columns drawn dashed and without marks: controls.
-        legend: Whether the panel gets a legend.
-    """
-    places = table.index.to_numpy(dtype=float)
-    for number, (name, words) in enumerate(columns.items()):
-        values = table[name].to_numpy(dtype=float)
-        keep = np.isfinite(values) & ((places > 0) | (not log_x)) & ((values > 0) | (not log_y))
-        style = "--" if name in dashed else "-o"
-        color = LINES[number % len(LINES)]
-        axes.plot(places[keep], values[keep], style, color=color, lw=1.5, ms=3, label=words)
-    if log_x:
-        logarithmic(axes, "x", multiples=(1,))
-    if log_y:
-        logarithmic(axes, "y")
-    label(axes, x=x, y=y)
-    if legend:
-        axes.legend(frameon=False, fontsize=7)
-
-
-def logarithmic(
-    axes: Axes, which: Literal["x", "y"], multiples: Sequence[float] = (1, 2, 5)
-) -> None:
-    """Make an axis logarithmic, with plain numbers at these multiples of the powers of ten."""
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=multiples))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def measure_groups(columns: Sequence[str]) -> dict[str, list[str]]:
@@ -464,44 +327,8 @@ def scale_text(c: float) -> str:
     return "∞" if math.isinf(c) else f"{c:g}"
 
 
-def _panel_size(count: int) -> tuple[float, float]:
-    return (6.4, 3.4) if count == 1 else (3.6, 2.5)
-
-
-def _draw_columns(
-    axes: Axes, steps: pd.Series[Any], columns: pd.DataFrame, log_x: bool, log_y: bool
-) -> None:
-    """Draw a line a column, dashed where it is a control; what has no value leaves no gap."""
-    for number, name in enumerate(columns):
-        values = columns[name]
-        keep = values.notna() & ((steps >= 0) | (not log_x)) & ((values > 0) | (not log_y))
-        drawn = (steps[keep].to_numpy(), values[keep].to_numpy())
-        style, color = "--" if name in CONTROLS else "-o", LINES[number % len(LINES)]
-        words = visible(str(name).replace("_", " "))
-        axes.plot(*drawn, style, color=color, lw=1.6, ms=3, label=words)
-    _scale_steps(axes, steps, log_x)
-    axes.set_yscale("log" if log_y else "linear")
-    low, high = axes.get_ylim()
-    if log_y and high < 1e4 * low:
-        multiples = range(1, 10) if high < 10 * low else (1, 2, 5)
-        axes.yaxis.set_major_locator(LogLocator(subs=multiples))
-    for axis, log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
-        if log:
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-
-
-def _scale_steps(axes: Axes, steps: pd.Series[Any], log: bool) -> None:
-    """Make the axis of steps logarithmic; with a step of 0, linear from there to the first one."""
-    positive = steps[steps > 0]
-    if not log or positive.empty:
-        return
-    if bool((steps > 0).all()):
-        axes.set_xscale("log")
-        return
-    first = float(positive.min())
-    axes.set_xscale("symlog", linthresh=first, linscale=0.4)
-    axes.set_xlim(-0.15 * first, float(positive.max()) * 1.3)
+def _grid_of_panels(count: int, title: str | None) -> tuple[Figure, list[Axes]]:
+    return panels(count, title, size=(6.4, 3.4) if count == 1 else (3.6, 2.5))
 
 
 def _line_colors(panel: int, count: int) -> list[Any]:
@@ -514,7 +341,7 @@ def _line_colors(panel: int, count: int) -> list[Any]:
 # Maps of heads: rows are layers with 0 on top, columns are heads.
 
 
-@_plain_words
+@plain_words
 def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw the head-role map: one colour a role, stronger the clearer the role is.
 
@@ -555,7 +382,7 @@ def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
     return figure
 
 
-@_plain_words
+@plain_words
 def sweep_map(
     values: Float[Tensor, "layer head"],
     title: str | None,
@@ -649,7 +476,7 @@ def _head_grids(
     cell = _cell_inches(stacks)
     width = max(cell * sum(heads) + 0.5 * len(stacks) + 0.4, 6.2)
     height = cell * max(map(len, layers)) + (0.7 if len(stacks) > 1 else 0.5) + below
-    figure = _new_figure(title, width, height)
+    figure = new_figure(title, width, height)
     grids = figure.subplots(1, len(stacks), squeeze=False, width_ratios=heads)[0]
     every = math.ceil(0.2 / cell) if cell < 0.3 else 1
     for index, (axes, (stack, _)) in enumerate(zip(grids, stacks, strict=True)):

@@ -107,7 +107,7 @@ class Narrowing(Result, kind="narrowing"):
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the entropy, its changes, and the masses of the most frequent query token."""
-        from sat_lens.figures.drawing import headline, lines, panels  # matplotlib is slow to import
+        from sat_lens.figures.panels import headline, lines, panels  # matplotlib is slow to import
 
         figure, (entropy, speed, keys) = panels(
             3, title or f"Narrowing: {self.provenance}", across=3, size=(3.6, 3.3)
