@@ -91,7 +91,7 @@ def inert(tokens: Iterable[str]) -> list[str]:
     places show the same. The attention components draw on a canvas and get tokens as they are.
 
     Example:
-        >>> from sat_lens.viz.text import inert
+        >>> from sat_lens.viz.patterns import inert
         >>> inert(["<bos>"])
         ['<\u2060bos>']
     """
