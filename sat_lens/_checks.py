@@ -59,6 +59,12 @@ def check_number(
     raise ArgumentError(f"{name} must {needed}; found {shown(value)}.")
 
 
+def check_share(name: str, value: object) -> None:
+    """Raise an ArgumentError unless a value is a number in (0, 1]."""
+    if not (is_number(value) and 0 < value <= 1):
+        raise ArgumentError(f"{name} must be a share in (0, 1]; found {shown(value)}.")
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise an ArgumentError unless an argument is one of the known values."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):

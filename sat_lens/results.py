@@ -17,7 +17,7 @@ import os
 import platform
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -141,10 +141,12 @@ class Result:
             FileFormatError: The file is missing, broken, foreign, or holds something else.
         """
         tensors, meta = read_result(path, cls._kind)
-        with read_entries(path):
+        try:
             result: _Own = _dataclass_of(cls, meta, tensors, "")
             result._check()
-            return result
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
+        return result
 
     @classmethod
     def merge(cls: type[_Own], parts: Sequence[_Own]) -> _Own:
@@ -365,19 +367,6 @@ def _sum(first: Any, second: Any) -> Any:
         sums = {name: _sum(getattr(first, name), getattr(second, name)) for name in names}
         return dataclasses.replace(first, **sums)
     return first + second
-
-
-@contextlib.contextmanager
-def read_entries(path: str | Path) -> Iterator[None]:
-    """Turn whatever goes wrong while a result is made of a file's entries into one error.
-
-    Raises:
-        FileFormatError: An entry is missing, or is not what it has to be.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileFormatError(f"{path} lacks or garbles an entry: {error}.") from error
 
 
 def check_columns(columns: Mapping[str, Tensor], length: int) -> None:

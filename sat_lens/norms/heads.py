@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from sat_lens._checks import is_lens_model
 from sat_lens.norms.names import ParameterPlace
 from sat_lens.norms.sources import Parameters, identity, wide
 from sat_lens.sites import Place, places
@@ -94,7 +95,7 @@ def heads_of(parameters: Parameters, model: nn.Module | None = None) -> Iterator
         if place.projection and not place.bias:
             names.setdefault(place.attention, {})[place.projection] = name
     seen = set()
-    if model is not None and hasattr(model, "hook_dict"):
+    if is_lens_model(model):
         attention = {n: p.attention for n, p in parameters.places.items() if p.attention}
         paths = {identity(parameters.read(name)): path for name, path in attention.items()}
         for site, module in _lens_modules(model):

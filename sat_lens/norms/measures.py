@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sat_lens._checks import require_lens_model
+from sat_lens._checks import is_lens_model, require_lens_model
 from sat_lens.caching import normalised_similarity, run_with_saturation_cache
 from sat_lens.data import batches, predicts_next
 from sat_lens.errors import (
@@ -157,7 +157,7 @@ def lens_model(source: Path | nn.Module, tokenizer: Any = None) -> Any:
     """
     if isinstance(source, nn.Module):
         model = unwrapped(source)
-        if hasattr(model, "hook_dict"):
+        if is_lens_model(model):
             return model
         return _bridge(_twin(model), type(model).__name__, tokenizer)
     if not source.is_dir():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sat_lens._checks import check_count, check_number, is_integer
+from sat_lens._checks import check_count, check_number, check_share, is_integer
 from sat_lens.attention import Limit, Scale, Transform
 from sat_lens.data import Batch, Data, batches
 from sat_lens.errors import ArgumentError, DataError
@@ -69,8 +69,7 @@ def check_combination(
         raise ArgumentError(
             f"A transform is a function from scores to scores, and {transform!r} was given."
         )
-    if not isinstance(confirm, (int, float)) or not 0 < confirm <= 1:
-        raise ArgumentError(f"confirm is a share of the heads in (0, 1]; {confirm!r} was given.")
+    check_share("confirm", confirm)
 
 
 def check_same_shape(batch: Batch, other: Batch | None) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import nn
 from transformers import TrainerCallback
 
-from sat_lens._checks import check_count, check_module
+from sat_lens._checks import check_count, check_module, check_share
 from sat_lens.data import repeatable
 from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
 from sat_lens.norms import parameter_norms, saturation_measures
@@ -94,8 +94,8 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
             if interval is not None:
                 check_count(name, interval)
         check_count("batch_size", batch_size)
-        if budget is not None and not (isinstance(budget, (int, float)) and 0 < budget <= 1):
-            raise ArgumentError(f"budget is a share in (0, 1], or None; found {budget!r}.")
+        if budget is not None:
+            check_share("budget", budget)
         if log is not None and not callable(log):
             raise ArgumentError(f"log is a function of a row and its step; found {log!r}.")
         if path is not None and not isinstance(path, (str, Path)):
