@@ -1,6 +1,7 @@
 """make and .ci/run, where the Python that they need is not there."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -45,3 +46,8 @@ def test_a_step_that_does_not_exist_is_refused_with_a_list():
     (line,) = run("bash", ".ci/run", "nonesuch")
     assert "nonesuch" in line
     assert "older-lens" in line
+
+
+def test_the_short_run_names_tests_that_exist():
+    (line,) = re.findall(r'^SHORT="(.*)"$', (REPOSITORY / ".ci" / "run").read_text(), re.MULTILINE)
+    assert [name for name in line.split() if not (REPOSITORY / name).is_file()] == []
