@@ -211,7 +211,10 @@ def load(path: str | Path) -> Result:
     if kind not in _KINDS and kind in _HOMES:
         importlib.import_module(_HOMES[kind])
     if kind not in _KINDS:
-        raise FileFormatError(f"{path} holds {kind!r}, which is no kind of result known here.")
+        raise FileFormatError(
+            f"{path} holds {kind!r}, a kind of result that is not known here. Update sat_lens, or "
+            "import the module that made it."
+        )
     return _KINDS[kind].load(path)
 
 
@@ -354,9 +357,9 @@ def _same(first: Any, second: Any) -> bool:
     """Whether two values are equal, tensors and all."""
     mine: dict[str, Tensor] = {}
     theirs: dict[str, Tensor] = {}
-    if _encoded(first, "", mine) != _encoded(second, "", theirs) or mine.keys() != theirs.keys():
-        return False
-    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+    # As text: NaN equals itself there.
+    words = [json.dumps(_encoded(*of)) for of in ((first, "", mine), (second, "", theirs))]
+    return words[0] == words[1] and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
 def _sum(first: Any, second: Any) -> Any:

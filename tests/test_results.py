@@ -23,7 +23,6 @@ from safetensors.torch import save
 
 import sat_lens as sl
 from sat_lens.errors import FileFormatError
-from sat_lens.patching.result import _as_grid
 from sat_lens.results import (
     Provenance,
     Result,
@@ -246,12 +245,6 @@ def test_the_index_is_written_if_it_has_a_name(tmp_path):
     two = pd.MultiIndex.from_tuples([("a", 0), ("b", 1)], names=["stack", "layer"])
     assert rows_of(csv_text(pd.DataFrame({"x": [1, 2]}, two)))[1] == ["a", "0", "1"]
     assert rows_of(csv_text(pd.DataFrame({"x": [1]}))) == [["x"], ["1"]]
-
-
-def test_a_grid_holds_nan_where_there_is_no_head():
-    grid = _as_grid(torch.tensor([1.0, 2.0]), 2, 2, [(0, 1), (1, 0)])
-    expected = torch.tensor([[math.nan, 1.0], [2.0, math.nan]])
-    torch.testing.assert_close(grid, expected, equal_nan=True)
 
 
 def test_provenance_names_what_can_change_a_number():
