@@ -22,7 +22,7 @@ define check-python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu notebooks paper report test test-slow test-notebooks test-browser \
+.PHONY: help bench bench-gpu notebooks paper report test test-all test-notebooks test-browser \
 	test-kernels test-old test-resolve test-wheel constraints docs lint types review clean pictures
 
 help: ## List the targets.
@@ -67,11 +67,13 @@ paper: $(VENV)/.installed ## Redo the figures of the paper into build/paper (QUI
 	$(BIN)/python -m paper all $(if $(QUICK),--quick)
 
 # One thread for each of two processes: more of them only wait for one another on two cores.
-test: $(VENV)/.installed-dev ## Run the everyday tests (TESTS=FILES: only these).
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(VENV)/.installed-dev ## Run the tests that take long: MiniLM, a trial of the benchmarks.
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+test: $(VENV)/.installed-dev ## Run the everyday tests, two minutes (TESTS=FILES: only these).
+	$(PYTEST) $(TESTS)
+
+test-all: $(VENV)/.installed-dev ## Run all tests, slow ones too, with types checked (TESTS=FILES).
+	$(PYTEST) --check-types -m "not notebook and not browser" $(TESTS)
 
 test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
 	$(BIN)/python -m pytest -q -m notebook
@@ -88,8 +90,8 @@ test-kernels: $(VENV)/.installed-dev ## Test the Triton kernel, on a GPU or in T
 test-old: .venv-tl2/.installed .venv-tl3/.installed ## Run the core tests on TransformerLens 2.18 and 3.9.
 	PYTHONPATH=tests .venv-tl2/bin/python -m pytest -q -n 2 --noconftest \
 		tests/old/test_hooked.py tests/old/test_without_bridge.py
-	PYTHONPATH=tests/old .venv-tl3/bin/python -m pytest -q -n 2 --dist loadfile -p differences \
-		tests/old/test_hooked.py tests/old/test_bridge.py \
+	PYTHONPATH=tests/old .venv-tl3/bin/python -m pytest -q -n 2 --dist loadfile -p differences --check-types \
+		-m "not notebook and not browser" tests/old/test_hooked.py tests/old/test_bridge.py \
 		tests/test_zoo.py tests/test_levels.py tests/test_hooks.py tests/test_state.py \
 		tests/test_refusals.py tests/test_padding.py tests/test_layouts.py tests/test_towers.py \
 		tests/test_caching.py

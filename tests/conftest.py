@@ -1,4 +1,8 @@
-"""What every test runs under: offline, one thread, annotations enforced, torch's state guarded."""
+"""What every test runs under: offline, one thread, torch's state guarded.
+
+With ``--check-types``, as `make test-all` has it, annotations and shapes are enforced as well. That
+takes two to three times as long, so that the everyday tests do without.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +39,15 @@ def enforce(function: Callable[..., Any]) -> Callable[..., Any]:
     return _known[signature]
 
 
-jaxtyping.install_import_hook(["sat_lens", "paper"], f"{__name__}.enforce")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check-types", action="store_true", help="enforce sat_lens's annotations")
 
-import sat_lens as sl  # noqa: E402 - after the hook, so that it is checked
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install the hook before any test imports the library."""
+    if config.getoption("--check-types"):
+        jaxtyping.install_import_hook(["sat_lens", "paper"], f"{__name__}.enforce")
+
 
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("suite")
@@ -53,6 +63,8 @@ def types_unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo() -> Any:
+    import sat_lens as sl  # after the hook that checks it
+
     return sl.load_model("demo")
 
 

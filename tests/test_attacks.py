@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens.attention import RandomKey
@@ -21,7 +22,7 @@ def model(name):
     return zoo.case(name).build()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "bert"])
+@pytest.mark.parametrize("name", everyday(["llama", "gpt_neox", "bert"], "llama"))
 def test_a_random_control_is_that_of_the_head_alone_whichever_heads_are_swept(name):
     m = model(name)
     with torch.no_grad():
@@ -53,7 +54,7 @@ def test_a_suppressed_token_does_not_switch_the_check_of_the_fast_route_off():
     torch.testing.assert_close(fast.values, slow.values, atol=1e-4, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss_sink", "llama", "t5"])
+@pytest.mark.parametrize("name", everyday(["gpt_oss_sink", "llama", "t5"], "t5"))
 def test_blocks_may_end_in_any_order(name):
     m, case = model(name), zoo.case(name)
     args, kwargs = case.inputs()

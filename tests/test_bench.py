@@ -234,6 +234,7 @@ def test_the_growth_of_an_axis_is_shown_once():
     assert table.tables(record).count("### Growth with heads") == 1
 
 
+@pytest.mark.slow
 def test_rounds_rotate_and_ratios_are_taken_within_a_round():
     clock, now, order = [0.0], [0], []
     lasts = {PLAIN: [1.0, 4.0], "it": [2.0, 4.0], "other": [1.0, 1.0]}

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from everyday import everyday, further
 from hypothesis import given
 from hypothesis import strategies as st
 from transformer_lens import ActivationCache, patching
@@ -118,7 +119,9 @@ def test_the_models_own_arguments_are_passed_on(demo):
     assert not pair.saturated.cache["pattern", 0][0, :, 2:, :2].any()
 
 
-@pytest.mark.parametrize("build", [tiny.native, tiny.pair("bart", "Bart", tiny.BART).build])
+@pytest.mark.parametrize(
+    "build", [tiny.native, further(tiny.pair("bart", "Bart", tiny.BART).build)]
+)
 def test_other_models_have_pairs_too(build):
     model = build()
     has_decoder = "decoder_blocks" in dict(model.named_children())
@@ -193,7 +196,7 @@ def test_the_control_saturates_the_same_heads(demo):
 
 
 @pytest.mark.parametrize("activation", ["resid_post", "z", "pattern", "logits"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", everyday(["left", "right"], "left"))
 @pytest.mark.parametrize("given_as", ["texts", "mask"])
 def test_padded_positions_are_not_counted(demo, activation, side, given_as):
     tokens = demo.to_tokens(TEXTS, padding_side=side)
@@ -379,7 +382,7 @@ def test_what_a_pair_needs(demo):
         pair_of(demo, TEXT, scale=-1)
 
 
-@pytest.mark.parametrize("noising", [True, False])
+@pytest.mark.parametrize("noising", everyday([True, False], True))
 def test_the_caches_go_into_transformer_lens_patching(demo, noising):
     tokens = demo.to_tokens(TEXT)
     pair = pair_of(demo, tokens)

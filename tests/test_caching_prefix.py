@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens.caching import pair as pairs
@@ -75,7 +76,7 @@ def last_heads(model):
     return sl.attention_sites(model)[-1].labels[1:3]
 
 
-@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("name", everyday(ONCE, "llama", "bert"))
 def test_a_layer_below_runs_once_in_models_of_many_kinds(name, calls):
     model, (inputs, kwargs) = zoo.model_of(name), zoo.case(name).inputs()
     heads = last_heads(model)
@@ -86,7 +87,7 @@ def test_a_layer_below_runs_once_in_models_of_many_kinds(name, calls):
     assert not torch.equal(runs[0][0], runs[1][0])
 
 
-@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("name", everyday(TWICE, TWICE[0]))
 def test_where_more_than_a_stack_of_blocks_runs_both_runs_are_whole(name):
     model, (inputs, kwargs) = zoo.model_of(name), zoo.case(name).inputs()
     heads = last_heads(model)
@@ -111,8 +112,8 @@ def test_layers_that_share_keys_get_their_own():
     assert_equal(together(model, x, heads="L3H0"), by_hand(model, x, heads="L3H0"))
 
 
-@pytest.mark.parametrize("case", [GPT2, LLAMA], ids=lambda case: case.name)
-@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("case", everyday([GPT2, LLAMA], GPT2), ids=lambda case: case.name)
+@pytest.mark.parametrize("first", everyday(range(4), 0, 2))
 def test_each_layer_below_the_first_chosen_head_runs_once(case, first, calls):
     model, x = case.build(), tiny.tokens()
     heads = [(layer, 1) for layer in range(first, 4)]
@@ -187,7 +188,7 @@ def in_place():
     return hook
 
 
-@pytest.mark.parametrize("make", [growing, drawing, in_place])
+@pytest.mark.parametrize("make", everyday([growing, drawing, in_place], growing))
 @pytest.mark.parametrize(
     "where",
     [

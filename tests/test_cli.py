@@ -205,6 +205,7 @@ def test_a_hub_name_without_a_network(run, command):
     one_line(error, "gpt2@main", "network", "config.json")
 
 
+@pytest.mark.slow
 def test_a_hub_name_without_a_network_as_the_installed_command():
     command = [f"{sys.exec_prefix}/bin/sat-lens", "roles", "gpt2"]
     found = subprocess.run(command, capture_output=True, text=True)

@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers
 import zoo
+from everyday import everyday
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,8 +253,8 @@ def test_a_stream_is_read_no_further_than_it_is_needed(demo):
     assert [next(stream).size for _ in range(3)] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("column", ["text", "input_ids", "tokens"])
+@pytest.mark.parametrize("streamed", everyday([False, True], True))
+@pytest.mark.parametrize("column", everyday(["text", "input_ids", "tokens"], "input_ids"))
 def test_roles_take_a_dataset(demo, streamed, column):
     texts = ["import os, sys, re, json, math, itertools", "for x in range(10): print(x, x ** 2)"]
     rows = texts if column == "text" else [ids(demo, text) for text in texts]

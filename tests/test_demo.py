@@ -41,6 +41,7 @@ def test_the_model_is_small_and_safe_to_load():
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_it_predicts_source_that_it_was_not_trained_on(demo, windows):
     metric = sl.metrics.next_token_loss(windows)
     with torch.no_grad():
@@ -51,6 +52,7 @@ def test_it_predicts_source_that_it_was_not_trained_on(demo, windows):
     assert soft + 0.2 < saturated < 4.5
 
 
+@pytest.mark.slow
 def test_it_has_learned_the_heads_that_such_a_model_learns(demo, windows):
     frame = sl.head_roles(demo, windows, progress=False).frame()
     assert tuple(frame.loc["L2H1", ["role", "target"]]) == ("argmax", "previous")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from everyday import everyday
 
 import sat_lens as sl
 
@@ -51,7 +52,11 @@ def shown_by(source, path, namespace):
 
 
 @pytest.mark.filterwarnings("ignore:A hook on attn.hook_attn_scores")
-@pytest.mark.parametrize("path", [page for page in PAGES if examples(page)], ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    everyday([page for page in PAGES if examples(page)], REPOSITORY / "README.md"),
+    ids=name_of,
+)
 def test_examples_print_what_they_say(path, demo, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     load = sl.models.load_model

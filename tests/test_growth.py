@@ -35,6 +35,7 @@ def orthogonal_pair(seed):
     return start, way / way.norm()
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(exponent=st.floats(0.2, 1.5), seed=st.integers(0, 99), noise=st.floats(0.01, 0.1))
 def test_a_known_exponent_is_found_within_its_interval(exponent, seed, noise):

@@ -14,6 +14,7 @@ import tiny
 import torch
 import torch.distributed.fsdp
 import transformers
+from everyday import everyday
 from torch import nn
 from transformer_lens.tools.training import TrainConfig, train
 
@@ -58,6 +59,7 @@ def run(tmp_path_factory):
     return initial, model, folder
 
 
+@pytest.mark.slow
 def test_what_the_trainer_wrote_is_read_as_it_lies_there(run):
     _, model, folder = run
     assert (folder / "checkpoint-8" / "optimizer.pt").exists()
@@ -98,7 +100,7 @@ def test_saturation_is_drawn_against_the_norm(run):
         norm_growth(run[2], progress=False).plot(x="norm")
 
 
-@pytest.mark.parametrize("kind", RENAMED)
+@pytest.mark.parametrize("kind", everyday(RENAMED, next(iter(RENAMED))))
 def test_a_model_is_its_own_checkpoint(kind, tmp_path):
     model = raw(*RENAMED[kind])
     model.save_pretrained(tmp_path / "checkpoint-1")
@@ -114,7 +116,7 @@ def gpt2():
     return tiny.bridge("GPT2LMHeadModel", transformers.GPT2Config(**tiny.GPT))
 
 
-@pytest.mark.parametrize("build", [gpt2, tiny.native])
+@pytest.mark.parametrize("build", everyday([gpt2, tiny.native], gpt2))
 def test_the_loop_of_transformer_lens(build, tmp_path):
     model = build()
     initial = copy.deepcopy(model)
@@ -171,7 +173,7 @@ def hub(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("name", ["EleutherAI/pythia-70m", "pythia-70m"])
+@pytest.mark.parametrize("name", everyday(["EleutherAI/pythia-70m", "pythia-70m"], "pythia-70m"))
 def test_revisions_that_are_in_the_cache_are_read_offline(run, name):
     initial, model, _ = run
     growth = norm_growth((name, [0, 512]), tiny.tokens(length=12), progress=False)

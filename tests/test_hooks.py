@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens.errors import UnsupportedModelError
@@ -25,7 +26,7 @@ def hooked(model, tokens, *heads_and_scale, **kwargs):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, math.inf])
 @pytest.mark.parametrize("heads", [[0, 1, 2, 3], [2]])
-@pytest.mark.parametrize("name", [*SCORES, *NATIVE])
+@pytest.mark.parametrize("name", everyday([*SCORES, *NATIVE], "gpt2", "native"))
 def test_hooks_agree_with_the_oracle(name, heads, scale):
     model, tokens = zoo.model_of(name), tiny.tokens()
     paths = {site.path: heads for site in sl.attention_sites(model)}
@@ -50,7 +51,7 @@ def test_a_pattern_cannot_be_flattened(name):
         sl.saturation_hooks(model, ["L0H0", "L0H1"], {"L0H0": 2.0, "L0H1": 0.0})
 
 
-@pytest.mark.parametrize("name", NEITHER)
+@pytest.mark.parametrize("name", everyday(NEITHER, "gpt_oss_sink", "bert", "led"))
 def test_where_no_hook_point_is_true(name):
     with pytest.raises(UnsupportedModelError, match=r"TransformerLens hook.*sat_lens\.saturate"):
         sl.saturation_hooks(zoo.model_of(name))

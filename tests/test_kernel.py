@@ -18,6 +18,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
+from everyday import everyday
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,8 +91,8 @@ def no_softmax() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "bart"])
-@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, math.inf])
+@pytest.mark.parametrize("name", everyday(["gpt2", "llama", "bert", "bart"], "gpt2", "bart"))
+@pytest.mark.parametrize("scale", everyday([0.0, 0.5, 3.0, math.inf], 3.0, math.inf))
 def test_agrees_with_the_bridge(name: str, scale: float) -> None:
     model = plain(name)
     assert {site.level for site in sl.attention_sites(model)} == {"kernel"}
@@ -124,8 +125,8 @@ def test_padding(name: str, side: str, scale: float) -> None:
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", everyday(DECODERS, "llama"))
+@pytest.mark.parametrize("padded", everyday([False, True], True))
 @pytest.mark.parametrize(("heads", "scale"), [(None, math.inf), ("L1H2", math.inf), (None, 3.0)])
 def test_generation_does_not_depend_on_the_cache(
     name: str, padded: bool, heads: Any, scale: float
@@ -152,7 +153,7 @@ def test_generation_does_not_depend_on_the_cache(
     assert torch.equal(generated(use_cache=True), soft)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", everyday(DECODERS, "llama"))
 def test_nested_blocks(name: str) -> None:
     model = plain(name)
     heads = [label for site in sl.attention_sites(model) for label in site.labels]
@@ -190,7 +191,7 @@ FALLBACKS = {
 }
 
 
-@pytest.mark.parametrize("case", FALLBACKS)
+@pytest.mark.parametrize("case", everyday(FALLBACKS, "nearest", "bias"))
 def test_eager_attention_serves_instead(case: str, caplog: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(discovery, "_logged", set())
     name, block = FALLBACKS[case]
@@ -330,7 +331,7 @@ def reader_of_long_texts(attention: str) -> Any:
     return tiny.hf_model("GPT2LMHeadModel", config, attention)
 
 
-@pytest.mark.parametrize("scale", [3.0, math.inf])
+@pytest.mark.parametrize("scale", everyday([3.0, math.inf], math.inf))
 def test_no_matrix_of_scores_is_made(scale: float) -> None:
     long, sizes = tiny.tokens(1, 1024), {}
     for attention in ("sdpa", "eager"):
@@ -342,6 +343,7 @@ def test_no_matrix_of_scores_is_made(scale: float) -> None:
     assert sizes["eager"] >= 1024**2 > 4 * sizes["sdpa"]
 
 
+@pytest.mark.slow
 def test_roles_of_long_texts_need_no_matrix_either(monkeypatch: Any) -> None:
     monkeypatch.setattr(statistics, "FUSED_BLOCK_ELEMENTS", 2**16)
     model, long = reader_of_long_texts("sdpa"), tiny.tokens(1, 1024)
@@ -352,8 +354,8 @@ def test_roles_of_long_texts_need_no_matrix_either(monkeypatch: Any) -> None:
     assert_same_roles(found, expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
-@pytest.mark.parametrize("block", [1, 700, 2**22])
+@pytest.mark.parametrize("name", everyday(["gpt2", "llama", "bert"], "llama"))
+@pytest.mark.parametrize("block", everyday([1, 700, 2**22], 700))
 def test_roles_are_those_of_the_bridge(name: str, block: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(statistics, "FUSED_BLOCK_ELEMENTS", block)
     mask = torch.ones(3, 24, dtype=torch.long)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from everyday import everyday
 from transformer_lens import patching
 
 import sat_lens as sl
@@ -19,6 +20,7 @@ from sat_lens.errors import NotReachedError
 
 # At the level `scores`: gpt2, llama, hrm_text. At `softmax`: all others, one for each layout.
 BOTH_LEVELS = ["gpt2", "llama", "hrm_text", "gpt_oss_sink", "bert", "xglm", "longt5_local", "led"]
+KINDS = everyday(BOTH_LEVELS, "gpt2", "gpt_oss_sink", "led")
 GENERATORS = [
     "gpt2",
     "llama",
@@ -55,8 +57,8 @@ def labels(model):
 # Nesting
 
 
-@pytest.mark.parametrize("scale", [3.0, math.inf])
-@pytest.mark.parametrize("name", BOTH_LEVELS)
+@pytest.mark.parametrize("scale", everyday([3.0, math.inf], math.inf))
+@pytest.mark.parametrize("name", KINDS)
 def test_nested_blocks_on_different_heads_are_one_block_on_both(name, scale):
     case, model = zoo.case(name), zoo.model_of(name)
     heads = labels(model)
@@ -71,7 +73,7 @@ def test_nested_blocks_on_different_heads_are_one_block_on_both(name, scale):
     assert not torch.allclose(part, nested)
 
 
-@pytest.mark.parametrize("name", BOTH_LEVELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_nested_blocks_on_the_same_heads_follow_one_another(name):
     case, model = zoo.case(name), zoo.model_of(name)
     with torch.no_grad():
@@ -89,7 +91,9 @@ def test_nested_blocks_on_the_same_heads_follow_one_another(name):
 
 # Not hrm_text: its layers run six times over, which amplifies what rounding leaves.
 @pytest.mark.parametrize("scale", [0.5, 3.0, math.inf])
-@pytest.mark.parametrize("name", [name for name in BOTH_LEVELS if name != "hrm_text"])
+@pytest.mark.parametrize(
+    "name", everyday([name for name in BOTH_LEVELS if name != "hrm_text"], "gpt2", "bert")
+)
 def test_gradients_are_those_of_the_oracle(name, scale):
     case, model = zoo.case(name), zoo.model_of(name)
     weights = [weight for weight in model.parameters() if weight.dim() >= 2]
@@ -120,7 +124,7 @@ def test_scores_get_gradients_at_a_finite_scale_and_none_in_the_limit():
         assert (size > 1e-4) == bool(sign)
 
 
-@pytest.mark.parametrize("name", BOTH_LEVELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_inference_mode(name):
     case, model = zoo.case(name), zoo.case(name).build()
     with torch.inference_mode(), sl.saturate(model):
@@ -140,7 +144,9 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), MOVES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), everyday(MOVES, ("gpt2", torch.bfloat16), ("t5", torch.float64))
+)
 def test_a_model_moved_to_another_dtype_after_it_was_looked_at(name, dtype):
     case, model = zoo.case(name), zoo.case(name).build()
     before = sl.attention_sites(model)
@@ -161,7 +167,9 @@ def test_a_model_moved_to_another_dtype_after_it_was_looked_at(name, dtype):
     assert not torch.equal(finite, soft)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "xglm", "t5", "gpt_oss_sink"])
+@pytest.mark.parametrize(
+    "name", everyday(["gpt2", "llama", "bert", "xglm", "t5", "gpt_oss_sink"], "gpt2")
+)
 def test_a_model_moved_to_another_dtype_inside_the_block(name):
     case, model, other = zoo.case(name), zoo.case(name).build(), zoo.case(name).build()
     other.to(torch.bfloat16)
@@ -176,8 +184,8 @@ def test_a_model_moved_to_another_dtype_inside_the_block(name):
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0, 30.0])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2_soft_cap", "bloom"])
+@pytest.mark.parametrize("dtype", everyday([torch.bfloat16, torch.float16], torch.bfloat16))
+@pytest.mark.parametrize("name", everyday(["gpt2", "llama", "gemma2_soft_cap", "bloom"], "gpt2"))
 def test_a_finite_scale_in_half_precision(name, dtype, scale):
     """Scaled scores go back in the model's dtype, which costs no more than that of the pattern."""
     model = tiny.randomise(zoo.case(name).build(), std=0.1).to(dtype)
@@ -191,8 +199,8 @@ def test_a_finite_scale_in_half_precision(name, dtype, scale):
     assert error <= torch.finfo(dtype).eps / 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", everyday([torch.bfloat16, torch.float16], torch.bfloat16))
+@pytest.mark.parametrize("name", everyday(["gpt2", "llama"], "gpt2"))
 def test_ties_in_half_precision_are_ties_of_the_scores(name, dtype):
     """A pattern in half precision has far more equal entries than its scores have."""
     model = tiny.randomise(zoo.case(name).build(), std=0.02).to(dtype)
@@ -258,7 +266,7 @@ def generated(model, tokens, n_new, use_past_kv_cache):
     )[:, -n_new:]
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", everyday(GENERATORS, "gpt2", "qwen3_next", "opt"))
 def test_generation_with_and_without_a_cache_is_that_of_the_oracle(name):
     model, tokens = zoo.model_of(name), tiny.tokens(batch=3, length=6)
     with torch.no_grad():
@@ -272,7 +280,7 @@ def test_generation_with_and_without_a_cache_is_that_of_the_oracle(name):
     assert not torch.equal(cached, soft)
 
 
-@pytest.mark.parametrize("name", ["t5", "t5gemma", "bart", "led", "switch"])
+@pytest.mark.parametrize("name", everyday(["t5", "t5gemma", "bart", "led", "switch"], "t5"))
 def test_generation_by_encoder_decoders(name):
     model, tokens = zoo.model_of(name), tiny.tokens(batch=3, length=6)
     with torch.no_grad():
@@ -286,7 +294,7 @@ def test_generation_by_encoder_decoders(name):
 # Threads
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", everyday(["llama", "bert"], "llama"))
 def test_two_threads_with_two_models(name):
     case = zoo.case(name)
     models = [case.build(), case.build()]
@@ -341,7 +349,7 @@ def swept(model, sweep, block):
 
 
 @pytest.mark.filterwarnings("ignore:A hook on:UserWarning")
-@pytest.mark.parametrize("sweep", SWEEPS)
+@pytest.mark.parametrize("sweep", everyday(SWEEPS, "head_out", "pattern"))
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_patching_functions_of_transformer_lens(name, sweep):
     model = zoo.model_of(name)
@@ -355,8 +363,10 @@ def test_patching_functions_of_transformer_lens(name, sweep):
     assert not torch.allclose(found, swept(model, sweep, contextlib.nullcontext()))
 
 
-@pytest.mark.parametrize("sweep", ["resid_pre", "attn_out", "head_out", "head_v", "head_q"])
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize(
+    "sweep", everyday(["resid_pre", "attn_out", "head_out", "head_v", "head_q"], "head_out")
+)
+@pytest.mark.parametrize("name", everyday(["gpt2", "bert"], "gpt2"))
 def test_patching_functions_of_transformer_lens_with_the_caches_of_a_pair(name, sweep):
     model, prompt = zoo.model_of(name), tiny.tokens(length=6)
     pair = sl.run_with_saturation_cache(model, prompt)

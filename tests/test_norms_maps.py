@@ -98,7 +98,7 @@ def test_products_are_those_of_the_maps_that_attention_computes(layout, head):
 SHARED = {"zamba2": 4}
 
 
-@pytest.mark.parametrize("case", zoo.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", zoo.everyday_cases())
 def test_heads_have_the_labels_that_they_have_everywhere(case):
     norms = parameter_norms(case.build())
     assert len(set(norms.labels)) == len(norms.labels)

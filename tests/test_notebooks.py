@@ -28,6 +28,7 @@ def names():
     return sorted(path.stem for path in TUTORIALS.glob("*.ipynb"))
 
 
+@pytest.mark.slow
 def test_the_first_tutorial_runs_and_shows_what_it_says():
     run("01_saturate_a_model")
 

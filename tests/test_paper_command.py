@@ -24,6 +24,7 @@ def redone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_figure_has_its_files_and_its_place_on_the_page(redone):
     page = (redone / "index.html").read_text()
     assert "interrupted" not in page

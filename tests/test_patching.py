@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformer_lens.patching as tl
+from everyday import everyday
 from oracle import rescaled_softmax
 from tiny import tokens
 from zoo import case, model_of
@@ -52,8 +53,8 @@ def caches(model: Any, ids: torch.Tensor) -> tuple[Any, Any]:
     return soft, saturated
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", everyday(DECODERS, "gpt2"))
+@pytest.mark.parametrize("fast", everyday([True, False], True))
 def test_patching_between_runs_is_that_of_transformer_lens(name: str, fast: bool) -> None:
     model, ids = model_in_eval(name), tokens()
     with torch.no_grad():
@@ -83,7 +84,7 @@ def test_patching_between_runs_is_that_of_transformer_lens(name: str, fast: bool
         ("pattern", tl.get_act_patch_attn_head_pattern_all_pos),
     ],
 )
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", everyday(["gpt2", "llama"], "llama"))
 def test_other_components_too(name: str, component: Any, function: Any) -> None:
     model, ids = model_in_eval(name), tokens()
     with torch.no_grad():
@@ -96,7 +97,8 @@ def test_other_components_too(name: str, component: Any, function: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama", "native", "bert", "opt", "gpt_neox", "t5", "vit"]
+    "name",
+    everyday(["gpt2", "llama", "native", "bert", "opt", "gpt_neox", "t5", "vit"], "gpt2", "t5"),
 )
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_local_saturation_agrees_with_the_oracle(name: str, direction: Any) -> None:
@@ -131,7 +133,7 @@ def test_pattern_patching_works_where_that_of_transformer_lens_is_discarded() ->
         torch.testing.assert_close(ours.values[0, head], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
+@pytest.mark.parametrize("name", everyday(["gpt2", "t5", "bert"], "gpt2"))
 @pytest.mark.parametrize("transform", [None, sl.transforms.Scale(3.0), sl.transforms.RandomKey(1)])
 def test_all_heads_at_once_lead_from_one_run_to_the_other(name: str, transform: Any) -> None:
     model, (inputs, kwargs) = model_in_eval(name), inputs_of(name)
@@ -165,8 +167,8 @@ def test_a_head_whose_output_is_zeroed_has_no_effect() -> None:
         assert abs(sweep.frame().loc["L0H2", "effect"]) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
-@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("name", everyday(["gpt2", "bert"], "gpt2"))
+@pytest.mark.parametrize("direction", everyday(["noising", "denoising"], "denoising"))
 def test_a_batch_is_its_prompts(name: str, direction: Any) -> None:
     model, ids = model_in_eval(name), tokens(batch=3)
 

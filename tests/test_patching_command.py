@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens import cli
@@ -16,7 +17,10 @@ from sat_lens.patching import HeadSweep, sweep_heads
 PROMPT = "x = '<b>&' if range(1"
 
 
-@pytest.mark.parametrize(("direction", "kind"), [("noising", "png"), ("denoising", "svg")])
+@pytest.mark.parametrize(
+    ("direction", "kind"),
+    everyday([("noising", "png"), ("denoising", "svg")], ("denoising", "svg")),
+)
 def test_the_command_writes_what_a_sweep_gives(
     demo: Any, tmp_path: Path, capsys: Any, direction: Any, kind: str
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from everyday import everyday
 from tiny import VOCAB, decoder, native, of_class, tokens
 from transformer_lens.tools.analysis import attribution_patch
 from zoo import model_of
@@ -34,7 +35,7 @@ def deep() -> Any:
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 @pytest.mark.parametrize("source", ["local", "run"])
-@pytest.mark.parametrize("metric", ["last", "loss", "two"])
+@pytest.mark.parametrize("metric", everyday(["last", "loss", "two"], "last"))
 def test_the_fast_route_gives_what_whole_passes_give(
     deep: Any, direction: Any, source: Any, metric: str
 ) -> None:
@@ -158,8 +159,8 @@ def test_an_edit_of_somebody_elses_is_part_of_the_model(deep: Any) -> None:
     torch.testing.assert_close(fast.values, slow.values, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("source", ["local", "run"])
-@pytest.mark.parametrize("reduce", ["mean", None])
+@pytest.mark.parametrize("source", everyday(["local", "run"], "local"))
+@pytest.mark.parametrize("reduce", everyday(["mean", None], None))
 def test_an_estimate_is_the_derivative(deep: Any, source: Any, reduce: Any) -> None:
     """For a small change of the temperature the exact effect is the estimated one."""
     deep = deep.to(torch.float64)
@@ -219,7 +220,7 @@ def test_an_estimate_needs_a_gradient(deep: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("direction", everyday(["noising", "denoising"], "noising"))
 def test_a_search_gives_what_its_set_gives(deep: Any, direction: Any) -> None:
     metric, ids = last(), tokens()
     soft, saturated = _extremes(deep, metric, ids)
@@ -253,6 +254,7 @@ def test_a_plain_greedy_search_takes_the_best_head_each_time(deep: Any) -> None:
     assert found.heads == ()
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_stopped(
     deep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,6 +227,7 @@ def test_importance_of_the_loss_is_the_derivative(demo, tokens):
     assert float(importance[0, head, query]) == pytest.approx(abs(slope), rel=0.05, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_damage_of_zero_is_that_of_a_zeroed_head(demo, tokens):
     frame = sl.head_roles(demo, tokens[:2], damage=True, progress=False).frame()
     metric = sl.metrics.next_token_loss(tokens[:2])
@@ -265,6 +266,7 @@ def test_comparison_needs_the_same_heads(roles, tokens):
         roles.compare(other)
 
 
+@pytest.mark.slow
 def test_bootstrap_error_shrinks_with_more_sequences(demo):
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(3, demo.cfg.d_vocab, (48, 16), generator=generator)

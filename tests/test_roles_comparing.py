@@ -52,6 +52,7 @@ def test_another_target_is_a_change_though_the_lean_is_the_same(model, first, ot
     assert row["role"] == row["role_other"] == "argmax"
 
 
+@pytest.mark.slow
 def test_a_target_in_half_of_the_sequences_is_uncertain(model):
     whole, half = looking(model, at_offset(-1)), looking(model, at_offset(-1), share=0.5)
     few, many = (looking(model, at_offset(-3), n, share=0.5) for n in (4, 64))
@@ -86,6 +87,7 @@ def test_one_sequence_shows_no_change(model):
     assert not one.compare(other)["changed"].any()
 
 
+@pytest.mark.slow
 def test_the_error_is_the_spread_between_samples_of_the_data(demo):
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(3, demo.cfg.d_vocab, (96, 24), generator=generator)

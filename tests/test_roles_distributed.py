@@ -60,6 +60,7 @@ def same(found, wanted):
     pd.testing.assert_frame_equal(found.frame(), wanted.frame(), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_both_return_the_result_of_one(demo, tmp_path):
     mp.spawn(measure, ((free_port(), free_port()), str(tmp_path)), nprocs=2)
     alone = {
@@ -92,6 +93,7 @@ def check_command(path, folder):
     same(two, one)
 
 
+@pytest.mark.slow
 def test_shards_of_the_command_line_merge_and_a_broken_one_is_left_out(tmp_path, capsys):
     options = ["--sequences", "24", "--context", "24", "--quiet"]
     for i in (1, 2):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError
@@ -52,7 +53,9 @@ def test_a_stack_without_a_counted_row_stays_without_a_role_everywhere(tmp_path)
     assert sl.roles.HeadRoles.load(tmp_path / "roles.st").frame().equals(frame)
 
 
-@pytest.mark.parametrize("name", ["longt5_local", "longt5_global", "t5gemma2", "led", "bart"])
+@pytest.mark.parametrize(
+    "name", everyday(["longt5_local", "longt5_global", "t5gemma2", "led", "bart"], "bart")
+)
 def test_distances_are_told_only_where_rows_and_keys_are_of_one_sequence(name):
     frame = frame_of(zoo.model_of(name), [PAIR])
     odd = frame["stack"] == "cross"

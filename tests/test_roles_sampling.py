@@ -54,6 +54,7 @@ def check_same(first, second):
         assert one[name].tolist() == pytest.approx(other[name].tolist(), rel=2 ** (1 / 16) - 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(order=st.permutations(range(6)), cut=st.integers(1, 5), batch_size=st.integers(1, 4))
 def test_texts_of_many_lengths_merge_to_one_pass_however_they_are_cut(

@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 import zoo
+from everyday import everyday
 from torch.profiler import ProfilerActivity, profile
 
 import sat_lens as sl
@@ -26,7 +27,10 @@ def unembedded(model, module, run):
     return counts
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "native", "bert", "gpt_oss_sink", "t5", "bart"])
+@pytest.mark.parametrize(
+    "name",
+    everyday(["gpt2", "llama", "native", "bert", "gpt_oss_sink", "t5", "bart"], "gpt2", "t5"),
+)
 def test_one_position_is_unembedded_for_all_models(name):
     case = zoo.case(name)
     model, ((tokens,), extra) = case.build(), case.inputs()
@@ -75,6 +79,7 @@ def peak_bytes(run):
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "config", "sizes"),
     [
@@ -98,6 +103,7 @@ def bytes_alive():
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_nothing_is_kept_that_grows_with_the_data(name):
     model, alive = zoo.model_of(name), []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from everyday import everyday
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from transformer_lens.config import TransformerBridgeConfig
@@ -116,6 +117,9 @@ class Boom(Exception):  # noqa: N818 - it stands for an error of anybody's
     pass
 
 
+ERRORS = [Boom(), KeyboardInterrupt(), SystemExit(), GeneratorExit()]
+
+
 def raising(error: BaseException) -> Callable[..., None]:
     def hook_fn(tensor: Tensor, hook: Any = None) -> None:
         raise error
@@ -166,7 +170,7 @@ def test_a_block_without_a_run_leaves_no_trace(model: Any, way: Any) -> None:
 
 
 @ways
-@pytest.mark.parametrize("error", [Boom(), KeyboardInterrupt(), SystemExit(), GeneratorExit()])
+@pytest.mark.parametrize("error", everyday(ERRORS, ERRORS[1]))
 @pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_in", "hook_out"])
 def test_an_exception_in_the_middle_of_a_run_leaves_no_trace(
     model: Any, way: Any, error: BaseException, point: str
@@ -189,7 +193,7 @@ def test_an_exception_inside_the_transform_leaves_no_trace(
 
 
 @ways
-@pytest.mark.parametrize("error", [Boom(), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", everyday(ERRORS[:2], ERRORS[0]))
 def test_an_exception_between_runs_leaves_no_trace(
     model: Any, way: Any, error: BaseException
 ) -> None:
@@ -389,8 +393,10 @@ def generated(model: Any, use_cache: bool) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("heads", [None, "L1H3"])
-@pytest.mark.parametrize("options", [{}, {"scale": 4.0}, {"scale": 0.0}, {"ties": "nearest"}])
+@pytest.mark.parametrize("heads", everyday([None, "L1H3"], None))
+@pytest.mark.parametrize(
+    "options", everyday([{}, {"scale": 4.0}, {"scale": 0.0}, {"ties": "nearest"}], {})
+)
 def test_generation_does_not_depend_on_the_cache(demo: Any, heads: Any, options: Any) -> None:
     with leaves_no_trace(demo), torch.no_grad(), sl.saturate(demo, heads, **options):
         tokens = generated(demo, use_cache=True)
@@ -533,7 +539,9 @@ def test_padding_on_the_left_changes_nothing(demo: Any, c: float) -> None:
     assert torch.allclose(padded[:, 5:], alone, atol=1e-5 * float(alone.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", everyday([torch.bfloat16, torch.float16, torch.float64], torch.bfloat16)
+)
 @pytest.mark.parametrize("scale", [math.inf, 3.0, 0.0])
 def test_a_model_of_another_dtype(dtype: torch.dtype, scale: float) -> None:
     model = sl.load_model("demo", dtype=dtype)

@@ -194,6 +194,7 @@ def test_weight_decay_stops_growth_where_it_should(weight_decay):
     assert run.plot().axes[0].lines
 
 
+@pytest.mark.slow
 def test_norms_end_at_a_threshold_that_rises_with_accuracy():
     runs = [flipped_run(2, share, seed=0, points=300, steps=1024) for share in (0.3, 0.1, 0.0)]
     last = [run.frame().iloc[-1] for run in runs]

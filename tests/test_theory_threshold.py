@@ -41,6 +41,7 @@ def trained():
     return model, tokens
 
 
+@pytest.mark.slow
 def test_the_least_loss_on_the_ray_moves_with_the_norm(trained):
     model, tokens = trained
     here = least_on_ray(model, tokens)
@@ -121,6 +122,7 @@ def test_verdicts_on_a_language_model_follow_their_rule(norms, thresholds, expec
     assert [claim.verdict for claim in natural_claims(table)] == [expected]
 
 
+@pytest.mark.slow
 def test_a_small_reproduction_names_its_numbers(monkeypatch):
     monkeypatch.setattr(threshold, "_RAY", [-0.2, -0.1, 0.0, 0.1, 0.2])
     plan = Plan(

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from everyday import further
 from torch import nn
 
 from sat_lens.errors import ArgumentError, DataError, UnsupportedModelError
@@ -53,7 +54,7 @@ def native():
 
 @pytest.mark.parametrize(
     "build",
-    [hf_model, lambda: hf_model(NEOX), native],
+    [hf_model, further(lambda: hf_model(NEOX)), further(native)],
     ids=["llama", "neox", "transformer_lens"],
 )
 def test_training_is_the_same_bit_for_bit(build):
@@ -137,6 +138,7 @@ def test_a_trainer_takes_it_as_a_callback(tmp_path):
         _ = tracker.nothing
 
 
+@pytest.mark.slow
 def test_a_loop_without_callbacks_is_followed_by_its_optimiser():
     from transformer_lens.tools.training import TrainConfig
     from transformer_lens.tools.training import train as train_lens

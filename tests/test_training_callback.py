@@ -63,6 +63,7 @@ def test_it_is_added_to_a_trainer_that_is_there(tmp_path):
     assert tracked.pop_callback(SaturationTracker) is tracker
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_goes_on_in_its_log(tmp_path):
     path = tmp_path / "log.jsonl"
     trainer(tmp_path / "run", 6, [tracker_of(path)]).train()
@@ -142,6 +143,7 @@ def test_a_model_with_adapters_is_measured_with_them():
         SaturationTracker(data=tokens).step(PeftModel(model, learned_prompts=True), 0)
 
 
+@pytest.mark.slow
 def test_wrappers_change_no_number():
     tokens = tiny.tokens(length=12)
     model = tiny.hf_model("LlamaForCausalLM", transformers.LlamaConfig(**tiny.SIZE), "sdpa")

@@ -31,6 +31,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_readable_log_that_can_be_continued(tmp_path):
     path = tmp_path / "log.jsonl"
     root = os.path.dirname(os.path.dirname(__file__))

@@ -18,6 +18,7 @@ import tiny
 import torch
 import transformers
 import zoo
+from everyday import everyday
 from report_page import POSITIONS, Table, measured, read, saturated_pattern, soft_pattern
 from text_attacks import ATTACKS
 
@@ -75,7 +76,7 @@ def test_every_pattern_comes_back(name, scale, ties, tmp_path):
     assert sorted(labels) == sorted(data["labels"])
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", everyday(["llama", "t5"], "t5"))
 def test_every_cell_of_the_map_opens_its_own_head(name, tmp_path):
     roles, pair = measured(name)
     page = read(write_report(tmp_path / "r.html", roles=roles, pair=pair))
@@ -143,7 +144,7 @@ def test_nothing_on_the_page_loads_or_carries_a_handler(llama, tmp_path):
             assert attributes["href"].startswith(("#", "data:,"))
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", everyday(ATTACKS, *ATTACKS[::4]))
 def test_texts_are_data_everywhere(attack, llama, harmless, tmp_path):
     roles, pair = llama
     named = dataclasses.replace(roles, provenance=Provenance(attack, attack))
@@ -160,6 +161,7 @@ def test_texts_are_data_everywhere(attack, llama, harmless, tmp_path):
         assert visible(attack) in "".join(page.texts)
 
 
+@pytest.mark.slow
 def test_a_model_of_12_by_12_with_64_tokens_stays_small(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sat_lens as sl
 
-CASES = [pytest.param(case, id=case.name) for case in zoo.CASES]
+CASES = zoo.everyday_cases()
 SCALES = [3.0, math.inf]
 
 

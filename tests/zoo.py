@@ -7,8 +7,10 @@ stack by stack, the level, and the layers that have attention.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import towers
 import transformers
 from tiny import (
@@ -464,6 +466,35 @@ CASES = [
     ),
     *towers.CASES,
 ]
+
+
+# One case of each kind; `make test` runs these, `make test-all` the others too.
+EVERYDAY = {
+    *("gpt2", "llama", "native"),  # decoders: plain, with shared keys, TransformerLens's own
+    *("opt", "gpt_oss_sink", "deepseek_v4"),  # computed elsewhere, with a sink, with keys of blocks
+    *("qwen3_next", "jamba", "zamba2", "hrm_text"),  # hybrid at each level, shared block, loops
+    *("bert", "vit", "wav2vec2"),  # encoders of text, images and sound
+    *("t5", "t5gemma", "led"),  # encoder-decoders: one level, two levels, windows
+    *("llava", "qwen2_5_vl"),  # towers: one softmax a layer, one for each window
+}
+
+
+def everyday_cases(chosen: Callable[[Case], bool] = lambda case: True) -> list[Any]:
+    """All cases as parameters, marked slow but for one of each kind."""
+    return [
+        pytest.param(
+            found, id=found.name, marks=[] if found.name in EVERYDAY else [pytest.mark.slow]
+        )
+        for found in CASES
+        if chosen(found)
+    ]
+
+
+def everyday_names(chosen: Callable[[Case], bool]) -> list[Any]:
+    """The same by name."""
+    return [
+        pytest.param(found.values[0].name, marks=found.marks) for found in everyday_cases(chosen)
+    ]
 
 
 @functools.cache
