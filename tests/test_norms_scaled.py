@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from everyday import everyday
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -45,9 +44,19 @@ def same(model, before):
     return all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+kinds = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow),
+        pytest.param(NEOX, id="neox"),
+        pytest.param(LLAMA, id="llama", marks=pytest.mark.slow),
+    ],
+)
+
+
 @pytest.mark.parametrize("which", ["all", "attention", "qk", "matrices"])
 @pytest.mark.parametrize("build", [raw, bridge])
-@pytest.mark.parametrize("kind", everyday([GPT2, NEOX, LLAMA], NEOX), ids=["gpt2", "neox", "llama"])
+@kinds
 def test_restored_bit_for_bit_also_after_exceptions(kind, build, which):
     model = build(*kind)
     before = bits(model)
@@ -70,7 +79,7 @@ def test_all_parameters_grow_by_the_factor(c):
 
 
 @pytest.mark.parametrize("build", [raw, bridge])
-@pytest.mark.parametrize("kind", everyday([GPT2, NEOX, LLAMA], NEOX), ids=["gpt2", "neox", "llama"])
+@kinds
 def test_each_weight_grows_once_however_often_it_appears(kind, build):
     model = build(*kind)
     norms = parameter_norms(model).frame("component")["norm"]
@@ -92,7 +101,7 @@ def pair_of_blocks(model):
 
 
 @pytest.mark.parametrize("build", [raw, bridge])
-@pytest.mark.parametrize("kind", everyday([GPT2, NEOX, LLAMA], NEOX), ids=["gpt2", "neox", "llama"])
+@kinds
 def test_blocks_that_end_in_another_order_leave_the_originals(kind, build):
     model = build(*kind)
     before = bits(model)
