@@ -79,11 +79,11 @@ test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
 	$(BIN)/python -m pytest -q -m notebook
 
 test-browser: $(VENV)/.installed-dev ## Open the report in a real browser (needs Debian's chromium).
-	$(BIN)/python -m pytest -q -m browser tests/browser
+	$(BIN)/python -m pytest -q -m browser --check-types tests/browser
 
 test-kernels: $(VENV)/.installed-dev ## Test the Triton kernel, on a GPU or in Triton's interpreter.
 	@$(PIP) triton
-	$(BIN)/python -m pytest -q -n 2 tests/gpu
+	$(BIN)/python -m pytest -q -n 2 --check-types tests/gpu
 
 # Version 2 comes with a beartype that does not know all that tests/conftest.py asks of it. On
 # version 3 the tests of the newest version run as well, as far as tests/old/differences.py says.

@@ -38,6 +38,7 @@ def test_every_figure_has_its_files_and_its_place_on_the_page(redone):
     assert set(named) <= set(VERDICTS)
 
 
+@pytest.mark.slow
 def test_no_number_is_missing_where_one_was_measured(redone):
     growth = pd.read_csv(redone / "norm-growth.csv")
     assert growth["step"].tolist()[:3] == [0, 1, 2]
@@ -48,6 +49,7 @@ def test_no_number_is_missing_where_one_was_measured(redone):
     assert not fine[["growth", "loss", "lean"]].isna().any().any()
 
 
+@pytest.mark.slow
 def test_what_balancing_removes_is_the_same_for_every_pair_together(redone):
     table = pd.read_csv(redone / "rescaling.csv")
     assert (table["minimal"] < table["raw"]).all()
@@ -58,6 +60,7 @@ def test_what_balancing_removes_is_the_same_for_every_pair_together(redone):
     assert (table["share_of_model"] < table["share"]).all()
 
 
+@pytest.mark.slow
 def test_the_mask_makes_the_heads_that_average(redone):
     heads = pd.read_csv(redone / "heads.csv").set_index(["trained_with", "masked_by"])
     multiplied = heads.loc[("multiplied", "own mask")]
