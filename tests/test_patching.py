@@ -205,7 +205,7 @@ def test_several_stacks_come_apart() -> None:
     sweep = sweep_heads(model, batch, difference, positions=[-1, 0], **QUIET)
     assert set(sweep.values) == {"encoder", "decoder", "cross"}
     assert sweep.values["cross"].shape == (2, 4, 2)
-    assert sweep.checks.route == "generic"
+    assert sweep.checks.route == "replay"
     each = sweep_heads(
         model, batch, difference, heads=["encoder.L1H0", "cross.L0H0"], positions="each", **QUIET
     )

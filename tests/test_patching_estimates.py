@@ -17,7 +17,7 @@ from zoo import model_of
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.patching import SaturableHeads, saturable_heads, sweep_heads
-from sat_lens.patching.exact import TOLERANCE
+from sat_lens.patching.engine import TOLERANCE
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -80,12 +80,12 @@ def test_other_layouts_take_the_generic_route(name: str) -> None:
 
 
 def test_a_route_that_errs_is_given_up(deep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sat_lens.patching.replay import Replay
+    from sat_lens.patching.engine import Engine
 
     right = sweep_heads(deep, tokens(), last(), **QUIET)
-    replayed = Replay.logits
+    replayed = Engine.logits
     monkeypatch.setattr(
-        Replay, "logits", lambda self, streams: [x + 1e-2 * x for x in replayed(self, streams)]
+        Engine, "logits", lambda self, entries: [x + 1e-2 * x for x in replayed(self, entries)]
     )
     wrong = sweep_heads(deep, tokens(), last(), **QUIET)
     assert wrong.checks.route == "generic"
@@ -96,16 +96,16 @@ def test_a_route_that_errs_is_given_up_though_the_metric_is_small(
     deep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were only values compared, a metric below the tolerance would let any route pass."""
-    from sat_lens.patching.replay import Replay
+    from sat_lens.patching.engine import Engine
 
     def small(logits: torch.Tensor) -> torch.Tensor:
         return 1e-7 * last()(logits)
 
     right = sweep_heads(deep, tokens(), small, **QUIET)
     assert right.checks.route == "replay"
-    replayed = Replay.logits
+    replayed = Engine.logits
     monkeypatch.setattr(
-        Replay, "logits", lambda self, streams: [x.flip(-1) for x in replayed(self, streams)]
+        Engine, "logits", lambda self, entries: [x.flip(-1) for x in replayed(self, entries)]
     )
     wrong = sweep_heads(deep, tokens(), small, **QUIET)
     assert wrong.checks.route == "generic"
@@ -123,20 +123,17 @@ def test_an_error_in_a_single_head_is_found_by_the_random_checks(
     deep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof passes through the first head alone; all others go astray."""
-    from sat_lens.patching.replay import Replay
+    from sat_lens.patching.engine import Engine
 
     right = sweep_heads(deep, tokens(), last(), **QUIET)
-    replayed = Replay.streams
+    replayed = Engine.logits
 
-    def astray(self: Any, patches: Any) -> torch.Tensor:
-        streams = replayed(self, patches)
-        for i, (item, _) in enumerate(patches):
-            if item.label != "L0H0":
-                streams[2 * i : 2 * i + 2] *= 1.01
-                streams[2 * i, 0, 0] += 0.5
-        return streams
+    def astray(self: Any, entries: Any) -> list[torch.Tensor]:
+        logits = replayed(self, entries)
+        pairs = zip(entries, logits, strict=True)
+        return [x if entry.item.label == "L0H0" else 1.01 * x for entry, x in pairs]
 
-    monkeypatch.setattr(Replay, "streams", astray)
+    monkeypatch.setattr(Engine, "logits", astray)
     wrong = sweep_heads(deep, tokens(), last(), **QUIET)
     assert wrong.checks.route == "generic"
     torch.testing.assert_close(wrong.values, right.values, atol=1e-5, rtol=0)

@@ -102,13 +102,12 @@ class Prefix:
         """Let blocks give what they gave, where they are called with equal inputs."""
         self.replayed = []
         modules = [(self._blocks[path], path, call) for path, call in self._calls]
-        try:
-            for place, (block, path, call) in enumerate(modules):
-                block.__dict__["forward"] = self._player(block.forward, place, path, call)
+        players = {
+            block: self._player(block.forward, i, path, call)
+            for i, (block, path, call) in enumerate(modules)
+        }
+        with computed_by(players):
             yield
-        finally:
-            for block, _, _ in modules:
-                block.__dict__.pop("forward", None)
 
     def completed(
         self, own: Mapping[str, Tensor], soft: Mapping[str, Tensor]
@@ -151,19 +150,52 @@ class Prefix:
         return play
 
 
+@contextlib.contextmanager
+def computed_by(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let functions stand in the place of modules' own ``forward`` while the block lasts."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
+
+
+def block_path(path: str) -> str:
+    """Return the path of the block that an attention module belongs to."""
+    return path.rpartition(".")[0]
+
+
+def stacked_blocks(model: Any, sites: list[AttentionSite]) -> dict[str, nn.Module]:
+    """Return every block, by path, of the lists of blocks that hold the sites."""
+    stacks = dict.fromkeys(block_path(site.path).rpartition(".")[0] for site in sites)
+    lists = {path: model.get_submodule(path) for path in stacks if path}
+    return {
+        f"{path}.{i}": block
+        for path, blocks in lists.items()
+        if isinstance(blocks, nn.ModuleList)
+        for i, block in enumerate(blocks)
+    }
+
+
 def _blocks_below(
     model: Any, sites: list[AttentionSite], chosen: Selection
 ) -> dict[str, nn.Module]:
-    """Give the first blocks of the model's one stack, up to the first that has a chosen module."""
-    blocks = {site.path: site.path.rpartition(".")[0] for site in sites}
-    stacks = {path.rpartition(".")[0] for path in blocks.values()}
-    stack = stacks.pop()
-    modules = model.get_submodule(stack) if stack and not stacks else None
-    if not isinstance(modules, nn.ModuleList):
+    """Return the first blocks of the model's one stack, up to the first with a chosen module."""
+    blocks = stacked_blocks(model, sites)
+    if (
+        len({path.rpartition(".")[0] for path in (block_path(site.path) for site in sites)}) > 1
+        or not blocks
+    ):
         return {}
-    names = [f"{stack}.{i}" for i in range(len(modules))]
-    first = min(names.index(blocks[path]) for path in chosen)
-    return dict(zip(names[:first], modules, strict=False))
+    names = list(blocks)
+    first = min(names.index(block_path(site.path)) for site in sites if site.path in chosen)
+    return {name: blocks[name] for name in names[:first]}
 
 
 def _is_hooked(model: Any, blocks: Mapping[str, nn.Module]) -> bool:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sat_lens.attention import Transform
+from sat_lens.caching.activations import Activations, Component, hook_point
+from sat_lens.caching.prefix import computed_by, stacked_blocks
 from sat_lens.data import Batch
-from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.patching.activations import Component
+from sat_lens.errors import UnsupportedModelError
 from sat_lens.patching.items import Item
-from sat_lens.patching.readout import Readout
-from sat_lens.patching.recording import BaseRun, recording
-from sat_lens.patching.runs import Setting, everywhere, taking
+from sat_lens.patching.patches import Experiment, everywhere, taking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +25,17 @@ class Baseline:
 
     Attributes:
         value: The metric: a scalar, or one value per prompt.
-        record: What replays of patches into this run start from.
+        record: What patches into this run start from.
         taken: A component of its heads, for patches into other runs.
     """
 
     value: Tensor
-    record: BaseRun | None
+    record: Record | None
     taken: Mapping[str, Tensor]
 
 
 def make_baseline(
-    setting: Setting,
+    experiment: Experiment,
     batch: Batch,
     transform: Transform | None,
     items: list[Item],
@@ -44,58 +43,119 @@ def make_baseline(
     record: bool = False,
     take: Component | None = None,
 ) -> Baseline:
-    """Run the model, with every head transformed or soft for None, and measure it.
+    """Run the model, with every head transformed or soft for None, and read the metric.
 
-    The first run of a setting has the logits of all positions, and shows which can be left out.
+    The first run of an experiment has the logits of all positions, and shows which can be left out.
 
     Raises:
         ArgumentError, NonFiniteError: The metric cannot be read.
     """
-    readout = setting.readout
-    first = not readout.tried
+    readout = experiment.readout
+    blocks = stacked_blocks(experiment.model, experiment.sites) if record else {}
+    kept = Record(blocks)
     seen: list[Tensor] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(everywhere(setting, transform))
-        run = stack.enter_context(recording(setting, items)) if record else None
-        taken = stack.enter_context(taking(setting, items, take)) if take else {}
-        point = getattr(setting.unembed, "hook_in", None)
+        stack.enter_context(everywhere(experiment, transform))
+        stack.enter_context(kept.of_run(experiment, items if blocks else []))
+        taken = stack.enter_context(taking(experiment, items, take)) if take else {}
+        first = not readout.tried
+        point = getattr(experiment.unembed, "hook_in", None)
         if first and isinstance(point, nn.Module):
             handle = point.register_forward_hook(lambda _m, _a, output: seen.append(output))
             stack.callback(handle.remove)
         if not first:
-            stack.enter_context(readout.narrowed(setting.unembed))
-        logits = batch.run(setting.model)
-    if run is not None and isinstance(logits, Tensor):
-        # A suppressed token's logit is enormous and no measure of the others.
-        run.scale = float(logits.detach()[:, -1].abs().median())
+            stack.enter_context(experiment.unembedding_read())
+        logits = batch.run(experiment.model)
     value = readout.value(logits) if first else readout.value_at(logits)
     if first:
-        readout.narrow(logits, seen[0] if len(seen) == 1 else None, setting.unembed)
-    return Baseline(value, run, taken)
+        readout.narrow(logits, seen[0] if len(seen) == 1 else None, experiment.unembed)
+    if isinstance(logits, Tensor):
+        at = readout.positions[-1] if first and readout.positions else -1
+        kept.logits = logits[:, at].clone()
+    return Baseline(value, kept if blocks else None, taken)
 
 
-def check_depends(
-    readout: Readout, soft: Tensor, saturated: Tensor, logits_of: Callable[[], Any]
-) -> None:
-    """Raise an ArgumentError if the metric is the same whatever the logits are.
+@dataclasses.dataclass
+class Record:
+    """What one run of a model left behind, for patches into it.
 
-    It is not if the soft and the saturated run differ in it; otherwise other logits are tried.
+    Attributes:
+        blocks: The model's blocks, by path.
+        order: Their paths, in the order in which they ran.
+        outputs: What each of them returned, by path.
+        beside: By path, what attention modules returned beside the output projection of z; those
+            that return something else are left out.
+        z: By path of the attention module.
+        logits: Of the last position that is read.
     """
-    if not torch.equal(soft, saturated):
-        return
-    logits = logits_of()
-    if not isinstance(logits, Tensor):
-        return
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(logits.shape, generator=generator).to(logits)
-    for other in (logits.flip(-1), -logits, drawn, logits + 5 * drawn):
-        try:
-            if not torch.equal(readout.value(other), soft):
-                return
-        except NonFiniteError:
-            return
-    raise ArgumentError(
-        f"The metric {readout.metric!r} gives {soft.tolist()} for the soft run, the saturated run "
-        "and for arbitrary other logits, so it does not depend on the output. Give a function of "
-        "the logits."
-    )
+
+    blocks: dict[str, nn.Module]
+    order: list[str] = dataclasses.field(default_factory=list)
+    outputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    beside: dict[str, tuple[Any, ...] | None] = dataclasses.field(default_factory=dict)
+    z: Activations = dataclasses.field(default_factory=dict)
+    logits: Tensor | None = None
+
+    @contextlib.contextmanager
+    def of_run(self, experiment: Experiment, items: Sequence[Item]) -> Iterator[None]:
+        """Record a run that is made in the block."""
+        with contextlib.ExitStack() as stack:
+            for path, block in self.blocks.items():
+                stack.enter_context(computed_by({block: self._block(path, block.forward)}))
+            for site in experiment.sites_of(items):
+                module = experiment.model.get_submodule(site.path)
+                projection = getattr(module, "o", None)
+                if isinstance(projection, nn.Module):
+                    stack.enter_context(self._attention(site.path, module, projection))
+                with contextlib.suppress(UnsupportedModelError):
+                    point = hook_point(experiment.model, site, "z")
+                    stack.callback(point.register_forward_hook(self._z(site.path)).remove)
+            yield
+
+    def _block(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.outputs[path] = forward(*args, **kwargs)
+            self.order.append(path)
+            return self.outputs[path]
+
+        return run
+
+    def _attention(
+        self, path: str, module: nn.Module, projection: nn.Module
+    ) -> contextlib.AbstractContextManager[None]:
+        forward, project = module.forward, projection.forward
+        projected: list[Any] = []
+
+        def run_projection(*args: Any, **kwargs: Any) -> Any:
+            projected[:] = [project(*args, **kwargs)]
+            return projected[0]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            if projected and _equal(first, projected[0]):
+                kept = tuple(None if _is_pattern(part) else part for part in rest)
+                self.beside[path] = kept if isinstance(output, tuple) else None
+            projected.clear()
+            return output
+
+        return computed_by({module: run, projection: run_projection})
+
+    def _z(self, path: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self.z[path] = output.detach()
+
+        return keep
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return False
+    return first.shape == second.shape and bool(torch.equal(first, second))
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether this is an attention pattern, which is large, and which no block reads."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return False
+    return bool(((value.sum(-1) - 1).abs() < 0.01).all())

@@ -11,108 +11,117 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sat_lens.caching.activations import Activations, captured, of_heads, replaced
 from sat_lens.errors import ArgumentError
-from sat_lens.patching.activations import Activations, captured, of_heads, replacing
-from sat_lens.patching.exact import Measured, Task, measure
-from sat_lens.patching.items import Item
-from sat_lens.patching.recording import BaseRun
+from sat_lens.patching.baselines import Baseline
+from sat_lens.patching.engine import Evaluated, Work, evaluate
+from sat_lens.patching.items import Entry, Item
+from sat_lens.patching.patches import Experiment, Local, Patch, everywhere, local_activations
 from sat_lens.patching.result import Checks
-from sat_lens.patching.runs import Local, Patch, Setting, everywhere, local_activations
+
+Method = Literal["exact", "attribution", "screen"]
 
 # How many heads beyond the confirmed ones are computed to estimate the recall, as a share of them.
 RECALL_SHARE = 0.5
 LEAST_RECALL_SAMPLE = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Screened:
-    """A screen's values, which of its items are exact, and how well the estimate chose."""
-
-    measured: Measured
-    confirmed: Tensor
-    checks: Checks
-
-
-def estimate(
-    setting: Setting, patch: Patch, tasks: list[Task], base: Tensor, values: Tensor
-) -> None:
-    """Estimate all tasks from two forward passes and one backward pass, into ``values``.
+def values_of(
+    work: Work,
+    patch: Patch,
+    base: Baseline,
+    name: str,
+    method: Method,
+    confirm: float,
+    like: Evaluated | None = None,
+) -> Evaluated:
+    """Fill the table of one patch: exactly, by estimates, or by both.
 
     Args:
-        setting: The model and the metric.
+        work: What is wanted.
         patch: What is patched into what.
-        tasks: What is wanted.
-        base: The metric of the run that is patched.
-        values: Where the estimates go: ``base`` plus the estimated effect.
+        base: The run that is patched.
+        name: What the progress bar shows.
+        method: Exact values, estimates, or a screen.
+        confirm: The share of items that a screen confirms.
+        like: Another screen, whose items are confirmed here too.
+    """
+    if method == "exact":
+        return evaluate(work, patch, base.record, name)
+    estimates = estimate(work, patch, base.value)
+    if method == "attribution":
+        unconfirmed = torch.zeros(len(estimates), dtype=torch.bool)
+        return Evaluated(estimates, unconfirmed, Checks("estimate"))
+    if like is not None:
+        confirmed = set(like.confirmed.nonzero().flatten().tolist())
+        return _mixed(evaluate(work.of_items(confirmed), patch, base.record, name), estimates)
+    return screen(work, patch, base, estimates, confirm)
+
+
+def estimate(work: Work, patch: Patch, base: Tensor) -> Tensor:
+    """Estimate all entries from two forward passes and one backward pass.
+
+    Args:
+        work: What is wanted.
+        patch: What is patched into what.
+        base: The metric of the run that is patched; estimates are this plus an effect.
 
     Raises:
         ArgumentError: The metric has no gradient.
     """
-    items = list({task.item.label: task.item for task in tasks}.values())
-    base_z, gradients = _gradients(setting, patch, items)
+    experiment, values = work.experiment, work.empty()
+    items = list({entry.item.label: entry.item for entry in work.entries}.values())
+    base_z, gradients = _gradients(experiment, patch, items)
     with torch.no_grad():
         if isinstance(patch.source, Local):
-            new_z = local_activations(setting, patch, items, base_z)
+            new_z = local_activations(experiment, patch, items, base_z)
         else:
             new_z = dict(patch.source.activations)
         effects = {
             site.path: _products(new_z, base_z, gradients, site.path, site.n_heads)
-            for site in setting.sites_of(items)
+            for site in experiment.sites_of(items)
         }
-        for task in tasks:
-            values[task.index] = base + _effect(effects, task, setting.readout.per_prompt)
+        for entry in work.entries:
+            values[entry.index] = base + _effect(effects, entry, experiment.readout.per_prompt)
+    return values
 
 
 def screen(
-    setting: Setting,
-    patch: Patch,
-    tasks: list[Task],
-    estimates: Tensor,
-    base: Tensor,
-    *,
-    confirm: float,
-    run: BaseRun | None,
-    seed: int,
-    progress: bool,
-) -> Screened:
+    work: Work, patch: Patch, base: Baseline, estimates: Tensor, confirm: float
+) -> Evaluated:
     """Compute the items of largest estimated effect exactly, and some others, to tell the recall.
 
     Args:
-        setting: The model and the metric.
+        work: What is wanted.
         patch: What is patched into what.
-        tasks: What is wanted.
+        base: The run that is patched.
         estimates: The values by :func:`estimate`.
-        base: The metric of the run that is patched.
         confirm: The share of items to be confirmed.
-        run: A record of the run that is patched, if the fast route may be used.
-        seed: Seed of the sample that the recall is estimated from.
-        progress: Whether to show a progress bar.
     """
-    n_items = estimates.shape[0]
-    n_picked = max(round(confirm * n_items), 1)
-    order = _size(estimates, base).argsort(descending=True, stable=True).tolist()
+    n_picked = max(round(confirm * len(estimates)), 1)
+    order = _size(estimates, base.value).argsort(descending=True, stable=True).tolist()
     picked, rest = order[:n_picked], order[n_picked:]
     n_drawn = min(max(round(RECALL_SHARE * n_picked), LEAST_RECALL_SAMPLE), len(rest))
-    drawn = random.Random(seed).sample(rest, n_drawn)
-    wanted = {*picked, *drawn}
-    values = torch.full_like(estimates, float("nan"))
-    chosen = [task for task in tasks if task.index[0] in wanted]
-    measured = measure(
-        setting, patch, chosen, values, run=run, progress=progress, name="screen", seed=seed
-    )
-    confirmed = ~values.reshape(n_items, -1).isnan().all(1)
-    checks = Checks(measured.route, measured.n_checked, measured.max_error)
-    if measured.complete:
-        size = _size(values, base)
+    drawn = random.Random(work.seed).sample(rest, n_drawn)
+    exact = evaluate(work.of_items({*picked, *drawn}), patch, base.record, "screen")
+    if exact.complete:
+        size = _size(exact.values, base.value)
         recall = _recall(size[picked], size[drawn], len(rest), n_top=max(n_picked // 2, 1))
-        checks = dataclasses.replace(checks, recall=recall, recall_sample=n_drawn)
-    mixed = values.where(confirmed.view(-1, *[1] * (values.dim() - 1)), estimates)
-    return Screened(dataclasses.replace(measured, values=mixed), confirmed, checks)
+        checks = dataclasses.replace(exact.checks, recall=recall, recall_sample=n_drawn)
+        exact = dataclasses.replace(exact, checks=checks)
+    return _mixed(exact, estimates)
+
+
+def _mixed(exact: Evaluated, estimates: Tensor) -> Evaluated:
+    """Exact values where there are some, estimates elsewhere."""
+    confirmed = exact.confirmed.view(-1, *[1] * (estimates.dim() - 1))
+    return dataclasses.replace(exact, values=exact.values.where(confirmed, estimates))
 
 
 def _recall(picked: Tensor, drawn: Tensor, n_rest: int, n_top: int) -> float:
@@ -138,29 +147,29 @@ def _size(values: Tensor, base: Tensor) -> Float[Tensor, " item"]:
 
 
 def _gradients(
-    setting: Setting, patch: Patch, items: list[Item]
+    experiment: Experiment, patch: Patch, items: list[Item]
 ) -> tuple[Activations, dict[str, Tensor]]:
     """Run the base, and give z and the gradient of the metric at z, by path."""
-    sites = setting.sites_of(items)
+    sites = experiment.sites_of(items)
     added: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(everywhere(setting, patch.base))
-        found = stack.enter_context(captured(setting.model, sites, "z"))
+        stack.enter_context(everywhere(experiment, patch.base))
+        found = stack.enter_context(captured(experiment.model, sites, "z"))
         for site in sites:
 
             def edit(z: Tensor, path: str = site.path) -> Tensor:
                 added[path] = torch.zeros_like(z, requires_grad=True)
                 return z + added[path]
 
-            stack.enter_context(replacing(setting.model, site, "z", edit))
-        stack.enter_context(setting.readout.narrowed(setting.unembed))
-        logits = patch.batch.run(setting.model)
-        value = setting.readout.raw_at(logits)
+            stack.enter_context(replaced(experiment.model, site, "z", edit))
+        stack.enter_context(experiment.unembedding_read())
+        logits = patch.batch.run(experiment.model)
+        value = experiment.readout.raw_at(logits)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise ArgumentError(
-                f"An estimate needs a metric with a gradient, and {setting.readout.metric!r} has "
-                'none. Use method="exact".'
+                "An estimate needs a metric with a gradient, and there is none through "
+                f'{experiment.readout.metric!r}. Use method="exact".'
             )
         paths = list(added)
         # Prompts do not meet in the model, so the gradient of their sum keeps them apart.
@@ -181,10 +190,10 @@ def _products(
     return of_heads(product, n_heads).sum(-1).float().cpu()
 
 
-def _effect(effects: dict[str, Tensor], task: Task, per_prompt: bool) -> Tensor:
-    parts = [effects[path][:, :, heads].sum(-1) for path, heads in task.item.selection.items()]
+def _effect(effects: dict[str, Tensor], entry: Entry, per_prompt: bool) -> Tensor:
+    parts = [effects[path][:, :, heads].sum(-1) for path, heads in entry.item.selection.items()]
     by_prompt = sum(
-        (part.sum(1) if task.position is None else part[:, task.position] for part in parts),
+        (part.sum(1) if entry.position is None else part[:, entry.position] for part in parts),
         start=torch.zeros(len(parts[0])),
     )
     return by_prompt if per_prompt else by_prompt.sum()

@@ -71,6 +71,58 @@ def read_items(sites: list[AttentionSite], heads: Heads | Groups) -> list[Item]:
     return items
 
 
+# An item and the position at which it is patched; None is all positions.
+Spot = tuple[Item, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One value of a sweep: of an item at one query position, or at all for None.
+
+    ``index`` is the place of the value in a table: (item,) or (item, position).
+    """
+
+    item: Item
+    position: int | None
+    index: tuple[int, ...]
+
+    @property
+    def spot(self) -> Spot:
+        """What is patched, and where."""
+        return self.item, self.position
+
+
+def entries_of(
+    items: list[Item], positions: Positions, lengths: Mapping[str, int]
+) -> tuple[list[Entry], tuple[int, ...]]:
+    """List what is to be computed, and the shape of its table: (items,) or (items, positions).
+
+    Args:
+        items: The heads or groups.
+        positions: At which positions, each by itself; None is all at once.
+        lengths: How many positions each attention module has, by path.
+
+    Raises:
+        ArgumentError: A position lies outside, or a group's modules differ in length.
+    """
+    if positions is None:
+        return [Entry(item, None, (i,)) for i, item in enumerate(items)], (len(items),)
+    entries: list[Entry] = []
+    n_positions = 0
+    for i, item in enumerate(items):
+        found = {lengths[path] for path in item.selection}
+        if len(found) > 1:
+            raise ArgumentError(
+                f"The heads of {item.label} sit in sequences of {min(found)} to {max(found)} "
+                "positions, so that a position means another token in each. Use positions=None, or "
+                "groups within one stack."
+            )
+        resolved = resolve_positions(positions, found.pop())
+        n_positions = max(n_positions, len(resolved))
+        entries += [Entry(item, position, (i, j)) for j, position in enumerate(resolved)]
+    return entries, (len(items), n_positions)
+
+
 def check_positions(positions: Positions) -> None:
     """Raise an ArgumentError unless ``positions`` is None, "each" or a sequence of integers."""
     if positions is None or (isinstance(positions, str) and positions == "each"):

@@ -6,16 +6,15 @@ there; it has been tried before on logits whose other positions were hidden.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sat_lens.data import Batch
-from sat_lens.errors import ArgumentError
+from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.metrics import Metric, call_metric, positions_read, read_metric
 
 
@@ -92,24 +91,6 @@ class Readout:
         ):
             self.positions = positions
 
-    @contextlib.contextmanager
-    def narrowed(self, unembed: nn.Module | None) -> Iterator[None]:
-        """Let the model's own forward compute logits at ``positions`` alone."""
-        point = getattr(unembed, "hook_in", None)
-        if self.positions is None or not isinstance(point, nn.Module):
-            yield
-            return
-        at = self.positions
-
-        def keep_read(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return output[:, at]
-
-        handle = point.register_forward_hook(keep_read)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def _as_whole(self, logits: Any) -> Any:
         """Let logits of the read positions look like logits of all."""
         if self.positions is None:
@@ -138,6 +119,33 @@ def check_not_padding(positions: list[int] | None, batch: Batch) -> None:
             "prompts of equal length, pad on the left (a dict of input and attention_mask), or "
             "read each prompt at its own last token."
         )
+
+
+def check_depends(
+    readout: Readout, soft: Tensor, saturated: Tensor, logits_of: Callable[[], Any]
+) -> None:
+    """Raise an ArgumentError if the metric is the same whatever the logits are.
+
+    It is not if the soft and the saturated run differ in it; otherwise other logits are tried.
+    """
+    if not torch.equal(soft, saturated):
+        return
+    logits = logits_of()
+    if not isinstance(logits, Tensor):
+        return
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(logits.shape, generator=generator).to(logits)
+    for other in (logits.flip(-1), -logits, drawn, logits + 5 * drawn):
+        try:
+            if not torch.equal(readout.value(other), soft):
+                return
+        except NonFiniteError:
+            return
+    raise ArgumentError(
+        f"The metric {readout.metric!r} gives {soft.tolist()} for the soft run, the saturated run "
+        "and for arbitrary other logits, so it does not depend on the output. Give a function of "
+        "the logits."
+    )
 
 
 def _agree(first: Any, second: Any) -> bool:

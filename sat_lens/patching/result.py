@@ -91,7 +91,7 @@ class HeadSweep(Result, kind="head sweep"):
     corrupted: Mapping[str, Any] | None = None
     corrupted_soft: Tensor | None = None
     corruption_values: Tensor | None = None
-    checks: Checks = Checks()
+    checks: Checks = dataclasses.field(default_factory=Checks)
     complete: bool = True
 
     @property

@@ -31,12 +31,11 @@ from sat_lens.patching.arguments import (
     provenance_of,
     read_batch,
 )
-from sat_lens.patching.baselines import check_depends, make_baseline
-from sat_lens.patching.exact import empty_values, measure, tasks_of
-from sat_lens.patching.items import Item, read_items
-from sat_lens.patching.readout import Readout, check_not_padding
-from sat_lens.patching.recording import BaseRun
-from sat_lens.patching.runs import Local, Patch, Setting, patched_logits
+from sat_lens.patching.baselines import Record, make_baseline
+from sat_lens.patching.engine import Work, evaluate
+from sat_lens.patching.items import Item, entries_of, read_items
+from sat_lens.patching.patches import Experiment, Local, Patch, patched_logits
+from sat_lens.patching.readout import Readout, check_depends, check_not_padding
 from sat_lens.patching.saturable import SaturableHeads
 from sat_lens.patching.state import SearchState
 from sat_lens.sites import Heads, attention_sites
@@ -103,14 +102,14 @@ def saturable_heads(
     if items[0].is_group:
         raise ArgumentError("saturable_heads chooses among single heads; groups were given.")
     batch = read_batch(model, inputs, "inputs")
-    setting = Setting(model, sites, Readout(metric, False, batch.size))
+    experiment = Experiment(model, sites, Readout(metric, False, batch.size))
     new = Limit() if transform is None else transform
     noising = direction == "noising"
     with torch.no_grad():
-        soft = make_baseline(setting, batch, None, items, record=noising)
-        saturated = make_baseline(setting, batch, new, items, record=not noising)
-        check_not_padding(setting.readout.named, batch)
-        check_depends(setting.readout, soft.value, saturated.value, lambda: batch.run(model))
+        soft = make_baseline(experiment, batch, None, items, record=noising)
+        saturated = make_baseline(experiment, batch, new, items, record=not noising)
+        check_not_padding(experiment.readout.named, batch)
+        check_depends(experiment.readout, soft.value, saturated.value, lambda: batch.run(model))
     asked = {
         "model": model_name(model),
         "direction": direction,
@@ -122,7 +121,7 @@ def saturable_heads(
     }
     kept = SearchState.open(state, asked)
     patch = Patch(batch, None, Local(new)) if noising else Patch(batch, new, Local(None))
-    search = _Search(setting, patch, items, float(soft.value), tolerance, candidates, kept)
+    search = _Search(experiment, patch, items, float(soft.value), tolerance, candidates, kept)
     try:
         if not kept.known:
             base = soft if noising else saturated
@@ -150,7 +149,7 @@ def saturable_heads(
 class _Search:
     """A search under way; what it has found is in its state."""
 
-    setting: Setting
+    experiment: Experiment
     patch: Patch
     items: Sequence[Item]
     soft: float
@@ -158,22 +157,14 @@ class _Search:
     candidates: int | None
     state: SearchState
 
-    def try_single(self, record: BaseRun | None, progress: bool) -> None:
+    def try_single(self, record: Record | None, progress: bool) -> None:
         """Measure every head by itself."""
-        tasks, _ = tasks_of([*self.items], None, {})
-        values = empty_values(self.setting, len(self.items), None)
-        done = measure(
-            self.setting,
-            self.patch,
-            tasks,
-            values,
-            run=record,
-            progress=progress,
-            name="single heads",
-        )
+        entries, shape = entries_of([*self.items], None, {})
+        work = Work(self.experiment, entries, shape, progress=progress)
+        done = evaluate(work, self.patch, record, "single heads")
         if not done.complete:
             raise KeyboardInterrupt
-        for item, value in zip(self.items, values.tolist(), strict=True):
+        for item, value in zip(self.items, done.values.tolist(), strict=True):
             self.state.known[item.label] = value
 
     def go_on(self, noising: bool, full_curve: bool, progress: bool) -> None:
@@ -229,8 +220,8 @@ class _Search:
             for path, heads in item.selection.items():
                 selection[path] = sorted([*selection.get(path, []), *heads])
         together = Item("set", tuple(item.label for item in items), selection)
-        logits = patched_logits(self.setting, self.patch, together, None)
-        value: Tensor = self.setting.readout.value_at(logits)
+        (logits,) = patched_logits(self.experiment, self.patch, [(together, None)])
+        value: Tensor = self.experiment.readout.value_at(logits)
         return float(value)
 
     def _distance(self, value: float) -> float:

@@ -18,7 +18,7 @@ When not to use it: to change many heads at once and look at the activations, fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
 from sat_lens.attention import Limit, RandomKey, Transform
-from sat_lens.data import Data
+from sat_lens.caching.activations import COMPONENTS, Component
+from sat_lens.data import Batch, Data
 from sat_lens.metrics import Metric
-from sat_lens.patching.activations import COMPONENTS, Component
 from sat_lens.patching.arguments import (
     check_combination,
     check_draws,
@@ -40,14 +40,20 @@ from sat_lens.patching.arguments import (
     read_batch,
     shapes_of,
 )
-from sat_lens.patching.baselines import check_depends, make_baseline
-from sat_lens.patching.exact import Measured, tasks_of
-from sat_lens.patching.items import Groups, Positions, check_positions, read_items
-from sat_lens.patching.lengths import lengths_of
-from sat_lens.patching.methods import Job, Method
-from sat_lens.patching.readout import Readout, check_not_padding
+from sat_lens.patching.baselines import Baseline, make_baseline
+from sat_lens.patching.engine import Evaluated, Work
+from sat_lens.patching.estimates import Method, values_of
+from sat_lens.patching.items import Groups, Positions, check_positions, entries_of, read_items
+from sat_lens.patching.patches import (
+    Experiment,
+    FromRun,
+    Local,
+    Patch,
+    activations_of,
+    sequence_lengths,
+)
+from sat_lens.patching.readout import Readout, check_depends, check_not_padding
 from sat_lens.patching.result import HeadSweep
-from sat_lens.patching.runs import FromRun, Local, Patch, Setting, activations_of
 from sat_lens.sites import Heads, attention_sites
 
 Direction = Literal["noising", "denoising"]
@@ -142,73 +148,60 @@ def sweep_heads(
     check_draws(controls, seed)
     check_positions(positions)
     require_lens_model(model, "sweep_heads")
+    new = Limit() if transform is None else transform
+    noising, from_run = direction == "noising", source == "run"
+    n_draws = controls if baseline == "random" else 0
+
+    # 1. Read what is swept over.
     sites = attention_sites(model)
     check_evaluation_mode(sites)
     items = read_items(sites, heads)
     batch = read_batch(model, inputs, "inputs")
     other = None if corrupted is None else read_batch(model, corrupted, "corrupted")
     check_same_shape(batch, other)
-    setting = Setting(model, sites, Readout(metric, reduce is None, batch.size))
-    new = Limit() if transform is None else transform
-    noising = direction == "noising"
-    taken = component if source == "run" else None
-    random_keys = [RandomKey(seed + i) for i in range(controls if baseline == "random" else 0)]
+    experiment = Experiment(model, sites, Readout(metric, reduce is None, batch.size))
 
     with torch.no_grad():
-        soft, saturated = (
-            make_baseline(
-                setting,
-                batch,
-                attention,
-                items,
-                record=fast and noising == (attention is None),
-                take=taken if noising == (attention is new) else None,
-            )
-            for attention in (None, new)
-        )
-        check_not_padding(setting.readout.named, batch)
-        check_depends(setting.readout, soft.value, saturated.value, lambda: batch.run(model))
-        base, source_run = (soft, saturated) if noising else (saturated, soft)
-        lengths = (
-            {}
-            if positions is None
-            else lengths_of(setting, batch, items, component, source_run.taken)
-        )
-        tasks, n_positions = tasks_of(items, positions, lengths)
-        job = Job(setting, tasks, len(items), n_positions, method, confirm, seed, progress)
+        # 2. Run the model without a patch: record the run that is patched, take from the other.
+        def unpatched(batch: Batch, attention: Transform | None, is_patched: bool) -> Baseline:
+            take = component if from_run and not is_patched else None
+            record = fast and is_patched
+            return make_baseline(experiment, batch, attention, items, record=record, take=take)
 
-        def patched(put_in: Transform | None, activations: Mapping[str, Tensor]) -> Patch:
-            filling = FromRun(component, activations) if taken else Local(put_in)
-            return Patch(batch, None if noising else new, filling)
+        soft = unpatched(batch, None, noising)
+        saturated = unpatched(batch, new, not noising)
+        base, giving = (soft, saturated) if noising else (saturated, soft)
+        check_not_padding(experiment.readout.named, batch)
+        check_depends(experiment.readout, soft.value, saturated.value, lambda: batch.run(model))
+        other_soft = None if other is None else unpatched(other, None, not noising)
 
-        patch = patched(new if noising else None, source_run.taken)
-        main = job.run(patch, base.value, base.record, f"sweep, {direction}")
-        draws: list[Tensor] = []
-        corrupted_soft = corruption = None
-        try:
-            _go_on_if(main.measured)
-            for i, keys in enumerate(random_keys):
-                patch = patched(
-                    keys, activations_of(setting, batch, keys, taken, items) if taken else {}
-                )
-                name = f"random keys, {i + 1} of {controls}"
-                control = job.run(patch, base.value, base.record, name, main).measured
-                draws.append(control.values)
-                _go_on_if(control)
-            if other is not None:
-                corrupted_run = make_baseline(
-                    setting, other, None, items, record=fast and not noising
-                )
-                corrupted_soft = corrupted_run.value
-                base, into, of = (soft, batch, other) if noising else (corrupted_run, other, batch)
-                activations = activations_of(setting, of, None, component, items)
-                patch = Patch(into, None, FromRun(component, activations))
-                axis = job.run(patch, base.value, base.record, "corruption", main).measured
-                corruption = axis.values
-                _go_on_if(axis)
-            complete = True
-        except KeyboardInterrupt:
-            complete = False
+        # 3. List the patches: the sweep itself, then what it is compared with.
+        def patch_of(put_in: Transform | None, taken: Mapping[str, Tensor]) -> Patch:
+            from_where = FromRun(component, taken) if from_run else Local(put_in)
+            return Patch(batch, None if noising else new, from_where)
+
+        def patches() -> Iterator[tuple[str, Patch, Baseline]]:
+            yield f"sweep, {direction}", patch_of(new if noising else None, giving.taken), base
+            for i in range(n_draws):
+                keys, taken = RandomKey(seed + i), {}
+                if from_run:
+                    taken = activations_of(experiment, batch, keys, component, items)
+                yield f"random keys, {i + 1} of {controls}", patch_of(keys, taken), base
+            if other is not None and other_soft is not None:
+                into, of = (batch, other) if noising else (other, batch)
+                taken = activations_of(experiment, of, None, component, items)
+                run = soft if noising else other_soft
+                yield "corruption", Patch(into, None, FromRun(component, taken)), run
+
+        # 4. Compute every value of every patch.
+        taken = FromRun(component, giving.taken) if from_run else None
+        lengths = {} if positions is None else sequence_lengths(experiment, batch, items, taken)
+        entries, shape = entries_of(items, positions, lengths)
+        work = Work(experiment, entries, shape, seed, progress)
+        tables, complete = _computed(work, patches(), method, confirm)
+
+    # 5. Lay them out.
+    draws = [table.values for table in tables[1 : 1 + n_draws]]
     return HeadSweep(
         provenance=provenance_of(model, new),
         arguments={
@@ -230,26 +223,38 @@ def sweep_heads(
         corrupted=None if other is None else {"input": other.inputs, **other.kwargs},
         items=tuple(items),
         shapes=shapes_of(sites),
-        positions=_shown_positions(positions, n_positions),
+        positions=_shown_positions(positions, shape),
         soft=soft.value,
         saturated=saturated.value,
-        item_values=main.measured.values,
-        confirmed=main.confirmed,
+        item_values=tables[0].values,
+        confirmed=tables[0].confirmed,
         random_values=torch.stack(draws) if draws else None,
-        corrupted_soft=corrupted_soft,
-        corruption_values=corruption,
-        checks=main.checks,
+        corrupted_soft=None if other_soft is None else other_soft.value,
+        corruption_values=tables[-1].values if len(tables) > 1 + n_draws else None,
+        checks=tables[0].checks,
         complete=complete,
     )
 
 
-def _go_on_if(measured: Measured) -> None:
-    """Pass on an interrupt that measuring has caught, to keep what was done."""
-    if not measured.complete:
-        raise KeyboardInterrupt
+def _computed(
+    work: Work, patches: Iterator[tuple[str, Patch, Baseline]], method: Method, confirm: float
+) -> tuple[list[Evaluated], bool]:
+    """Compute the tables of all patches; an interrupt keeps what is done."""
+    tables: list[Evaluated] = []
+    try:
+        for name, patch, base in patches:
+            like = tables[0] if tables else None
+            tables.append(values_of(work, patch, base, name, method, confirm, like))
+            if not tables[-1].complete:
+                return tables, False
+    except KeyboardInterrupt:
+        if not tables:
+            raise
+        return tables, False
+    return tables, True
 
 
-def _shown_positions(positions: Positions, n_positions: int | None) -> tuple[int, ...] | None:
-    if positions is None or n_positions is None:
+def _shown_positions(positions: Positions, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    if positions is None:
         return None
-    return tuple(range(n_positions)) if isinstance(positions, str) else tuple(positions)
+    return tuple(range(shape[1])) if isinstance(positions, str) else tuple(positions)

@@ -1,4 +1,4 @@
-"""Activations of heads at their hook points: reading them, and putting others in their place.
+"""Activations of heads at their hook points: captured, or replaced by others.
 
 Only points that lie on the path from input to output are used: the outputs of the projections to
 q, k and v, and the input of the output projection (z). An edit there changes the output on every
@@ -10,7 +10,7 @@ When not to use it: for patterns. A pattern is reached through its scores (:mod:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ _POINTS = {
 
 
 def hook_point(model: Any, site: AttentionSite, component: str) -> nn.Module:
-    """Give the module through which a component of an attention module passes.
+    """Return the module through which a component of an attention module passes.
 
     Raises:
         UnsupportedModelError: This attention has no such point.
@@ -70,7 +70,7 @@ def captured(model: Any, sites: list[AttentionSite], component: str) -> Iterator
 
 
 @contextlib.contextmanager
-def replacing(
+def replaced(
     model: Any, site: AttentionSite, component: str, edit: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """Put a site's component through ``edit`` during the block, which must run the site once."""
@@ -87,6 +87,30 @@ def replacing(
     finally:
         handle.remove()
     _check_once(site.path, component, passed)
+
+
+@contextlib.contextmanager
+def unembedding_only(unembed: nn.Module | None, positions: Sequence[int] | None) -> Iterator[None]:
+    """Let a model compute the logits of some positions alone, or all for None, during the block.
+
+    Example:
+        >>> import torch
+        >>> import sat_lens as sl
+        >>> model, tokens = sl.load_model("demo"), torch.tensor([[0, 5, 6]])
+        >>> with unembedding_only(model.unembed, [-1]):
+        ...     model(tokens).shape
+        torch.Size([1, 1, 2048])
+    """
+    point = getattr(unembed, "hook_in", None)
+    if positions is None or not isinstance(point, nn.Module):
+        yield
+        return
+    read = list(positions)
+    handle = point.register_forward_hook(lambda _module, _args, output: output[:, read])
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def of_heads(activation: Tensor, n_heads: int) -> Float[Tensor, "batch position head width"]:
@@ -116,7 +140,7 @@ def of_heads(activation: Tensor, n_heads: int) -> Float[Tensor, "batch position 
 def with_heads(
     base: Tensor, source: Tensor, n_heads: int, heads: list[int], position: int | None
 ) -> Tensor:
-    """Give ``base`` with some heads, at one position or at all, taken from ``source``.
+    """Return ``base`` with some heads, at one position or at all, taken from ``source``.
 
     Example:
         >>> new = with_heads(torch.zeros(1, 2, 4), torch.ones(1, 2, 4), 2, heads=[1], position=0)
@@ -131,7 +155,7 @@ def with_heads(
 
 
 def n_heads_of(model: Any, site: AttentionSite, component: str) -> int:
-    """Count the heads in a component: keys and values may be shared by groups of heads."""
+    """Return the number of heads in a component: groups of heads may share keys and values."""
     if component not in ("k", "v"):
         return site.n_heads
     shared = getattr(getattr(model, "cfg", None), "n_key_value_heads", None)

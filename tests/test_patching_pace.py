@@ -12,8 +12,7 @@ from tiny import GPT, of_class, tokens
 
 import sat_lens as sl
 from sat_lens.patching import sweep_heads
-from sat_lens.patching.replay import Replay
-from sat_lens.patching.tuning import Pace
+from sat_lens.patching.engine import Engine, Pace
 
 CPU = torch.device("cpu")
 
@@ -121,12 +120,12 @@ def model() -> Any:
 
 
 def limited(replayed: Callable[..., Any], room: int) -> Callable[..., Any]:
-    def streams(self: Replay, patches: Any) -> Any:
-        if len(patches) > room:
+    def logits(self: Engine, entries: Any) -> Any:
+        if len(entries) > room:
             raise torch.OutOfMemoryError("too much")
-        return replayed(self, patches)
+        return replayed(self, entries)
 
-    return streams
+    return logits
 
 
 @pytest.mark.parametrize("room", [1, 3, 0])
@@ -137,7 +136,7 @@ def test_a_sweep_gives_the_same_values_with_little_memory(
     whole = sweep_heads(model, tokens(), metric, progress=False)
     assert whole.checks.route == "replay"
     # The CPU would begin with 25 heads side by side, more than a layer has.
-    monkeypatch.setattr(Replay, "streams", limited(Replay.streams, room))
+    monkeypatch.setattr(Engine, "logits", limited(Engine.logits, room))
     small = sweep_heads(model, tokens(), metric, progress=False)
     assert small.checks.route == ("replay" if room else "generic")
     torch.testing.assert_close(small.values, whole.values, atol=1e-5, rtol=0)

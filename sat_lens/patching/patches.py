@@ -1,0 +1,362 @@
+"""One forward pass with something patched in, exact on every architecture.
+
+A patch says which run it goes into (the base: soft, or with every head transformed), and where the
+patched-in values come from: computed in that very run (:class:`Local`), or taken from another one
+(:class:`FromRun`). Copies of the prompts can stand side by side in one pass, with another head
+patched in each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_lens.attention import Transform
+from sat_lens.caching.activations import (
+    Activations,
+    Component,
+    captured,
+    n_heads_of,
+    replaced,
+    unembedding_only,
+    with_heads,
+)
+from sat_lens.data import Batch
+from sat_lens.errors import UnsupportedModelError
+from sat_lens.intervention import Edit, NewScores, attach_edits, attach_transforms
+from sat_lens.intervention.edits import TransformEdit
+from sat_lens.models import unembedding
+from sat_lens.patching.items import Item, Spot
+from sat_lens.patching.readout import Readout
+from sat_lens.sites import AttentionSite
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """The chosen heads' patterns, computed in the base run: transformed, or soft for None."""
+
+    transform: Transform | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FromRun:
+    """A component of the chosen heads, taken from another run; for patterns, their scores."""
+
+    component: Component
+    activations: Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """What is patched: into the base run (every head transformed; soft for None), from a source."""
+
+    batch: Batch
+    base: Transform | None
+    source: Local | FromRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The model of one sweep, its attention modules, and how its output is read."""
+
+    model: Any
+    sites: list[AttentionSite]
+    readout: Readout
+
+    @property
+    def unembed(self) -> nn.Module | None:
+        """The unembedding, if the model has one."""
+        return unembedding(self.model)
+
+    def sites_of(self, items: Collection[Item]) -> list[AttentionSite]:
+        """The attention modules in which the items have heads."""
+        paths = {path for item in items for path in item.selection}
+        return [site for site in self.sites if site.path in paths]
+
+    def unembedding_read(self) -> contextlib.AbstractContextManager[None]:
+        """Compute logits only where the metric reads them, during the block."""
+        return unembedding_only(self.unembed, self.readout.positions)
+
+
+def everywhere(
+    experiment: Experiment, base: Transform | None
+) -> contextlib.AbstractContextManager[Any]:
+    """Transform every head of the model while the block lasts; None leaves the model soft."""
+    if base is None:
+        return contextlib.nullcontext()
+    groups = {site.path: [(list(range(site.n_heads)), base)] for site in experiment.sites}
+    return attach_transforms(experiment.model, experiment.sites, groups)
+
+
+def patched_logits(
+    experiment: Experiment,
+    patch: Patch,
+    spots: Sequence[Spot],
+    skipped: Collection[str] = (),
+) -> list[Any]:
+    """Run the model once, on a copy of the prompts for each spot, and patch one spot in each.
+
+    Args:
+        experiment: The model, and which logits are read.
+        patch: What is patched into what. Into a transformed run only one spot goes at a time: a
+            larger batch is rounded differently, and the smallest difference can decide which key
+            wins.
+        spots: What is patched in each copy.
+        skipped: Paths of attention modules that do not run.
+
+    Returns:
+        The logits that the readout reads, copy by copy.
+    """
+    size = patch.batch.size
+    running = [site for site in experiment.sites if site.path not in skipped]
+    with contextlib.ExitStack() as stack:
+        edits = {site.path: _edit_of(site, patch, spots) for site in running}
+        needed = {path: edit for path, edit in edits.items() if edit is not None}
+        stack.enter_context(attach_edits(experiment.model, running, needed))
+        if isinstance(patch.source, FromRun) and patch.source.component != "pattern":
+            for site in running:
+                if any(site.path in item.selection for item, _ in spots):
+                    stack.enter_context(_put_in(experiment, site, patch.source, spots, size))
+        stack.enter_context(experiment.unembedding_read())
+        logits = copies_of(patch.batch, len(spots)).run(experiment.model)
+    return [logits] if len(spots) == 1 else list(logits.split(size))
+
+
+def activations_of(
+    experiment: Experiment,
+    batch: Batch,
+    base: Transform | None,
+    component: Component,
+    items: list[Item],
+) -> Activations:
+    """Run the model, and return a component of every head that the items may need."""
+    with (
+        everywhere(experiment, base),
+        taking(experiment, items, component) as found,
+        experiment.unembedding_read(),
+    ):
+        batch.run(experiment.model)
+    return found
+
+
+def taking(
+    experiment: Experiment, items: list[Item], component: Component
+) -> contextlib.AbstractContextManager[Activations]:
+    """Keep a component of the items' heads during the block; for patterns, their scores."""
+    sites = experiment.sites_of(items)
+    if component != "pattern":
+        return captured(experiment.model, sites, component)
+    return _seen(experiment, sites, _wide_copy)
+
+
+def local_activations(
+    experiment: Experiment, patch: Patch, items: list[Item], base_z: Mapping[str, Tensor]
+) -> Activations:
+    """Return the z that every single head would have if it alone were changed, in one pass.
+
+    The z that each layer computes from changed patterns is kept, and the base run's is put back
+    before it is used, so that all layers see the base run.
+    """
+    assert isinstance(patch.source, Local)
+    new = patch.source.transform
+    found: Activations = {}
+    chosen = experiment.sites_of(items)
+    groups = {}
+    for site in experiment.sites:
+        if site in chosen:
+            # One group a head: a transform sees what it would see in a run of its own.
+            heads = sorted({h for item in items for h in item.selection.get(site.path, [])})
+            groups[site.path] = [([head], new) for head in heads if new is not None]
+        elif patch.base is not None:
+            groups[site.path] = [(list(range(site.n_heads)), patch.base)]
+    with contextlib.ExitStack() as stack:
+        wanted = {path: of_site for path, of_site in groups.items() if of_site}
+        stack.enter_context(attach_transforms(experiment.model, experiment.sites, wanted))
+        for site in chosen:
+            keep = _keep_and_restore(found, site.path, base_z[site.path])
+            stack.enter_context(replaced(experiment.model, site, "z", keep))
+        stack.enter_context(experiment.unembedding_read())
+        patch.batch.run(experiment.model)
+    return found
+
+
+def sequence_lengths(
+    experiment: Experiment, batch: Batch, items: list[Item], source: FromRun | None
+) -> dict[str, int]:
+    """Return how many positions can be patched one by one in the items' attention modules, by path.
+
+    Args:
+        experiment: The model.
+        batch: What it is run on.
+        items: The heads or groups.
+        source: What is patched, if it comes from another run: k and v have the positions of keys,
+            all else those of queries.
+
+    Raises:
+        UnsupportedModelError: A module cuts its queries into blocks, or its activations do not
+            have the axes batch and position in front.
+    """
+    sites = experiment.sites_of(items)
+    for site in sites:
+        if "block" in site.layout:
+            raise UnsupportedModelError(
+                f"{site.path} cuts its queries into blocks, so that single query positions cannot "
+                "be told apart. Use positions=None."
+            )
+    with _seen(experiment, sites, lambda scores: scores[:0]) as scores:
+        batch.run(experiment.model)
+    counts = {path: tensor.shape[2] for path, tensor in scores.items()}
+    if source is None or source.component == "pattern":
+        return counts
+    for path, activation in source.activations.items():
+        n_prompts, n_positions = activation.shape[:2]
+        if source.component in ("k", "v"):
+            counts[path] = n_positions
+        if (n_prompts, n_positions) != (batch.size, counts[path]):
+            raise UnsupportedModelError(
+                f"Needed the {source.component} of {path} as [batch, position, ...], with "
+                f"{batch.size} prompts, and found shape {list(activation.shape)}: single positions "
+                'cannot be told apart there. Use positions=None, component="pattern", or '
+                'source="local".'
+            )
+    return counts
+
+
+def copies_of(batch: Batch, count: int) -> Batch:
+    """Return a batch with its prompts repeated, one copy after the other."""
+    if count == 1:
+        return batch
+    kwargs = {name: repeated(value, batch.size, count) for name, value in batch.kwargs.items()}
+    return Batch(repeated(batch.inputs, batch.size, count), kwargs)
+
+
+def repeated(value: Any, size: int, count: int) -> Any:
+    """Repeat what has an entry for each of ``size`` prompts; what all prompts share broadcasts."""
+    if isinstance(value, tuple):
+        return tuple(repeated(part, size, count) for part in value)
+    per_prompt = isinstance(value, Tensor) and value.dim() and len(value) == size
+    return torch.cat([value] * count) if per_prompt and count > 1 else value
+
+
+def _edit_of(site: AttentionSite, patch: Patch, spots: Sequence[Spot]) -> Edit | None:
+    """Return what happens to the scores of a site, over all copies; None if nothing does."""
+    base: Edit | None = None
+    if patch.base is not None:
+        base = TransformEdit.at(site, [(list(range(site.n_heads)), patch.base)])
+    edits = [_edit_in_copy(site, patch, base, *spot) for spot in spots]
+    return edits[0] if len(edits) == 1 else _side_by_side(edits, patch.batch.size)
+
+
+def _edit_in_copy(
+    site: AttentionSite, patch: Patch, base: Edit | None, item: Item, position: int | None
+) -> Edit | None:
+    source, heads = patch.source, item.selection.get(site.path)
+    if heads is None:
+        return base
+    if isinstance(source, Local):
+        if source.transform is None:
+            return _one_edit(base, lambda scores: scores[:, heads], heads, position)
+        new = TransformEdit.at(site, [(heads, source.transform)])
+        return _one_edit(base, lambda scores: new(scores).scores, heads, position)
+    if source.component == "pattern":
+        given = source.activations[site.path][:, heads]
+        return _one_edit(base, lambda scores: given.to(scores.device), heads, position)
+    return base
+
+
+def _one_edit(
+    base: Edit | None, new: Callable[[Tensor], Tensor], heads: list[int], position: int | None
+) -> Edit:
+    """Give the chosen heads, in the chosen row, their new scores, and all others the base run's.
+
+    Soft scores go through as they are, not rounded anew by a transform: in a saturated run the
+    smallest difference can decide which key wins.
+    """
+
+    def edit(scores: Tensor) -> NewScores:
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        changed = None if base is None else base(scores)
+        whole = scores.to(wide) if changed is None else changed.scores.to(wide)
+        chosen = new(scores).to(wide)
+        if position is not None:
+            row = chosen[:, :, position]
+            chosen = whole[:, heads]
+            chosen[:, :, position] = row
+        if base is None:
+            return NewScores(heads, chosen)
+        index = torch.tensor(heads, device=scores.device)
+        return NewScores(list(range(scores.shape[1])), whole.index_copy(1, index, chosen))
+
+    return edit
+
+
+def _side_by_side(edits: list[Edit | None], size: int) -> Edit | None:
+    if not any(edits):
+        return None
+
+    def edit(scores: Tensor) -> NewScores:
+        whole = scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
+        for part, target, one in zip(scores.split(size), whole.split(size), edits, strict=True):
+            changed = None if one is None else one(part)
+            if changed is not None:
+                target[:, changed.heads] = changed.scores.to(target.dtype)
+        return NewScores(list(range(scores.shape[1])), whole)
+
+    return edit
+
+
+def _put_in(
+    experiment: Experiment,
+    site: AttentionSite,
+    source: FromRun,
+    spots: Sequence[Spot],
+    size: int,
+) -> contextlib.AbstractContextManager[None]:
+    """Put the source's q, k, v or z of the chosen heads into a site, copy by copy."""
+    given = source.activations[site.path]
+    n_heads = n_heads_of(experiment.model, site, source.component)
+
+    def put(activation: Tensor) -> Tensor:
+        parts = [activation] if len(spots) == 1 else list(activation.split(size))
+        for i, (item, position) in enumerate(spots):
+            heads = item.selection.get(site.path)
+            if heads:
+                shared = sorted({head * n_heads // site.n_heads for head in heads})
+                parts[i] = with_heads(parts[i], given, n_heads, shared, position)
+        return parts[0] if len(spots) == 1 else torch.cat(parts)
+
+    return replaced(experiment.model, site, source.component, put)
+
+
+@contextlib.contextmanager
+def _seen(
+    experiment: Experiment, sites: list[AttentionSite], keep: Callable[[Tensor], Tensor]
+) -> Iterator[Activations]:
+    """Keep what every softmax received, which gives its pattern without loss."""
+    found: Activations = {}
+
+    def watching(path: str) -> Edit:
+        def edit(scores: Tensor) -> None:
+            found[path] = keep(scores.detach())
+
+        return edit
+
+    with attach_edits(experiment.model, sites, {site.path: watching(site.path) for site in sites}):
+        yield found
+
+
+def _wide_copy(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
+
+
+def _keep_and_restore(found: Activations, path: str, base_z: Tensor) -> Callable[[Tensor], Tensor]:
+    def edit(z: Tensor) -> Tensor:
+        found[path] = z.detach()
+        return base_z
+
+    return edit
