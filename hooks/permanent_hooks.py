@@ -1,4 +1,4 @@
-"""Keep a model saturated with TransformerLens's permanent hooks, and set it free again.
+"""Keep a model saturated with TransformerLens's permanent hooks, and remove them again.
 
 A hook cannot check anything: not that it is still there, nor that it is there only once. Where a
 block of code has a beginning and an end, ``sat_lens.saturate`` is the safer form.

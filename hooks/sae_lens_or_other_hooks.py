@@ -16,7 +16,7 @@ SCORES = "blocks.0.attn.hook_attn_scores"
 
 
 class StandIn:
-    """In the place of an SAE: a feature for each dimension's positive and its negative part."""
+    """A substitute for an SAE: one feature per dimension and sign."""
 
     encode = staticmethod(lambda x: torch.cat([x, -x], -1).relu())
     decode = staticmethod(lambda features: features.chunk(2, -1)[0] - features.chunk(2, -1)[1])

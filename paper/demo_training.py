@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,10 @@ def train_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def encode_corpus(tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " tokens"]:
-    """Encode all training texts into one stream, each followed by the end-of-text token."""
-    encoded = tokenizer.backend_tokenizer.encode_batch(
-        list(training_texts()), add_special_tokens=False
-    )
-    end = [tokenizer.convert_tokens_to_ids(EOS)]
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Int[Tensor, " tokens"]:
+    """Encode texts into one stream, each followed by the end-of-text token."""
+    encoded = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    end = [tokenizer.eos_token_id]
     return torch.cat([torch.tensor(text.ids + end, dtype=torch.int32) for text in encoded])
 
 
@@ -182,7 +181,7 @@ def train(recipe: Recipe, work: Path) -> None:
     """Train to the recipe's last step, resuming from the state in ``work`` if there is one."""
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work, recipe)
-    stream = encode_corpus(tokenizer)
+    stream = encode(tokenizer, training_texts())
     bos_id, eos_id, pad_id = tokenizer.convert_tokens_to_ids([BOS, EOS, PAD])
     model = new_model(recipe, bos_id, eos_id, pad_id)
     optimizer = make_optimizer(model, recipe)

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from paper.demo_training import Recipe, encode, new_model
 from paper.network import log_spaced_steps, next_token_loss, windows
 from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
 from sat_lens.models import load_tokenizer
@@ -92,8 +92,10 @@ def trained_run(quick: bool, seed: int, progress: bool) -> LanguageRun:
 def train(setting: Setting, seed: int, progress: bool) -> LanguageRun:
     """Train a model of any setting, and keep its checkpoints."""
     tokenizer = load_tokenizer()
-    stream = _encoded(tokenizer, training_texts(), setting.files)
-    held_out = _encoded(tokenizer, held_out_texts(), setting.files)
+    stream, held_out = (
+        encode(tokenizer, itertools.islice(texts, setting.files))
+        for texts in (training_texts(), held_out_texts())
+    )
     model = _new_model(setting, seed, len(tokenizer))
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=setting.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
@@ -132,16 +134,7 @@ def equal_steps(last: int) -> list[int]:
     return [round(last * i / EQUAL_SPACES) for i in range(EQUAL_SPACES + 1)]
 
 
-def _encoded(tokenizer: Any, texts: Iterable[str], files: int | None) -> Int[Tensor, " token"]:
-    end = [tokenizer.eos_token_id]
-    read = list(itertools.islice(texts, files))
-    encoded = tokenizer.backend_tokenizer.encode_batch(read, add_special_tokens=False)
-    return torch.cat([torch.tensor(text.ids + end) for text in encoded])
-
-
 def _new_model(setting: Setting, seed: int, vocabulary: int) -> Any:
-    from paper.demo_training import Recipe, new_model
-
     recipe = Recipe(
         seed=seed,
         vocab=vocabulary,

@@ -195,7 +195,7 @@ def windows(
         raise DataError(f"A window needs {context} tokens; the text has {len(stream)}.")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - context + 1, (batch, 1), generator=generator)
-    return stream[starts + torch.arange(context)]
+    return stream[starts + torch.arange(context)].long()
 
 
 @torch.no_grad()

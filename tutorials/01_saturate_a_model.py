@@ -82,8 +82,8 @@ for name, value in losses.items():
     print(f"{name:>12}: {value:.2f} nats")
 
 # %% [markdown]
-# It held, and by far: the saturated model is half a nat worse, while uniform attention and random
-# keys leave nothing of what it can do.
+# It held, and by far: the saturated model is half a nat worse, while with uniform attention or
+# random keys it can do nothing of what it learned.
 #
 # ## One head at a time
 #

@@ -198,8 +198,8 @@ print("most that a lean moved:   ", round(float(by_place["change"].abs().max()),
 # %% [markdown]
 # It did not hold. The windows follow each other in the files, so each half is about its own files,
 # and windows of one file resemble each other. The error says how well *these* texts were measured,
-# and nothing of code in general. For that, take one window a file. The changes are small, though:
-# few of them cross the border of a role.
+# and nothing of code in general. For that, take one window per file. The changes are small,
+# though: few of them cross the border of a role.
 
 # %%
 crossed = by_place[by_place["role"] != by_place["role_other"]]
@@ -231,8 +231,8 @@ print(f"nearest is best for {int(nearest_is_best.sum())} of {len(damaged)}")
 damaged.nlargest(5, "damage_zero")[["role", "target", *columns]].round(3)
 
 # %% [markdown]
-# The prediction held for most heads, and not for all. To those that break it the two replacements
-# do nearly the same, a few thousandths of a nat apart. That is what a label is worth: it says which
+# The prediction held for most heads, and not for all. For the exceptions the two replacements cost
+# nearly the same, to a few thousandths of a nat. That is what a label is worth: it says which
 # replacement is the better one, as a tendency.
 #
 # It does not say what a head is worth. The heads that the model cannot do without, in the table
@@ -241,8 +241,8 @@ damaged.nlargest(5, "damage_zero")[["role", "target", *columns]].round(3)
 #
 # ## Keep and merge
 #
-# A result is one file that runs no code when it is read, and results of disjoint texts add up: what
-# several workers measured is what one would have.
+# A result is one file that runs no code when it is read, and results of disjoint texts add up:
+# several workers together measure what a single one would.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -198,10 +198,10 @@ restored.nlargest(4, "spreads")[columns].round(2)
 #
 # The second table has the heads where the soft pattern does differ from a random one. The carrier
 # is far ahead, and its own effect is negative: in the saturated run its hard pattern serves better
-# than its soft one. It must look at the right place; that it looks softly is no help.
+# than its soft one. It must look at the right place; being soft does not help it.
 #
-# `normalised` is the share of the gap between soft and saturated. The shares add up to more than 1,
-# so single shares are no parts of a whole: heads make up for each other.
+# `normalised` is the share of the gap between soft and saturated. The shares add up to more than
+# 1, so single shares are not parts of a whole: heads compensate for each other.
 #
 # ## One prompt, position by position
 #
@@ -223,8 +223,8 @@ plt.show()
 
 # %% [markdown]
 # White is no effect, dark orange the largest. The first half holds by construction: after the last
-# attention nothing moves between positions. Of the second there is a trace only, at the words to be
-# copied; most of what softness does, it does at the end, in every layer.
+# attention nothing moves between positions. Of the second there is only a trace, at the words to
+# be copied; most of what softness does, it does at the end, in every layer.
 
 # %%
 strongest = where.frame().sort_values("effect", key=abs, ascending=False)

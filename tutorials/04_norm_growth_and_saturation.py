@@ -153,15 +153,16 @@ squares.div(squares.sum(axis=1), axis=0).round(2)
 # %% [markdown]
 # It held by far. The table says what the norm of all parameters is made of, as shares of its
 # square: at first nearly all of it is the gains of the layer norms, which start at 1. The one
-# number that the law is about says next to nothing of attention here.
+# number that the law is about says next to nothing about attention here.
 #
 # ## Which way does it go?
 #
 # **Predictions.** The argument for the square root can be tested. If steps go at right angles to
-# the parameters, the way from one checkpoint to the next does as well (`alignment` near 0), and all
-# growth comes from such steps. If they are independent of each other, the path is no straighter
-# than a random walk (`straightness` near `random_walk`). Last, the paper says that the direction of
-# the parameters converges: then they turn by fewer degrees with each doubling of steps.
+# the parameters, the displacement from one checkpoint to the next is so too (`alignment` near
+# 0), and all growth comes from such steps. If they are independent of each other, the path is no
+# straighter than a random walk (`straightness` near `random_walk`). Last, the paper says that the
+# direction of the parameters converges: then they turn by fewer degrees with each doubling of
+# steps.
 
 # %%
 way = frame[["alignment", "straightness", "random_walk", "rotation_per_doubling"]].loc[2:]
@@ -174,9 +175,9 @@ way.loc[[2, 8, 32, 128, 256, 512, 1024]].round(2)
 # %% [markdown]
 # None of the three held. The path is far straighter than a random walk, and it leads outwards: in
 # the last doubling steps at right angles make about a third of the growth (`at_right_angles`), the
-# rest is from steps that point away from the origin. And the turning per doubling rises and
-# stays; the cosine of neighbouring checkpoints would have hidden that, because it rises towards 1
-# for a random walk too. So the exponent is as predicted and the reason given for it is not.
+# rest is from steps that point away from the origin. And the turning per doubling rises and stays;
+# the cosine of neighbouring checkpoints would have hidden that, because it rises towards 1 for a
+# random walk too. So the exponent is as predicted, but the reason given for it is wrong.
 #
 # ## Norm and saturation against each other
 #
@@ -264,7 +265,7 @@ scaled[["lean", "S", "loss"]].round(3)
 #
 # The paper's saturated network is the limit of *all* parameters times c. The library's `saturate`
 # multiplies the scores of attention, and nothing else. Here queries and keys have no biases and no
-# norms of their own, so multiplying them by c multiplies scores by c², and both roads are the same.
+# norms of their own, so multiplying them by c multiplies scores by c², and the two ways agree.
 #
 # **Predictions.** Queries and keys times c end at the exact limit. All parameters times c end
 # elsewhere, because the parts of the network do not grow alike: an embedding grows like c,
@@ -324,9 +325,9 @@ plt.show()
 
 # %% [markdown]
 # All three held. Queries and keys end at the exact limit; all parameters end at a network that has
-# little to do with the trained one, and to undo the hardening of attention brings hardly any of it
-# back. By then attention has drowned the embedding, and the MLPs have drowned both. So similarity
-# to the network at c = 1000 does not say how saturated attention is; [a pitfall of its
+# little to do with the trained one, and undoing the hardening of attention restores hardly any of
+# it. By then attention outweighs the embedding, and the MLPs outweigh both. So similarity to the
+# network at c = 1000 does not say how saturated attention is; [a pitfall of its
 # own](../docs/pitfalls/scaled_parameters.md).
 #
 # ## Learning rate and weight decay
@@ -372,8 +373,8 @@ best_rate[["growth", "lean", "loss", "share_of_fall"]].round(3)
 # Both held. But look at the last row of the table, which is for the learning rate with the least
 # losses: with a weight decay of 1 the norm *shrank* and attention stayed uniform, and yet the loss
 # fell by more than nine tenths of what it fell elsewhere. As far as models this small get in 200
-# steps, which is not far, the loss does not demand growth and saturation; the optimiser brings them
-# along where it may.
+# steps, which is not far, the loss does not demand growth and saturation; the optimiser adds them
+# where weight decay lets it.
 #
 # ## The demo model's own run
 #

@@ -42,9 +42,9 @@ def accuracy(model, task, transform=None):
 # %% [markdown]
 # ## A model that counts
 #
-# `tasks.majority` asks at every position which of two symbols was commoner so far: the first (0),
-# neither (1), the second (2). Token 0 opens each sequence. `train_on` trains a model of one layer
-# and two heads, without positions.
+# `tasks.majority` asks at every position which of two symbols was more frequent so far: the first
+# (0), neither (1), the second (2). Token 0 opens each sequence. `train_on` trains a model of one
+# layer and two heads, without positions.
 
 # %%
 task, test = tasks.majority(1024, 48), tasks.majority(256, 48, seed=9)
@@ -90,9 +90,9 @@ replaced = accuracies(counter, test)
 print({name: round(value, 3) for name, value in replaced.items()})
 
 # %% [markdown]
-# `guess` is the share of the commonest answer. The exact limit is no better than that, and worse
-# than looking at a random key: the count is lost altogether. Uniform attention keeps most of it,
-# but not all, which the prediction did not say.
+# `guess` is the share of the most frequent answer. The exact limit is no better than that, and
+# worse than looking at a random key: the count is lost altogether. Uniform attention keeps most of
+# it, but not all, which the prediction did not say.
 #
 # Which keys win? The saturated pattern says it.
 
@@ -120,7 +120,7 @@ for head in range(2):
 # comes back when d reaches the *range* of the row's scores, because then every key shares, and a
 # tolerance for rounding (1e-5) does nothing.
 #
-# A transform may hand its scores on unchanged: then it is a probe.
+# A transform may return its scores unchanged; then it only observes.
 
 # %%
 ranges = []
@@ -201,9 +201,9 @@ print("at the last position:", {name: int(counts[-1]) for name, counts in states
       "of", pairs[-1], "pairs")  # fmt: skip
 
 # %% [markdown]
-# It holds. (A line may be off by a state or two: states are told apart after rounding, which can
-# cut one in two.) The states of the soft and of the uniform model grow in number with length; those
-# of the exact limit do not, so no readout, however good, could count from them.
+# It holds. (A line may be off by a state or two: states are compared after rounding, which can
+# split one in two.) The states of the soft and of the uniform model grow in number with length;
+# those of the exact limit do not, so no readout, however good, could count from them.
 #
 # ## A counter made by hand, whose ties are exact
 #
@@ -230,8 +230,9 @@ with torch.no_grad():
     made.unembed.weight[1, 2] = 1
 
 # %% [markdown]
-# **Prediction.** Saturation leaves this model as it is, to the last bit. But a difference of scores
-# of a millionth, which softmax cannot feel, breaks it; and a tolerance of 1e-5 mends it.
+# **Prediction.** Saturation leaves this model as it is, to the last bit. But a difference of a
+# millionth between scores, which softmax hardly notices, breaks it; and a tolerance of 1e-5
+# repairs it.
 
 # %%
 with torch.no_grad():

@@ -163,7 +163,8 @@ on_padding = float((cache["pattern", 1] * (1 - mask)[:, None, None, :]).max())
 print(f"largest weight on padding: {on_padding}; largest difference to alone: {apart:.5f}")
 
 # %% [markdown]
-# It holds. Roles are measured over real rows too; data are dictionaries of the model's arguments.
+# It holds. Roles are measured over rows without padding as well; data are dictionaries of the
+# model's arguments.
 
 # %%
 padded = {"input": tokens, "attention_mask": mask}
@@ -211,10 +212,10 @@ correlations = {
 print({name: round(float(value), 2) for name, value in correlations.items()})
 
 # %% [markdown]
-# Only in part. The correlation rises, and is not positive over all layers; within the last it is,
-# for what four heads are worth. A change in an early layer grows on its way to the output, so heads
-# of different layers cannot be ranked by their shape. What a head's softness does is measured by a
-# sweep, not read off its role.
+# Only in part. The correlation rises, but is not positive over all layers; within the last layer
+# it is, as far as four heads can tell. A change in an early layer grows on its way to the output,
+# so heads of different layers cannot be ranked by their shape. What a head's softness does is
+# measured by a sweep, not read off its role.
 #
 # ## An encoder-decoder
 #
@@ -275,8 +276,8 @@ t5_frame.groupby("stack", sort=False)[
 ].mean().round(2)
 
 # %% [markdown]
-# It holds: NaN, and not a number that happens to come out. Sweeps keep the stacks apart too; their
-# `.values` is a dictionary of tensors `[layer, head]`.
+# It holds: NaN, not some meaningless number. Sweeps keep the stacks apart too; their `.values` is
+# a dictionary of tensors `[layer, head]`.
 
 # %%
 t5_sweep = sl.sweep_heads(t5, pair, sl.metrics.kl_to_soft(t5(**pair)), progress=False)

@@ -26,7 +26,7 @@ HELD_OUT_SHARE = 0.05
 
 
 def corpus_name() -> str:
-    """Name the corpus together with the Python version that it comes from.
+    """Return the name of the corpus, with the Python version that it comes from.
 
     Example:
         >>> from sat_lens.demo.corpus import corpus_name
@@ -55,7 +55,7 @@ def source_files() -> list[Path]:
 
 
 def is_held_out(relative_path: str) -> bool:
-    """Say whether a file, by its POSIX path below the library's root, is kept from training.
+    """Whether a file, by its POSIX path below the library's root, is kept from training.
 
     Example:
         >>> from sat_lens.demo.corpus import is_held_out
