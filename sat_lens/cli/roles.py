@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sat_lens import figures
 from sat_lens.cli.arguments import add_command, add_data, add_model, add_quiet
 from sat_lens.cli.checks import check_file, read_shard
 from sat_lens.cli.output import short_table, status_of
@@ -52,7 +53,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _write(roles: HeadRoles, options: argparse.Namespace) -> int:
-    from sat_lens.figures import figure_bytes
     from sat_lens.results import write_csv, write_whole
 
     if options.csv:
@@ -60,7 +60,7 @@ def _write(roles: HeadRoles, options: argparse.Namespace) -> int:
     if options.out:
         roles.save(options.out)
     if options.figure:
-        drawn = figure_bytes(roles.plot(), options.figure.suffix[1:].lower())
+        drawn = figures.figure_bytes(roles.plot(), options.figure.suffix[1:].lower())
         write_whole(options.figure, drawn)
     print(short_table(roles.frame()))
     return status_of(roles.complete)

@@ -4,7 +4,8 @@ A function takes plain tables and tensors and returns a ``matplotlib`` figure; n
 a model or a result. Save a figure with ``figure.savefig("roles.pdf")``: PNG, SVG and PDF work
 without a display. Importing it neither imports matplotlib nor changes its global state.
 
-For an interactive view of heads see :mod:`sat_lens.viz`.
+``panels``, ``lines``, ``headline`` and ``label`` draw a figure of your own in the same style. For
+an interactive view of heads see :mod:`sat_lens.viz`.
 """
 
 from __future__ import annotations
@@ -21,23 +22,28 @@ if TYPE_CHECKING:
         sweep_map,
         training_figure,
     )
-    from sat_lens.figures.panels import figure_bytes
+    from sat_lens.figures.style import figure_bytes, headline, label, lines, panels
 
 __all__ = [
     "figure_bytes",
     "growth_figure",
+    "headline",
+    "label",
+    "lines",
+    "panels",
     "role_map",
     "scale_range_figure",
     "scaling_curve_figure",
     "sweep_map",
     "training_figure",
 ]
+_STYLE = ("figure_bytes", "headline", "label", "lines", "panels")
 
 
 def __getattr__(name: str) -> Any:
     # Results import this room for their plots; matplotlib costs half a second, once one is drawn.
     if name in __all__:
-        file = "panels" if name == "figure_bytes" else "drawing"
+        file = "style" if name in _STYLE else "drawing"
         return getattr(importlib.import_module(f"sat_lens.figures.{file}"), name)
     raise AttributeError(f"module 'sat_lens.figures' has no attribute {name!r}")
 

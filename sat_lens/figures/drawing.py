@@ -24,7 +24,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from sat_lens.errors import ArgumentError
-from sat_lens.figures.panels import (
+from sat_lens.figures.style import (
     headline,
     label,
     lines,

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens import figures
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.norms.checkpoints import list_checkpoints
 from sat_lens.norms.measures import lens_model, undisturbed
@@ -107,27 +108,25 @@ class Narrowing(Result, kind="narrowing"):
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the entropy, its changes, and the masses of the most frequent query token."""
-        from sat_lens.figures.panels import headline, lines, panels  # matplotlib is slow to import
-
-        figure, (entropy, speed, keys) = panels(
+        figure, (entropy, speed, keys) = figures.panels(
             3, title or f"Narrowing: {self.provenance}", across=3, size=(3.6, 3.3)
         )
         table = self.frame().rename(index={0: 0.5})
         step = "step (0 on the left edge)"
         named = {"entropy": "attention", "entropy_uniform": "uniform"}
-        lines(entropy, table, named, x=step, y="nats", dashed=["entropy_uniform"])
-        headline(entropy, "entropy over key tokens")
+        figures.lines(entropy, table, named, x=step, y="nats", dashed=["entropy_uniform"])
+        figures.headline(entropy, "entropy over key tokens")
         if self.boundary:
             entropy.axvline(self.boundary, color="#999999", lw=0.8, ls=":")
         named = {"narrowing": "entropy lost (nats)", "moved": "mass moved (share)"}
-        lines(speed, table, named, x=step)
-        headline(speed, "per doubling of steps")
+        figures.lines(speed, table, named, x=step)
+        figures.headline(speed, "per doubling of steps")
         shown = self.keys(self.queries[0], 6).drop(index="uniform").rename(index={0: 0.5})
         words = {str(token): self.name(int(token)) for token in shown.columns}
-        lines(keys, shown.rename(columns=str), words, x=step, legend=False)
+        figures.lines(keys, shown.rename(columns=str), words, x=step, legend=False)
         keys.set_ylim(0, 1.35 * float(shown.to_numpy().max()))
         keys.legend(frameon=False, fontsize=7, ncol=3, loc="upper left")
-        headline(keys, f"mass on keys, query {self.name(self.queries[0])}")
+        figures.headline(keys, f"mass on keys, query {self.name(self.queries[0])}")
         return figure
 
     def name(self, token: int) -> str:

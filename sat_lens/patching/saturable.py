@@ -9,7 +9,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from sat_lens import figures
 from sat_lens.results import Result
+from sat_lens.vocabulary import POSITIVE, QUIET, RULE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,22 +74,18 @@ class SaturableHeads(Result, kind="saturable heads"):
         frame.index.name = "n_heads"
         return frame
 
-    def plot(self) -> Figure:
+    def plot(self, title: str | None = None) -> Figure:
         """Draw the metric against the number of heads, with the tolerance as a band."""
-        from matplotlib.figure import Figure
-
-        frame = self.frame()
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        axes.axhspan(
-            self.soft - self.tolerance, self.soft + self.tolerance, color="0.9", label="tolerance"
-        )
-        axes.axhline(self.soft, color="0.5", linewidth=1, label="soft model")
-        axes.plot(frame.index, frame["metric"], marker="o", markersize=3, color="#1f4e79")
-        axes.axvline(len(self.heads), color="#b3541e", linewidth=1, linestyle="--")
         done = "saturated" if self.direction == "noising" else "restored"
-        axes.set(xlabel=f"heads {done}", ylabel="metric", title=str(self.provenance))
-        axes.legend(frameon=False, fontsize="small")
+        named = title or f"Heads {done} together: {self.provenance}"
+        figure, (axes,) = figures.panels(1, named, size=(6.4, 3.4))
+        band = (self.soft - self.tolerance, self.soft + self.tolerance)
+        axes.axhspan(*band, color=RULE, alpha=0.4, lw=0, label="tolerance")
+        axes.axhline(self.soft, color=QUIET, lw=1, label="soft model")
+        axes.axvline(len(self.heads), color=POSITIVE, lw=1, ls="--")
+        figures.lines(
+            axes, self.frame(), {"metric": "metric"}, x=f"heads {done}", y="metric", log_x=False
+        )
         return figure
 
     def _lines(self) -> list[str]:

@@ -56,7 +56,7 @@ def panels(
         size: Width and height of one panel, in inches.
 
     Example:
-        >>> from sat_lens.figures.panels import panels
+        >>> from sat_lens.figures import panels
         >>> figure, axes = panels(3, "Three panels")
         >>> len(axes)
         3
@@ -73,12 +73,28 @@ def panels(
 
 
 def headline(panel: Axes, words: str) -> None:
-    """Write the title of one panel."""
+    """Write the title of one panel.
+
+    Example:
+        >>> from sat_lens.figures import headline, panels
+        >>> figure, (axes,) = panels(1, None)
+        >>> headline(axes, "$5 a head")
+        >>> axes.get_title(loc="left")
+        '$5 a head'
+    """
     panel.set_title(visible(words), size=8.5, color=INK, loc="left").set_parse_math(False)
 
 
 def label(panel: Axes, *, x: str = "", y: str = "") -> None:
-    """Label the axes of one panel."""
+    """Label the axes of one panel.
+
+    Example:
+        >>> from sat_lens.figures import label, panels
+        >>> figure, (axes,) = panels(1, None)
+        >>> label(axes, x="step", y="norm")
+        >>> axes.get_xlabel()
+        'step'
+    """
     panel.set_xlabel(visible(x) if x else "", size=8, color=QUIET)
     panel.set_ylabel(visible(y) if y else "", size=8, color=QUIET)
 
@@ -109,6 +125,15 @@ def lines(
         log_y: Whether the vertical axis is.
         dashed: Columns drawn dashed and without marks: controls.
         legend: Whether the panel gets a legend.
+
+    Example:
+        >>> import pandas as pd
+        >>> from sat_lens.figures import lines, panels
+        >>> figure, (axes,) = panels(1, None)
+        >>> table = pd.DataFrame({"norm": [1.0, 2.0]}, index=[1, 10])
+        >>> lines(axes, table, {"norm": "norm of all parameters"}, x="step")
+        >>> axes.get_xscale()
+        'log'
     """
     places = table.index.to_numpy(dtype=float)
     for number, (name, words) in enumerate(columns.items()):
@@ -166,8 +191,7 @@ def figure_bytes(
         for_page: Whether words stay words in an SVG, and the ground is left clear.
 
     Example:
-        >>> from sat_lens.figures import figure_bytes
-        >>> from sat_lens.figures.panels import panels
+        >>> from sat_lens.figures import figure_bytes, panels
         >>> figure_bytes(panels(1, None)[0], "pdf")[:4]
         b'%PDF'
     """
