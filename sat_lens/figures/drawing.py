@@ -374,10 +374,12 @@ def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
             else:
                 _cell(axes, *at, OTHER_COLOR, hatch="////")
             mark = target_mark(str(record.get("target", "") or ""))
-            axes.text(
-                *at, mark, size=_cell_inches(stacks) * 72 * (0.5 if len(mark) == 1 else 0.34),
-                color=_ink_on(role, shade), ha="center", va="center_baseline", weight="bold",
-            )  # fmt: skip
+            if mark:
+                size = _cell_inches(stacks) * 72 * (0.5 if len(mark) == 1 else 0.34)
+                axes.text(
+                    *at, mark, size=size, color=_ink_on(role, shade), weight="bold",
+                    ha="center", va="center_baseline",
+                )  # fmt: skip
     _role_legend(figure, known, set(frame["role"]), set(frame.get("target", ())))
     return figure
 
