@@ -125,6 +125,8 @@ def predicts_next(model: Any, batch: Batch) -> bool:
     other[:, half:] = torch.where(tokens[:, half:] > 0, tokens[:, half:] - 1, 1)
     fixed = torch.tensor(placeholder_tokens(model), dtype=tokens.dtype, device=tokens.device)
     other = torch.where(torch.isin(tokens, fixed) | torch.isin(other, fixed), tokens, other)
+    if torch.equal(tokens, other):
+        return False
     with torch.no_grad():
         runs = [batch.with_output_tokens(each).run(model) for each in (tokens, other)]
     if not all(isinstance(run, Tensor) and run.shape[:2] == tokens.shape for run in runs):
