@@ -68,30 +68,30 @@ def resampling_weights(
 
 
 def drawn_order(
-    seeds: Sequence[int], real: Bool[Tensor, "batch position"]
+    seeds: Sequence[int], non_padding: Bool[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position"]:
     """Draw a number in [0, 1) for each non-padding position; the least are sampled.
 
     Example:
-        >>> real = torch.tensor([[True, True, False], [False, True, True]])
-        >>> order = drawn_order([3, 3], real)
+        >>> non_padding = torch.tensor([[True, True, False], [False, True, True]])
+        >>> order = drawn_order([3, 3], non_padding)
         >>> bool((order[0, :2] == order[1, 1:]).all()), float(order[0, 2])
         (True, 2.0)
     """
-    order = torch.full(real.shape, NOT_DRAWN)
-    for row, kept, seed in zip(order, real.cpu(), seeds, strict=True):
+    order = torch.full(non_padding.shape, NOT_DRAWN)
+    for row, kept, seed in zip(order, non_padding.cpu(), seeds, strict=True):
         generator = torch.Generator().manual_seed(seed + 1)
         row[kept] = torch.rand(int(kept.sum()), generator=generator)
-    return order.to(real.device)
+    return order.to(non_padding.device)
 
 
-def _rows(values: Tensor, real: Tensor | None) -> list[Tensor]:
+def _rows(values: Tensor, non_padding: Tensor | None) -> list[Tensor]:
     values = values.detach().cpu()
     # The dtype that a tensor happens to have is no content.
     values = values.float() if values.is_floating_point() else values.long()
-    if real is None or real.shape != values.shape:
+    if non_padding is None or non_padding.shape != values.shape:
         return list(values)
-    return [row[kept] for row, kept in zip(values, real.cpu(), strict=True)]
+    return [row[kept] for row, kept in zip(values, non_padding.cpu(), strict=True)]
 
 
 def _seed(*parts: Tensor) -> int:
@@ -308,10 +308,10 @@ class BatchReader:
         )
 
     def _counted(
-        self, real: Tensor | None, length: int, shape: tuple[int, int], device: torch.device
+        self, non_padding: Tensor | None, length: int, shape: tuple[int, int], device: torch.device
     ) -> Bool[Tensor, "batch query"]:
         """Return which rows count, in the shape that the module gives to its rows."""
-        counted = fitting_mask(real, (self.batch.size, length), device)
+        counted = fitting_mask(non_padding, (self.batch.size, length), device)
         if self.query_positions is not None:
             if not bool(counted.all()) and min(self.query_positions) < 0:
                 raise ArgumentError(
@@ -330,11 +330,11 @@ class BatchReader:
         return torch.ones(shape, dtype=torch.bool, device=device)
 
     def _order(
-        self, real: Tensor | None, length: int, counted: Bool[Tensor, "batch query"]
+        self, non_padding: Tensor | None, length: int, counted: Bool[Tensor, "batch query"]
     ) -> Float[Tensor, "batch query"]:
         """Return the numbers by which rows are sampled, the least first."""
         batch, n_queries = counted.shape
-        positions = fitting_mask(real, (self.batch.size, length), counted.device)
+        positions = fitting_mask(non_padding, (self.batch.size, length), counted.device)
         order = as_rows(drawn_order(self.seeds, positions), (batch, n_queries))
         return drawn_order([0] * batch, torch.ones_like(counted)) if order is None else order
 

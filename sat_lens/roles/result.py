@@ -104,7 +104,7 @@ class HeadRoles(Result, kind="head roles"):
         modal_share     share of all rows with their maximum there
         modal_mass      mean probability there (sampled)
         previous, self, mean probability on the previous, the same and the next position and on the
-        next, first     first real token
+        next, first     first token that is no padding
         special         mean probability on the special tokens
         induction       mean probability on keys that follow an earlier occurrence of the query's
                         token, over rows that have such a key

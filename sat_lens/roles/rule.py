@@ -46,7 +46,7 @@ class Thresholds:
 class Targets:
     """Where a head looks: mean mass by kind of key, and where its rows have their maximum.
 
-    The names are those of the field: ``first`` is the first real token, ``induction`` a key that
+    The names are those of the field: ``first`` is the first token, ``induction`` a key that
     follows an earlier occurrence of the query's token, ``duplicate`` such an occurrence itself.
     """
 
