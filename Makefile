@@ -73,7 +73,7 @@ test: $(VENV)/.installed-dev ## Run the everyday tests, two minutes (TESTS=FILES
 	$(PYTEST) $(TESTS)
 
 test-all: $(VENV)/.installed-dev ## Run all tests, slow ones too, with types checked (TESTS=FILES).
-	$(PYTEST) --check-types -m "not notebook and not browser" $(TESTS)
+	$(PYTEST) --check-types --hypothesis-profile=thorough -m "not notebook and not browser" $(TESTS)
 
 test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
 	$(BIN)/python -m pytest -q -m notebook
@@ -90,8 +90,9 @@ test-kernels: $(VENV)/.installed-dev ## Test the Triton kernel, on a GPU or in T
 test-old: .venv-tl2/.installed .venv-tl3/.installed ## Run the core tests on TransformerLens 2.18 and 3.9.
 	PYTHONPATH=tests .venv-tl2/bin/python -m pytest -q -n 2 --noconftest \
 		tests/old/test_hooked.py tests/old/test_without_bridge.py
-	PYTHONPATH=tests/old .venv-tl3/bin/python -m pytest -q -n 2 --dist loadfile -p differences --check-types \
-		-m "not notebook and not browser" tests/old/test_hooked.py tests/old/test_bridge.py \
+	PYTHONPATH=tests/old .venv-tl3/bin/python -m pytest -q -n 2 --dist loadfile -p differences \
+		--check-types --hypothesis-profile=thorough -m "not notebook and not browser" \
+		tests/old/test_hooked.py tests/old/test_bridge.py \
 		tests/test_zoo.py tests/test_levels.py tests/test_hooks.py tests/test_state.py \
 		tests/test_refusals.py tests/test_padding.py tests/test_layouts.py tests/test_towers.py \
 		tests/test_caching.py

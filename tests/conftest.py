@@ -49,8 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
         jaxtyping.install_import_hook(["sat_lens", "paper"], f"{__name__}.enforce")
 
 
-settings.register_profile("suite", derandomize=True, deadline=None, max_examples=100)
-settings.load_profile("suite")
+# `make test-all` asks for the thorough one.
+settings.register_profile("everyday", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("everyday")
 
 
 @pytest.fixture

@@ -114,8 +114,13 @@ def test_a_head_that_acts_at_one_position_is_labelled_by_that_position():
     assert (restricted["role"], restricted["target"]) == ("argmax", "next")
 
 
-def test_a_previous_token_model_has_a_head_for_it():
-    model = train_on(tasks.previous_token(512), steps=250)
+@pytest.fixture(scope="module")
+def previous_token_model():
+    return train_on(tasks.previous_token(512), steps=250)
+
+
+def test_a_previous_token_model_has_a_head_for_it(previous_token_model):
+    model = previous_token_model
     test = tasks.previous_token(64, seed=9)
     frame = sl.head_roles(model, test.tokens, progress=False).frame()
     found = frame[(frame["role"] == "argmax") & (frame["target"] == "previous")]
@@ -124,6 +129,7 @@ def test_a_previous_token_model_has_a_head_for_it():
         assert test.accuracy(model(test.tokens)) > 0.9
 
 
+@pytest.mark.slow
 def test_an_induction_model_has_a_head_for_it():
     model = train_on(tasks.induction(512), n_layers=2, steps=500)
     test = tasks.induction(64, seed=9)
@@ -134,14 +140,14 @@ def test_an_induction_model_has_a_head_for_it():
     assert "induction" in set(frame["target"])
 
 
-def test_an_untrained_model_labels_every_head_mean_and_says_that_nothing_was_learned():
+def test_an_untrained_model_labels_every_head_mean_and_says_that_nothing_was_learned(
+    previous_token_model,
+):
     untrained = train_on(tasks.previous_token(64), steps=1, learning_rate=0.0)
     again = train_on(tasks.previous_token(64), steps=1, learning_rate=0.0)
-    trained = train_on(tasks.previous_token(512), steps=250)
     data = tasks.previous_token(64, seed=9).tokens
-    before, same, after = (
-        sl.head_roles(model, data, progress=False) for model in (untrained, again, trained)
-    )
+    models = untrained, again, previous_token_model
+    before, same, after = (sl.head_roles(model, data, progress=False) for model in models)
     assert set(before.frame()["role"]) == {"mean"}
     assert not same.relative_to(before)["learned"].any()
     learned = after.relative_to(before)
