@@ -13,8 +13,7 @@ from pathlib import Path
 
 from paper import FIGURES, Reproduction, reproductions
 from paper.claims import PAGE, write_page, write_reproduction
-from sat_lens.cli.checks import check_folder
-from sat_lens.cli.output import status_of, status_of_work
+from sat_lens.cli.shared import check_folder, status_of, status_of_work
 from sat_lens.errors import ArgumentError
 
 EPILOG = """examples:

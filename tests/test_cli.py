@@ -15,8 +15,7 @@ import pytest
 
 import sat_lens
 from sat_lens import cli
-from sat_lens.cli.arguments import EPILOG
-from sat_lens.cli.checks import check_file, check_folder
+from sat_lens.cli.shared import EPILOG, check_file, check_folder
 from sat_lens.errors import ArgumentError
 from sat_lens.roles import HeadRoles
 
@@ -246,7 +245,6 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(
     def load(name):
         pytest.fail("The model was loaded before the mistake was found.")
 
-    monkeypatch.setattr("sat_lens.cli._sweep.load_model", load)
     monkeypatch.setattr("sat_lens.models.load_model", load)
     status, out, error = run(*arguments)
     assert (status, out) == (2, "")

@@ -1,18 +1,16 @@
 """The ``sat-lens`` command.
 
-Each command has a file of its own here, with ``add`` for its arguments and ``run`` for its work.
-Nothing heavy is imported before a command is chosen, so ``--help`` answers at once. An error of
-the library becomes one line on standard error and exit status 2; nothing shows a traceback.
+``--help`` answers at once: a command imports what it needs only when it runs. An error of the
+library becomes one line on standard error and exit status 2, without a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Sequence
 
-from sat_lens.cli.arguments import EPILOG
-from sat_lens.cli.output import status_of_work
+from sat_lens.cli import check, roles, sweep
+from sat_lens.cli.shared import EPILOG, status_of_work
 from sat_lens.version import __version__
 
 COMMANDS = ("report", "roles", "merge", "sweep", "check")
@@ -32,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sat-lens {__version__}")
-    chosen = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        importlib.import_module(f"sat_lens.cli.{name}").add(chosen)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (roles.add_report, roles.add_roles, roles.add_merge, sweep.add, check.add):
+        add(commands)
     return parser

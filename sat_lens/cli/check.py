@@ -1,11 +1,11 @@
-"""``sat-lens check``: say which attention modules can be saturated, by trying."""
+"""``sat-lens check``: try which attention modules can be saturated."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from sat_lens.cli.arguments import add_command, add_model
+from sat_lens.cli.shared import add_command, add_model
 
 LEGEND = """
 One line for each attention module: its name in the model, what it attends to (self or cross), the
@@ -20,14 +20,14 @@ LEVELS = {
 }
 
 
-def add(chosen: Any) -> None:
+def add(commands: Any) -> None:
     """Add the command and its arguments."""
-    help_text = "say which attention modules can be saturated, by trying"
-    add_model(add_command(chosen, "check", run, help_text))
+    help_text = "try which attention modules can be saturated"
+    add_model(add_command(commands, "check", run, help_text))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Try every attention module, and print what came of it."""
+    """Try every attention module, and print the outcome."""
     from sat_lens.intervention import verify_sites
     from sat_lens.models import load_model
     from sat_lens.sites.discovery import parts_not_probed

@@ -1,40 +1,91 @@
-"""``sat-lens roles``: measure the role of every head; print and write the table."""
+"""``sat-lens report``, ``roles`` and ``merge``: the roles of heads, as a page and as tables."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sat_lens import figures
-from sat_lens.cli.arguments import add_command, add_data, add_model, add_quiet
-from sat_lens.cli.checks import check_file, read_shard
-from sat_lens.cli.output import short_table, status_of
-from sat_lens.cli.processes import processes
-from sat_lens.cli.windows import model_and_windows
-from sat_lens.errors import ArgumentError
+from sat_lens.cli.shared import (
+    add_command,
+    add_data,
+    add_model,
+    add_quiet,
+    check_file,
+    model_and_windows,
+    status_of,
+)
+from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.vocabulary import CAUTION
 
 if TYPE_CHECKING:
-    from sat_lens.roles import HeadRoles
+    import pandas as pd
+    from torch import Tensor
 
 FIGURES = (".png", ".svg", ".pdf")
+PROMPT = """def area(width, height):
+    return width * height
+
+def volume(width, height, depth):
+    return area(width, """
+SHOWN_TOKENS = 64
+CURVE_SEQUENCES = 8
+_SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
-def add(chosen: Any) -> None:
-    """Add the command and its arguments."""
-    command = add_command(chosen, "roles", run, "print the role of every head")
+def add_report(commands: Any) -> None:
+    """Add ``sat-lens report`` and its arguments."""
+    command = add_command(commands, "report", report, "write a page about a model's heads")
     add_model(command)
     add_data(command)
     add_quiet(command)
-    command.add_argument("--csv", type=Path, help="write the whole table here")
-    command.add_argument("--out", type=Path, help="write the result (safetensors) here")
-    command.add_argument("--figure", type=Path, help="write the role map (PNG, SVG, PDF) here")
-    command.add_argument(
-        "--shard", metavar="I/N", help="read every N-th batch only, starting with the I-th"
-    )
+    command.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    command.add_argument("--prompt", help="the short text whose attention the page shows")
 
 
-def run(options: argparse.Namespace) -> int:
+def report(options: argparse.Namespace) -> int:
+    """Measure a model and write the page about it."""
+    check_file(options.out)
+    if options.prompt is not None and not options.prompt.strip():
+        raise ArgumentError("--prompt holds no text to show the attention of.")
+    from sat_lens.caching import run_with_saturation_cache
+    from sat_lens.roles import head_roles
+    from sat_lens.spectrum import scaling_curve
+    from sat_lens.viz import token_strings, write_report
+
+    model, windows, name = model_and_windows(options)
+    progress = not options.quiet
+    roles = head_roles(model, windows, data_name=name, progress=progress)
+    curve = scaling_curve(model, windows[:CURVE_SEQUENCES], data_name=name, progress=progress)
+    shown = _shown_tokens(options, model, windows)
+    pair = run_with_saturation_cache(model, shown, names_filter=lambda n: n.endswith("pattern"))
+    strings = token_strings(model, shown)
+    write_report(options.out, roles=roles, pair=pair, tokens=strings, curve=curve)
+    print(_short_table(roles.frame()))
+    print(f"\nThe report is in {options.out.resolve()}")
+    return status_of(roles.complete and curve.complete)
+
+
+def add_roles(commands: Any) -> None:
+    """Add ``sat-lens roles`` and its arguments."""
+    command = add_command(commands, "roles", roles, "print the role of every head")
+    add_model(command)
+    add_data(command)
+    add_quiet(command)
+    add = command.add_argument
+    add("--csv", type=Path, help="write the whole table here")
+    add("--out", type=Path, help="write the result (safetensors) here")
+    add("--figure", type=Path, help="write the role map (PNG, SVG, PDF) here")
+    add("--shard", metavar="I/N", help="read every N-th batch only, starting with the I-th")
+
+
+def roles(options: argparse.Namespace) -> int:
     """Measure the role of every head; print and write the table."""
     for path in (options.csv, options.out, options.figure):
         check_file(path)
@@ -42,25 +93,119 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError(
             f"A figure is one of {', '.join(FIGURES)}; found {options.figure.name}."
         )
-    shard = read_shard(options.shard)
-    with processes() as is_first:
+    shard = _read_shard(options.shard)
+    with _processes() as is_first:
+        from sat_lens.results import write_csv, write_whole
         from sat_lens.roles import head_roles
 
         model, windows, name = model_and_windows(options)
         progress = not options.quiet and is_first
-        roles = head_roles(model, windows, shard=shard, data_name=name, progress=progress)
-        return _write(roles, options) if is_first else 0
+        found = head_roles(model, windows, shard=shard, data_name=name, progress=progress)
+        if not is_first:
+            return 0
+        if options.csv:
+            write_csv(options.csv, found.frame())
+        if options.out:
+            found.save(options.out)
+        if options.figure:
+            drawn = figures.figure_bytes(found.plot(), options.figure.suffix[1:].lower())
+            write_whole(options.figure, drawn)
+        print(_short_table(found.frame()))
+        return status_of(found.complete)
 
 
-def _write(roles: HeadRoles, options: argparse.Namespace) -> int:
-    from sat_lens.results import write_csv, write_whole
+def add_merge(commands: Any) -> None:
+    """Add ``sat-lens merge`` and its arguments."""
+    command = add_command(commands, "merge", merge, "merge the role statistics of shards")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of roles --out")
+    command.add_argument("--out", type=Path, help="write the merged result here")
 
-    if options.csv:
-        write_csv(options.csv, roles.frame())
+
+def merge(options: argparse.Namespace) -> int:
+    """Merge the files of shards; leave out broken ones, and name these and incomplete ones."""
+    check_file(options.out)
+    from sat_lens.roles import HeadRoles
+
+    parts, whole = [], True
+    for path in options.files:
+        try:
+            part = HeadRoles.load(path)
+        except FileFormatError as error:
+            print(f"sat-lens: left out: {error}", file=sys.stderr)
+            whole = False
+            continue
+        if not part.complete:
+            print(f"sat-lens: {path} is part of a shard: it was interrupted", file=sys.stderr)
+            whole = False
+        parts.append(part)
+    merged = HeadRoles.merge(parts)
     if options.out:
-        roles.save(options.out)
-    if options.figure:
-        drawn = figures.figure_bytes(roles.plot(), options.figure.suffix[1:].lower())
-        write_whole(options.figure, drawn)
-    print(short_table(roles.frame()))
-    return status_of(roles.complete)
+        merged.save(options.out)
+    print(_short_table(merged.frame()))
+    print(f"\n{len(parts)} files merged, {merged.n_sequences} sequences in all")
+    return 0 if whole else 1
+
+
+def _short_table(frame: pd.DataFrame) -> str:
+    """Return the columns of a table of roles that fit a terminal, and what to know of them."""
+    shown = frame[["role", "target", "lean", "tv_argmax", "tv_mean", "tv_nearest", "agreement"]]
+    return f"{shown.to_string(float_format='{:.2f}'.format)}\n\n{CAUTION}"
+
+
+def _shown_tokens(options: argparse.Namespace, model: Any, windows: Tensor) -> Tensor:
+    """Choose the short text whose patterns the page shows."""
+    if options.prompt is None and options.text is not None:
+        return windows[:1, :SHOWN_TOKENS]
+    tokens: Tensor = model.to_tokens(options.prompt or PROMPT)
+    return tokens[:, :SHOWN_TOKENS]
+
+
+def _read_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = _SHARD.fullmatch(text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ArgumentError(
+            f"A shard is written i/n with i from 1 to n, such as 2/8; {text!r} was given."
+        )
+    return int(match[1]), int(match[2])
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[bool]:
+    """Join the other processes that torchrun started; each then reads its share of the data.
+
+    Yields:
+        Whether this is the process that prints and writes.
+    """
+    rank, count = _rank_and_count()
+    if count == 1:
+        yield True
+        return
+    import torch
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"The {count} processes cannot find each other ({error}). Start them with torchrun."
+        ) from error
+    try:
+        yield rank == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def _rank_and_count() -> tuple[int, int]:
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return 0, 1
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if all(value.isascii() and value.isdigit() for value in found.values()):
+        rank, count = int(found["RANK"]), int(found["WORLD_SIZE"])
+        if rank < count:
+            return rank, count
+    raise ArgumentError(
+        "Several processes need RANK and WORLD_SIZE as torchrun sets them, with RANK below "
+        f"WORLD_SIZE; found {found}. Start with torchrun, or unset both."
+    )

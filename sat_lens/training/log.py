@@ -1,4 +1,4 @@
-"""A log of one JSON object a line, which is readable at any time, also after a kill."""
+"""A log of one JSON object a line, readable at any time, even after the run was killed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 
 import pandas as pd
 
-from sat_lens._checks import is_number
+from sat_lens._checks import is_count, is_number
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import library_versions
 
 KIND = "sat_lens training log"
 _FORMAT = 1
+# Columns that hold texts; all others hold numbers.
+_TEXTS = ("problem",)
 
 
 class TrainingLog:
-    """Appends lines to a file; each is handed to the operating system before the next."""
+    """Appends lines to a file, each flushed at once; a log that exists is continued."""
 
     def __init__(self, path: Path, model: str) -> None:
         self.path = path
@@ -37,7 +39,7 @@ class TrainingLog:
             self.write({"kind": KIND, "format": _FORMAT, "model": model, "versions": versions})
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append one line; what is not finite becomes null, which JSON has."""
+        """Append one line; numbers that are not finite become null, because JSON has neither."""
         plain = {name: _plain(value) for name, value in entry.items()}
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
@@ -48,18 +50,18 @@ class TrainingLog:
 
 
 def read_training_log(path: str | Path) -> pd.DataFrame:
-    """Read what a :class:`SaturationTracker` wrote, also while it writes.
+    """Read what a :class:`SaturationTracker` wrote, even while it is still writing.
 
-    A line that was cut off when the run was killed is left out. Of a step that was logged twice,
-    before and after a run was resumed, the later line counts.
+    A last line that was cut off when the run was killed is left out. Where a resumed run logged a
+    step again, the later line counts.
 
     Returns:
         One row a step, indexed by step.
 
     Raises:
-        ArgumentError: ``path`` is no path.
-        FileFormatError: There is no such file, it was not written by sat_lens, or a line in its
-            middle is broken.
+        ArgumentError: ``path`` is not a path.
+        FileFormatError: There is no such file, it was not written by sat_lens, or a complete line
+            is broken.
 
     Example:
         >>> from sat_lens.training import read_training_log
@@ -79,13 +81,9 @@ def read_training_log(path: str | Path) -> pd.DataFrame:
     frame = pd.DataFrame([by_step[step] for step in sorted(by_step)])
     if frame.empty:
         frame = pd.DataFrame({"step": pd.Series(dtype="int64")})
-    words = [name for name in _WORDS if name in frame.columns]
-    numbers = frame.columns.difference(words)
+    numbers = frame.columns.difference(_TEXTS)
     frame[numbers] = frame[numbers].apply(pd.to_numeric)
     return frame.set_index("step")
-
-
-_WORDS = ("problem",)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -100,10 +98,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise FileFormatError(f"Line {number} of {path} is broken: {error}.") from error
         if not isinstance(entry, dict) or (entries and not _is_row(entry)):
-            raise FileFormatError(f"Line {number} of {path} is no line of a training log.")
+            raise FileFormatError(f"Line {number} of {path} is not from a training log.")
         entries.append(entry)
     if not entries or entries[0].get("kind") != KIND:
-        what = "holds one line, cut off" if torn and not entries else "was not written by sat_lens"
+        cut_off = "holds a single line, which is cut off"
+        what = cut_off if torn and not entries else "was not written by sat_lens"
         raise FileFormatError(f"{path} {what}.")
     return entries
 
@@ -111,11 +110,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _is_row(entry: Mapping[str, Any]) -> bool:
     step = entry.get("step")
     return (
-        is_number(step)
-        and isinstance(step, int)
-        and 0 <= step < 2**63
-        and all(isinstance(entry[name], str) for name in _WORDS if name in entry)
-        and all(v is None or is_number(v) for k, v in entry.items() if k not in _WORDS)
+        is_count(step, at_least=0)
+        and step < 2**63
+        and all(isinstance(v, str) for k, v in entry.items() if k in _TEXTS)
+        and all(v is None or is_number(v) for k, v in entry.items() if k not in _TEXTS)
     )
 
 

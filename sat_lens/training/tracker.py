@@ -1,4 +1,4 @@
-"""The tracker: what it measures, when, and how it keeps out of the training run's way."""
+"""The tracker: what it measures, when, and how it leaves the training run undisturbed."""
 
 from __future__ import annotations
 
@@ -34,41 +34,42 @@ DEFAULT_BUDGET = 0.02
 class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Logs parameter norms, and saturation on a small fixed batch, while a model trains.
 
-    It changes nothing of the run: training with it gives the same weights bit for bit. A Hugging
-    Face model is measured through a twin that shares its memory; a TransformerLens model is
-    measured itself, with its mode and the random state put back, and hooks that you put on it run.
+    It does not change the run: training with it gives the same weights bit for bit. A Hugging Face
+    model is measured through a twin that shares its memory; a TransformerLens model is measured
+    itself, its own hooks included, and its mode and the random state are restored.
 
     Use it in one of three ways:
 
     - ``Trainer(..., callbacks=[tracker])``, or ``trainer.add_callback(tracker)``;
     - ``tracker.step(model, step)`` after each step of your own loop, and ``tracker.close()``;
     - ``with tracker.watching(model): train(model, config, data)`` around a loop without callbacks,
-      such as TransformerLens's: every step of an optimiser of the model's parameters counts.
+      such as TransformerLens's: each step of an optimiser of the model's parameters counts.
 
     Args:
-        path: A file for one JSON object a line; each line is flushed, and a log that is there
-            already is continued. None writes no file.
+        path: A file for one JSON object a line; each line is flushed, and an existing log is
+            continued. None writes no file.
         data: A small fixed batch: tokens, texts or batches (see :func:`sat_lens.data.batches`).
-            Some four sequences are enough. None logs norms only. With data, TransformerLens is
-            imported here and now, and not in the first step.
-        every: Norms are logged every so many steps; None at step 0, the powers of two and, from
-            16 on, half-way between them.
-        measure_every: Saturation likewise; None at step 0 and the powers of two.
-        log: A function ``(numbers, step)`` that gets each row too:
+            About four sequences are enough. None logs norms only. With data, TransformerLens is
+            imported now, so that the first step does not wait for it.
+        every: Steps between logged norms; None logs at step 0, at the powers of two and, from 16
+            on, half-way between them.
+        measure_every: Steps between saturation measures; None measures at step 0 and at the powers
+            of two.
+        log: A function ``(numbers, step)`` that also receives each row:
             ``lambda row, step: wandb.log(row, step=step)``, or one that calls
             ``SummaryWriter.add_scalar`` for each number.
         budget: Share of the run's time that measuring may take. A saturation measure that would
-            take more is put off to the first step where it would not; the first is always made, so
-            that a run of a minute or so can end above its budget. None never puts off: for toy
-            models, whose steps take next to no time.
+            exceed it is postponed to the first step where it fits; the first is always made, so a
+            run of about a minute can end above its budget. None never postpones: for toy models,
+            whose steps take next to no time.
         tokenizer: A tokenizer or its directory, where data are texts and the model has none.
         batch_size: Sequences in a forward pass.
 
     Raises:
-        ArgumentError: An interval below 1, a budget that is no share, or an argument of the wrong
-            kind.
-        FileFormatError: At the first step: the file is there and no training log, or cannot be
-            written.
+        ArgumentError: An interval below 1, a budget outside (0, 1], or an argument of the wrong
+            type.
+        FileFormatError: At the first step: the file cannot be written, or exists and is not a
+            training log.
 
     Example:
         >>> import sat_lens as sl
@@ -119,15 +120,15 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._due = False
 
     def step(self, model: nn.Module, step: int) -> dict[str, Any] | None:
-        """Measure if this step is due for it; call it after every step.
+        """Measure if a measurement is due at this step; call it after every step.
 
         Returns:
             What was logged, or None if nothing was.
 
         Raises:
-            ArgumentError: The model is none, or the step is no whole number.
-            SatLensError: The very first saturation measure cannot be made: the model or the data do
-                not allow it. Later ones only leave a line that says so.
+            ArgumentError: The model is not a module, or the step is not a whole number.
+            SatLensError: The model or the data do not allow the first saturation measure. If a
+                later one fails, its row says so and the run goes on.
         """
         began = time.perf_counter()
         if isinstance(step, nn.Module):
@@ -144,14 +145,14 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         return self._record(unwrapped(model), step, with_measures, began)
 
     def frame(self) -> pd.DataFrame:
-        """Return what was logged by this object, one row a step, the last one where it repeats."""
+        """Return what this object logged, one row a step; of a repeated step the last row."""
         by_step = {row["step"]: row for row in self.rows}
         rows = [by_step[step] for step in sorted(by_step)]
         return pd.DataFrame(rows).set_index("step") if rows else pd.DataFrame()
 
     @property
     def overhead(self) -> float:
-        """The share of the time since the first step that measuring took."""
+        """The share of the time since the first step that went into measuring."""
         if self._started is None:
             return 0.0
         return self.seconds / (time.perf_counter() - self._started)
@@ -162,7 +163,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
 
         Args:
             model: The model that the loop trains.
-            first_step: The step that the run starts from.
+            first_step: The step at which the run starts.
         """
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -187,7 +188,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
             self.close()
 
     def close(self) -> None:
-        """Close the file and let go of the model; the rows stay."""
+        """Close the file and release the model; the rows stay."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -233,11 +234,11 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         except NonFiniteError as error:
             row["problem"] = str(error)
         except (SatLensError, RuntimeError) as error:
-            # Once it has worked, a failure, for want of memory say, must not end the run.
+            # Once it has worked, a failure (out of memory, say) must not end the run.
             worked = self._last_cost is not None if with_measures else bool(self.rows)
             if not worked:
                 raise
-            logger.warning("Not all was measured at step %d: %s", step, error)
+            logger.warning("Step %d was not fully measured: %s", step, error)
             row["problem"] = str(error)
         self._write(row, model)
         self._due = self._due and not with_measures
@@ -248,7 +249,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         with kept_random_state():
             if self._view is None or not shares_memory(self._view, model):
                 self._view = lens_model(model, self._tokenizer)
-            # The first measure also loads and builds what later ones find ready.
+            # Building the view is not timed, because later measurements find it ready.
             began = time.perf_counter()
             found = saturation_measures(self._view, self._data, batch_size=self._batch_size)
             self._last_cost = time.perf_counter() - began
@@ -266,7 +267,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
 
 
 def is_due(step: int, every: int | None, halves: bool) -> bool:
-    """Say whether a step is one to log: every n-th, or on a logarithmic scale.
+    """Whether a step is to be logged: every n-th, or on a logarithmic scale.
 
     Example:
         >>> [step for step in range(50) if is_due(step, None, halves=True)]
