@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from sat_lens._checks import check_count, is_integer
@@ -39,9 +40,6 @@ class HubRevision:
         Raises:
             ModelError: The hub cannot be reached, or has no such revision.
         """
-        # Checkpoints on disk do without.
-        from huggingface_hub import snapshot_download
-
         try:
             with hub_or_cache(self.name):
                 for weights in ("*.safetensors", "*.bin"):
@@ -113,6 +111,7 @@ def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
         ['EleutherAI/pythia-70m@step0', 'EleutherAI/pythia-70m@step512']
     """
     try:
+        # Slow to import, and missing in older versions.
         from transformer_lens.tools.model_registry.checkpoints import get_checkpoint_labels
         from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
     except ImportError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from sat_lens._checks import is_lens_model, require_lens_model
@@ -214,9 +215,6 @@ def _twin(model: nn.Module) -> Any:
 
 
 def _from_directory(folder: Path, tokenizer: Any) -> Any:
-    # It takes seconds to import, and norms alone do without.
-    import transformers
-
     if not (folder / "config.json").exists():
         raise FileFormatError(f"{folder} holds no config.json, so its model cannot be built.")
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
@@ -239,6 +237,7 @@ def _from_directory(folder: Path, tokenizer: Any) -> Any:
 
 def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
     try:
+        # Slow to import, and missing in older versions.
         from transformer_lens.model_bridge.sources import build_bridge_from_module
     except ImportError as error:
         raise ModelError(
@@ -265,8 +264,6 @@ def _tokenizer(tokenizer: Any) -> Any:
         raise ArgumentError(
             f"tokenizer is a tokenizer or its directory; found {type(tokenizer).__name__}."
         )
-    import transformers
-
     try:
         return transformers.AutoTokenizer.from_pretrained(str(tokenizer), **_LOCAL)
     except Exception as error:

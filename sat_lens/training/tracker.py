@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from sat_lens._checks import check_count, check_module, check_share
@@ -165,8 +166,6 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
             model: The model that the loop trains.
             first_step: The step at which the run starts.
         """
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
         check_module(model)
         check_count("first_step", first_step, at_least=0)
         own = {id(parameter) for parameter in model.parameters()}
