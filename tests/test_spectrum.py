@@ -324,10 +324,10 @@ def test_no_data(demo):
     ("name", "has_loss", "has_s"),
     [
         ("openai_gpt", True, False),
-        ("deepseek_v4", True, True),
+        pytest.param("deepseek_v4", True, True, marks=pytest.mark.slow),
         ("bert", False, True),
-        ("bert_decoder", True, True),
-        ("t5", True, True),
+        pytest.param("bert_decoder", True, True, marks=pytest.mark.slow),
+        pytest.param("t5", True, True, marks=pytest.mark.slow),
     ],
 )
 def test_curve_and_measures_ask_the_same_of_a_model(name, has_loss, has_s):

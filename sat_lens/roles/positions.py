@@ -273,8 +273,8 @@ class BatchReader:
     def _make(self, site: AttentionSite, scores: Tensor) -> Positions:
         batch, _, n_queries, n_keys = scores.shape
         device = scores.device
-        query_tokens, query_real = self._side(decoder=site.stack in ("decoder", "cross"))
-        key_tokens, key_real = self._side(decoder=site.stack == "decoder")
+        query_tokens, query_mask = self._side(decoder=site.stack in ("decoder", "cross"))
+        key_tokens, key_mask = self._side(decoder=site.stack == "decoder")
         length = n_queries if query_tokens is None else query_tokens.shape[1]
         n_key_tokens = length if key_tokens is None else key_tokens.shape[1]
         n_sinks = int(n_keys == n_key_tokens + 1 and _last_key_is_always_seen(scores))
@@ -287,7 +287,7 @@ class BatchReader:
             behind = torch.nn.functional.pad(key_tokens.to(device), (0, n_sinks), value=-1)
             special = torch.isin(behind, self.special.to(device)) & (behind >= 0)
             tokens = behind if aligned and n_queries == length else None
-        counted = self._counted(query_real, length, (batch, n_queries), device)
+        counted = self._counted(query_mask, length, (batch, n_queries), device)
         weight = counted[:, None].float()
         if self.importance is not None:
             own = as_rows(self.importance[site.path].to(device), (batch, n_queries))
@@ -296,10 +296,10 @@ class BatchReader:
             weight=weight,
             aligned=aligned,
             tokens_known=whole and key_tokens is not None,
-            first=fitting_mask(key_real, (batch, n_keys - n_sinks), device).int().argmax(-1),
+            first=fitting_mask(key_mask, (batch, n_keys - n_sinks), device).int().argmax(-1),
             special=special,
             tokens=tokens,
-            sample=_sampled_rows(counted, self._order(query_real, length, counted), self.rows),
+            sample=_sampled_rows(counted, self._order(query_mask, length, counted), self.rows),
             n_searched=n_queries if self.rows == "all" else SEARCHED_ROWS,
             resampling=self._resampling(batch),
             # A model may be asked for its newest rows only; they are the last of the positions.
