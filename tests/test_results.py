@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 
 import sat_lens as sl
+from sat_lens import results
 from sat_lens.errors import FileFormatError
 from sat_lens.results import (
     Provenance,
@@ -360,3 +362,11 @@ def test_parts_add_up():
     ):
         with pytest.raises(sl.SatLensError, match=words):
             Sample.merge(wrong)
+
+
+def test_every_kind_is_found_by_its_home():
+    for kind, home in results._HOMES.items():
+        module = importlib.import_module(home)
+        assert getattr(module, results._KINDS[kind].__name__) is results._KINDS[kind]
+    own = {k for k, made in results._KINDS.items() if made.__module__.startswith("sat_lens")}
+    assert own == results._HOMES.keys()
