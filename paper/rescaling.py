@@ -84,13 +84,11 @@ def judged(table: pd.DataFrame) -> tuple[Claim, ...]:
 
 
 def _drawn(table: pd.DataFrame) -> Figure:
-    shown = table.rename(index={0: 0.5})
     figure, (norms, shares) = panels(2, TITLE, across=2, size=(3.6, 3.3))
-    step = "step (0 on the left edge)"
-    lines(norms, shown, {"raw": "as they are", "minimal": "balanced"}, x=step, dashed=["minimal"])
+    lines(norms, table, {"raw": "as they are", "minimal": "balanced"}, x="step", dashed=["minimal"])
     headline(norms, "squared norm of all pairs")
     named = {f"share_{name}": pair for name, pair in PAIRS.items()}
-    lines(shares, shown, named, x=step)
+    lines(shares, table, named, x="step")
     shares.set_ylim(bottom=0)
     headline(shares, "share that balancing removes")
     return figure

@@ -64,17 +64,16 @@ def judged(table: pd.DataFrame) -> tuple[Claim, ...]:
 
 
 def _drawn(table: pd.DataFrame) -> Figure:
-    shown = table.rename(index={0: 0.5})
     figure, (cosines, measures, losses) = panels(
         3, "Soft and saturated through training", across=3, size=(3.6, 3.3)
     )
     named = {"cos_saturated": "saturated", "cos_random": "random keys"}
-    lines(cosines, shown, named, x="step (0 on the left edge)", dashed=["cos_random"])
+    lines(cosines, table, named, x="step", dashed=["cos_random"])
     headline(cosines, "cosine to the soft network")
     words = {"S": "S", "lean": "mean lean of heads"}
-    lines(measures, shown, words, x="step (0 on the left edge)")
+    lines(measures, table, words, x="step")
     headline(measures, "beside the control")
     named = {"loss": "soft", "loss_saturated": "saturated"}
-    lines(losses, shown, named, x="step (0 on the left edge)")
+    lines(losses, table, named, x="step")
     headline(losses, "loss, nats per token")
     return figure

@@ -111,19 +111,18 @@ class Narrowing(Result, kind="narrowing"):
         figure, (entropy, speed, keys) = figures.panels(
             3, title or f"Narrowing: {self.provenance}", across=3, size=(3.6, 3.3)
         )
-        table = self.frame().rename(index={0: 0.5})
-        step = "step (0 on the left edge)"
+        table = self.frame()
         named = {"entropy": "attention", "entropy_uniform": "uniform"}
-        figures.lines(entropy, table, named, x=step, y="nats", dashed=["entropy_uniform"])
+        figures.lines(entropy, table, named, x="step", y="nats", dashed=["entropy_uniform"])
         figures.headline(entropy, "entropy over key tokens")
         if self.boundary:
             entropy.axvline(self.boundary, color="#999999", lw=0.8, ls=":")
         named = {"narrowing": "entropy lost (nats)", "moved": "mass moved (share)"}
-        figures.lines(speed, table, named, x=step)
+        figures.lines(speed, table, named, x="step")
         figures.headline(speed, "per doubling of steps")
-        shown = self.keys(self.queries[0], 6).drop(index="uniform").rename(index={0: 0.5})
+        shown = self.keys(self.queries[0], 6).drop(index="uniform")
         words = {str(token): self.name(int(token)) for token in shown.columns}
-        figures.lines(keys, shown.rename(columns=str), words, x=step, legend=False)
+        figures.lines(keys, shown.rename(columns=str), words, x="step", legend=False)
         keys.set_ylim(0, 1.35 * float(shown.to_numpy().max()))
         keys.legend(frameon=False, fontsize=7, ncol=3, loc="upper left")
         figures.headline(keys, f"mass on keys, query {self.name(self.queries[0])}")
