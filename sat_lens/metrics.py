@@ -280,6 +280,14 @@ def metric_of(metric: Any, batch: Batch) -> Metric:
 
     Raises:
         ArgumentError: It is neither, or the batch has no tokens to have a loss on.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.data import Batch
+        >>> from sat_lens.metrics import metric_of
+        >>> tokens = torch.tensor([[0, 1]])
+        >>> round(float(metric_of("loss", Batch(tokens, {}, tokens))(torch.zeros(1, 2, 2))), 4)
+        0.6931
     """
     if isinstance(metric, str) and metric == "loss":
         if batch.output_tokens is None:
@@ -304,6 +312,12 @@ def call_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Te
 
     Raises:
         ArgumentError: It gives something else.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.metrics import call_metric, logit_difference
+        >>> call_metric(logit_difference(1, 0), torch.tensor([[[0.5, 2.0]]] * 2), n_prompts=2)
+        tensor([1.5000, 1.5000])
     """
     if not callable(metric):
         raise ArgumentError(f"A metric is a function of the logits; {metric!r} was given.")
@@ -358,6 +372,12 @@ def positions_read(metric: Metric, logits: Any) -> list[int] | None:
 
     Raises:
         ArgumentError: It names none of the logits' positions.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.metrics import logit_difference, positions_read
+        >>> positions_read(logit_difference(1, 0), torch.zeros(1, 3, 2))
+        [2]
     """
     named = getattr(metric, "positions", None)
     if named is None or not isinstance(logits, Tensor) or logits.dim() != 3:
