@@ -270,11 +270,10 @@ print(pd.Series(by_hair).round(3).to_string())
 #
 # **Predictions.**
 #
-# 1. Tasks that look at one key survive the exact limit and die under uniform attention.
-# 2. All that count die in the exact limit.
-# 3. By the rule of one key, uniform attention should be no better than guessing for a^n b^n, whose
-#    answers are judged only where the numbers of a and b differ by at most one. Dyck needs an exact
-#    count as well, so it should fare as badly.
+# 1. Tasks that look at one key survive the exact limit and die under uniform attention. 2. All
+# that count die in the exact limit. 3. By the rule of one key, uniform attention should be no
+# better than guessing for a^n b^n, whose    answers are judged only where the numbers of a and b
+# differ by at most one. Dyck needs an exact    count as well, so it should do as badly.
 
 # %%
 recipes = {
@@ -318,9 +317,9 @@ without_positions = accuracies(blind, brackets)
 print("without positions:", {name: round(value, 2) for name, value in without_positions.items()})
 
 # %% [markdown]
-# The first holds in the main: most errors are by two, some by one. The second holds: without
-# positions uniform attention is no better than guessing. What rescued the count was a second source
-# of the answer.
+# The first mostly holds: most errors are by two, some by one. The second holds: without positions
+# uniform attention is no better than guessing. What rescued the count was a second source of the
+# answer.
 #
 # ## What a label does not say
 #
@@ -340,13 +339,13 @@ for name in ("majority", "Dyck-1 depth", "a^n b^n", "token count"):
 pd.DataFrame(summary).T
 
 # %% [markdown]
-# All heads of the a^n b^n model are `mean`, like those of the majority model, and uniform attention
-# in their place is fatal in one and nearly harmless in the other. A label says how far the row is
-# from a shape; a count is spoiled by one key.
+# All heads of the a^n b^n model are `mean`, like those of the majority model, and uniform
+# attention in their place is fatal in one and nearly harmless in the other. A label says how far
+# the row is from a shape; one key too many or too few spoils a count.
 #
-# **What we learned.** Trained counting heads are near to uniform and not tied, and the exact limit
-# removes all that they count. A tolerance mends it only where it amounts to uniform attention. How
-# much uniform attention keeps depends on how far apart the answers are, in keys.
+# **What we learned.** Trained counting heads are close to uniform but not tied, and the exact
+# limit removes all that they count. A tolerance repairs that only where it amounts to uniform
+# attention. How much uniform attention keeps depends on how far apart the answers are, in keys.
 #
 # ## Exercises
 #
