@@ -19,7 +19,7 @@ from sat_lens.errors import ArgumentError
 from sat_lens.figures.drawing import PANELS, head_stacks, measure_groups
 from sat_lens.results import csv_text, write_whole
 from sat_lens.roles.result import HeadRoles
-from sat_lens.viz.maps import check_roles, clearest, role_maps
+from sat_lens.viz.maps import HeadMap, check_roles, clearest, role_maps
 from sat_lens.viz.page import inline_svg, render
 from sat_lens.viz.patterns import (
     Patterns,
@@ -105,17 +105,18 @@ def write_report(
     _check_size(found)
     _check_same_heads(roles, found, sweep)
     frame = _head_table(roles, sweep)
+    maps = role_maps(frame)
     page = render(
         "report.html",
         styles=["base.css", "patterns.css", "report.css"],
         scripts=["patterns.js", "heads.js", "table.js", "report.js"],
         title=title or f"Head roles of {roles.provenance.model}",
-        line=_one_line(roles, pair, frame),
+        line=_one_line(roles, pair, frame, maps),
         notes=_names_that_differ(roles, patterns=pair, spectrum=curve, sweep=sweep),
         versions=roles.provenance.versions,
         complete=roles.complete,
-        maps=role_maps(frame),
-        wide=_columns_across(frame) > 16,
+        maps=maps,
+        wide=sum(each.heads for each in maps) > 16,
         legend=_legend(frame),
         caution=CAUTION,
         start=clearest(frame),
@@ -227,23 +228,21 @@ def _check_size(found: list[Patterns]) -> None:
         )
 
 
-def _one_line(roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame) -> str:
+def _one_line(
+    roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame, maps: list[HeadMap]
+) -> str:
     rows = f"{int(frame['n_rows'].max()):,} rows a head" if "n_rows" in frame.columns else ""
     sequences = f"{roles.n_sequences:,} sequence{'s' if roles.n_sequences != 1 else ''}"
     source = f" of {roles.provenance.data}" if roles.provenance.data else ""
     shape = ", ".join(
         f"{len(m.layers)} layers {TIMES} {m.heads} heads{f' ({m.stack})' if m.stack else ''}"
-        for m in role_maps(frame)
+        for m in maps
     )
     return (
         f"{roles.provenance.model}: {shape}, measured on {sequences}{source}"
         f"{f' ({rows}, each with {roles.min_keys} keys or more)' if rows else ''}. "
         f"Patterns: one text, soft and at c = {scale_of(pair)}, ties {pair.provenance.ties}."
     )
-
-
-def _columns_across(frame: pd.DataFrame) -> int:
-    return sum(m.heads for m in role_maps(frame))
 
 
 def _legend(frame: pd.DataFrame) -> dict[str, Any]:
