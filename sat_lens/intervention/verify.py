@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from sat_lens.attention import RandomKey
-from sat_lens.errors import UnsupportedModelError
 from sat_lens.intervention.managers import replace_attention
 from sat_lens.sites import AttentionSite, attention_sites
-from sat_lens.sites.discovery import probe_inputs
+from sat_lens.sites.discovery import on_made_up_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[SiteTrial]:
     """Try every attention module: does sending its heads to random keys change the output?
 
     Args:
-        model: A TransformerLens model.
+        model: A TransformerLens model or a plain Hugging Face model.
         *inputs: Example inputs, for a model that made-up tokens do not fit.
         **kwargs: Further arguments of the model's own forward.
 
@@ -58,10 +57,14 @@ def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[SiteTrial]:
         >>> [trial.ok for trial in verify_sites(sl.load_model("demo"))]
         [True, True, True, True]
     """
+
+    def run(args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[Any, ...]:
+        return args, extra, _logits(model(*args, **extra))
+
     sites = attention_sites(model, *inputs, **kwargs)
-    args, extra = (inputs, kwargs) if inputs or kwargs else _working_inputs(model)
     with torch.no_grad():
-        before = _logits(model(*args, **extra))
+        given = inputs or kwargs
+        args, extra, before = run(inputs, kwargs) if given else on_made_up_inputs(model, run)
         return [SiteTrial(site, _change(model, site, before, args, extra)) for site in sites]
 
 
@@ -73,16 +76,6 @@ def _change(
     with replace_attention(model, RandomKey(), heads=lambda other, _head: other.path == site.path):
         after = _logits(model(*args, **kwargs))
     return float((after - before).abs().max())
-
-
-def _working_inputs(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    for args, kwargs in probe_inputs(model):
-        try:
-            model(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - any failure only means that the input did not fit
-            continue
-        return args, kwargs
-    raise UnsupportedModelError("No made-up input fits this model; pass example inputs.")
 
 
 def _logits(output: Any) -> Tensor:

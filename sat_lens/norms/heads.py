@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sat_lens._checks import is_lens_model
 from sat_lens.norms.names import ParameterPlace
 from sat_lens.norms.sources import Parameters, identity, wide
-from sat_lens.sites import Place, places
+from sat_lens.sites import Place, head_label, places
 
 HEAD_NORMS = ("W_Q", "W_K", "W_V", "W_O", "qk_product", "ov_product")
 _PATTERN = ".hook_pattern"
@@ -51,8 +51,7 @@ class HeadWeights:
     @property
     def labels(self) -> list[str]:
         """The labels of the heads, as everywhere in this library."""
-        prefix = f"{self.stack}." if self.stack else ""
-        return [f"{prefix}L{self.layer}H{head}" for head in range(len(self.q))]
+        return [head_label(self.stack, self.layer, head) for head in range(len(self.q))]
 
     def norms(self) -> Float[Tensor, "head norm"]:
         """Return the norms of :data:`HEAD_NORMS` for each head, in float64."""

@@ -13,7 +13,7 @@ from sat_lens.sites.selection import (
     select_heads,
     select_with_scales,
 )
-from sat_lens.sites.site import AttentionSite, Place, places
+from sat_lens.sites.site import AttentionSite, Place, head_label, places
 
 __all__ = [
     "AttentionSite",
@@ -23,6 +23,7 @@ __all__ = [
     "Selection",
     "attention_sites",
     "has_several_stacks",
+    "head_label",
     "labels_of",
     "places",
     "select_heads",

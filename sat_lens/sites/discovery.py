@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +26,7 @@ _PATTERN = ".hook_pattern"
 _log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Found = TypeVar("Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,10 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
         known = _remembered.get(model)
         if known is not None and known.state == state:
             return list(known.sites)
-    sites, idle = _probe(model, paths, inputs, kwargs)
+    if inputs or kwargs:
+        sites, idle = probe(model, paths, inputs, kwargs)
+    else:
+        sites, idle = on_made_up_inputs(model, partial(probe, model, paths))
     if not sites:
         raise _no_attention(model)
     _remembered[model] = _Survey(state, sites, idle)
@@ -122,15 +127,12 @@ def _attention_paths(model: Any) -> list[str]:
     return list(by_point.values())
 
 
-def _probe(
-    model: Any, paths: list[str] | None, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[AttentionSite], list[str]]:
-    if inputs or kwargs:
-        return probe(model, paths, inputs, kwargs)
+def on_made_up_inputs(model: Any, run: Callable[[tuple[Any, ...], dict[str, Any]], Found]) -> Found:
+    """Return what ``run(args, kwargs)`` gives on the first made-up inputs that fit the model."""
     tried: list[Exception] = []
-    for args, extra in probe_inputs(model):
+    for args, kwargs in _made_up_inputs(model):
         try:
-            return probe(model, paths, args, extra)
+            return run(args, kwargs)
         except UnsupportedModelError:
             raise
         except Exception as error:  # noqa: BLE001 - any failure only means that the input did not fit
@@ -144,8 +146,8 @@ def _probe(
     )
 
 
-def probe_inputs(model: Any) -> list[Inputs]:
-    """Make up small inputs for the model, the likeliest kind first."""
+def _made_up_inputs(model: Any) -> list[Inputs]:
+    """Make small inputs for the model, the likeliest kind first."""
     device, vocab = device_of(model), vocabulary_size(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = getattr(wrapped_model(model), "config", None)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from sat_lens._checks import is_integer, is_number
+from sat_lens._checks import is_integer, is_number, shown
 from sat_lens.attention.transforms import check_scale
 from sat_lens.errors import ArgumentError, HeadSelectionError, UnsupportedModelError
-from sat_lens.sites.site import AttentionSite
+from sat_lens.sites.site import AttentionSite, parse_label
 
 Predicate = Callable[[AttentionSite, int], bool]
 HeadName = str | tuple[int, int]
@@ -23,9 +22,6 @@ Selection = dict[str, list[int]]
 ScaleLike = float | Tensor | Mapping[Any, float] | Callable[[int, int], float]
 # path of a site -> head -> inverse temperature
 ScaleOfHead = dict[str, dict[int, float]]
-
-_LABEL = re.compile(r"(?:(?P<stack>.+)\.)?L(?P<layer>[0-9]+)H(?P<head>[0-9]+)")
-_DOTTED = re.compile(r"(?P<layer>[0-9]+)\.(?P<head>[0-9]+)")
 
 
 def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
@@ -52,7 +48,7 @@ def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
     pairs = _chosen(sites, heads)
     if not pairs:
         raise HeadSelectionError(
-            f"No head was selected by {_shown(heads)}. Choose at least one of {_available(sites)}."
+            f"No head was selected by {shown(heads)}. Choose at least one of {_available(sites)}."
         )
     counts = Counter((site.path, head) for site, head in pairs)
     ordered = [(s, head) for s in sites for head in range(s.n_heads) if counts[s.path, head]]
@@ -102,17 +98,17 @@ def _named(sites: list[AttentionSite], name: Any) -> tuple[AttentionSite, int]:
             "sat_lens.attention_sites(model, *your_inputs)."
         )
     raise HeadSelectionError(
-        f"There is no head {_shown(name)} in this model.{hint} It has {_available(sites)}."
+        f"There is no head {shown(name)} in this model.{hint} It has {_available(sites)}."
     )
 
 
 def _parse(name: Any) -> tuple[str, int, int]:
     if _is_pair(name):
         return "", int(name[0]), int(name[1])
-    match = (_LABEL.fullmatch(name) or _DOTTED.fullmatch(name)) if isinstance(name, str) else None
-    if match is None:
+    parsed = parse_label(name) if isinstance(name, str) else None
+    if parsed is None:
         raise _unreadable(name)
-    return match.groupdict().get("stack") or "", int(match["layer"]), int(match["head"])
+    return parsed
 
 
 def _from_mask(sites: list[AttentionSite], mask: Tensor) -> list[tuple[AttentionSite, int]]:
@@ -154,15 +150,10 @@ def _available(sites: list[AttentionSite]) -> str:
     return ", ".join(ranges) or "no heads that can be reached"
 
 
-def _shown(heads: Any) -> str:
-    text = repr(heads)
-    return text if len(text) < 80 else f"{text[:77]}..."
-
-
 def _unreadable(heads: Any) -> HeadSelectionError:
     return HeadSelectionError(
         f"Heads are named like 'L5H1', '5.1' or (5, 1), as a list of these, a bool tensor "
-        f"[layer, head], or a predicate on (site, head); {_shown(heads)} was given."
+        f"[layer, head], or a predicate on (site, head); {shown(heads)} was given."
     )
 
 
@@ -170,7 +161,7 @@ def _unreadable(heads: Any) -> HeadSelectionError:
 
 
 def select_with_scales(sites: list[AttentionSite], heads: Heads, scale: ScaleLike) -> ScaleOfHead:
-    """Read a choice of heads and their scales into one number per chosen head.
+    """Read a choice of heads and their scales into one inverse temperature per chosen head.
 
     Args:
         sites: The model's attention modules.
@@ -208,9 +199,7 @@ def _each(
     chosen: list[AttentionSite], selection: Selection, scale: Callable[[AttentionSite, int], Any]
 ) -> ScaleOfHead:
     return {
-        site.path: {
-            head: _number(scale(site, head), site.label(head)) for head in selection[site.path]
-        }
+        site.path: {h: _number(scale(site, h), site.label(h)) for h in selection[site.path]}
         for site in chosen
     }
 

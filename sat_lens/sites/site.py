@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,6 +15,26 @@ from sat_lens.errors import UnsupportedModelError
 
 Level = Literal["scores", "softmax", "kernel"]
 Kind = Literal["self", "cross"]
+
+_LABEL = re.compile(r"(?:(?P<stack>.+)\.)?L(?P<layer>[0-9]+)H(?P<head>[0-9]+)")
+_DOTTED = re.compile(r"(?P<stack>)(?P<layer>[0-9]+)\.(?P<head>[0-9]+)")
+
+
+def head_label(stack: str, layer: int, head: int) -> str:
+    """Name a head as every table, figure and argument of this library does.
+
+    Example:
+        >>> from sat_lens.sites import head_label
+        >>> head_label("", 5, 1), head_label("encoder", 0, 3)
+        ('L5H1', 'encoder.L0H3')
+    """
+    return f"{stack}.L{layer}H{head}" if stack else f"L{layer}H{head}"
+
+
+def parse_label(label: str) -> tuple[str, int, int] | None:
+    """Read stack, layer and head off a label, ``"L5H1"`` or ``"5.1"``; None if it is neither."""
+    match = _LABEL.fullmatch(label) or _DOTTED.fullmatch(label)
+    return match and (match["stack"] or "", int(match["layer"]), int(match["head"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +74,8 @@ class AttentionSite:
     dropout: bool = False
 
     def label(self, head: int) -> str:
-        """Name a head the way every table, figure and argument of this library does.
-
-        Example:
-            >>> AttentionSite("blocks.5.attn", "", 5, "self", 12, "scores").label(1)
-            'L5H1'
-        """
-        prefix = f"{self.stack}." if self.stack else ""
-        return f"{prefix}L{self.layer}H{head}"
+        """Return the label of a head."""
+        return head_label(self.stack, self.layer, head)
 
     @property
     def labels(self) -> list[str]:
@@ -122,14 +137,7 @@ def _place(path: str) -> Place:
 
 
 def plain_place(path: str, kind: Kind) -> Place:
-    """Read the place of a plain Hugging Face module off its name.
-
-    Example:
-        >>> plain_place("model.decoder.layers.1.self_attn", "self").stack
-        'decoder'
-        >>> plain_place("model.layers.1.self_attn", "self").stack
-        'model.layers'
-    """
+    """Read the place of a plain Hugging Face module off its name."""
     parts = path.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     layer = int(parts[index]) if index < len(parts) else 0
@@ -153,9 +161,8 @@ _LAYOUTS = {
 def layout_of(shape: Sequence[int], hint: int | None) -> str | None:
     """Return the order of axes in which a softmax keeps its heads, or None if that is not clear.
 
-    Args:
-        shape: The shape of the tensor that softmax received.
-        hint: The number of heads that the configuration claims. Four axes can do without.
+    ``shape`` is that of the tensor that softmax received, ``hint`` the number of heads that the
+    configuration claims; four axes can do without.
 
     Example:
         >>> layout_of([2, 4, 8, 8], hint=4), layout_of([2, 8, 4, 9], hint=4)
@@ -179,12 +186,7 @@ def layout_of(shape: Sequence[int], hint: int | None) -> str | None:
 
 
 def heads_in(shape: Sequence[int], layout: str, hint: int | None) -> int:
-    """Return the number of heads in a softmax of that shape and layout.
-
-    Example:
-        >>> heads_in([2, 4, 8, 8], "b h q k", hint=None), heads_in([8, 5, 5], "(b h) q k", hint=4)
-        (4, 4)
-    """
+    """Return the number of heads in a softmax of that shape and layout."""
     return shape[layout.split().index("h")] if len(shape) == 4 else hint or 0
 
 
@@ -193,16 +195,10 @@ def as_heads(scores: Tensor, layout: str, n_heads: int) -> Float[Tensor, "batch 
 
     Raises:
         UnsupportedModelError: The tensor does not have that layout.
-
-    Example:
-        >>> import torch
-        >>> as_heads(torch.zeros(6, 5, 5), "(b h) q k", n_heads=3).shape
-        torch.Size([2, 3, 5, 5])
     """
+    sizes = _sizes(layout, scores, n_heads)
     try:
-        heads = rearrange(
-            scores, f"{layout} -> {_LAYOUTS[layout]}", **_sizes(layout, scores, n_heads)
-        )
+        heads = rearrange(scores, f"{layout} -> {_LAYOUTS[layout]}", **sizes)
     except EinopsError:
         heads = None
     if heads is None or heads.shape[1] != n_heads:
