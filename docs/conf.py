@@ -30,6 +30,7 @@ extensions = [
 root_doc = "docs/index"
 include_patterns = [
     "README.md",
+    "CONTRIBUTING.md",
     "docs/**.md",
     "hooks/README.md",
     "tutorials/*.md",
