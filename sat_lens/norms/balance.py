@@ -33,7 +33,6 @@ from torch import Tensor
 from sat_lens import figures
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.norms.heads import HeadWeights, heads_of, model_width
-from sat_lens.norms.names import canonical_name, inner_norms
 from sat_lens.norms.sources import Parameters, module_parameters, squared_norm, wide
 from sat_lens.results import Provenance, Result, largest
 
@@ -148,9 +147,7 @@ def rescaling_share(model: Any) -> RescalingShare:
     """
     parameters = module_parameters(model)
     rotary = rotary_kind(parameters.config)
-    # Not every norm has parameters.
-    names = [*parameters.shapes, *(canonical_name(path) for path, _ in model.named_modules())]
-    normed, normed_values = bool(inner_norms(names, "qk")), bool(inner_norms(names, "v"))
+    normed, normed_values = parameters.normed(model, "qk"), parameters.normed(model, "v")
     rows: list[Row] = []
     for module in heads_of(parameters, model):
         attention = _attention_rows(module, rotary)
@@ -186,9 +183,6 @@ def pair_squares(
         second: The other.
         blocks: How many independent blocks the symmetry has: 1 where any invertible matrix may
             stand between the two, the inner size where only one number for each dimension may.
-
-    Raises:
-        ArgumentError: The blocks do not divide the inner size.
 
     Example:
         >>> pair_squares(4 * torch.eye(2), torch.eye(2)).round().tolist()

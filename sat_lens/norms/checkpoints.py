@@ -35,11 +35,7 @@ class HubRevision:
         return f"{self.name}@{self.revision}"
 
     def download(self) -> Path:
-        """Fetch its weights and return their directory.
-
-        Raises:
-            ModelError: The hub cannot be reached, or has no such revision.
-        """
+        """Fetch its weights and return their directory."""
         try:
             with hub_or_cache(self.name):
                 for weights in ("*.safetensors", "*.bin"):
@@ -75,13 +71,7 @@ class Checkpoint:
 
 
 def list_checkpoints(checkpoints: Any) -> list[Checkpoint]:
-    """Return the checkpoints that a caller means, in the order of their steps.
-
-    Raises:
-        ArgumentError: There are fewer than two, a name holds no step, or steps are repeated or out
-            of order.
-        FileFormatError: A path does not exist, or a directory holds no checkpoints.
-    """
+    """Return the checkpoints that a caller means, in the order of their steps."""
     found = _read(checkpoints)
     for before, after in itertools.pairwise(found):
         if before.step == after.step:
@@ -101,10 +91,6 @@ def list_checkpoints(checkpoints: Any) -> list[Checkpoint]:
 
 def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
     """List the published checkpoints of a model, by TransformerLens's registry.
-
-    Raises:
-        ArgumentError: TransformerLens knows no checkpoints of that model, or not that step.
-        ModelError: The installed TransformerLens has no registry of checkpoints.
 
     Example:
         >>> [str(c) for c in hub_checkpoints("EleutherAI/pythia-70m", [0, 512])]
@@ -140,9 +126,6 @@ def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
 
 def step_of(path: Path) -> int:
     """Read the step from the name of a checkpoint.
-
-    Raises:
-        ArgumentError: The name ends in no number.
 
     Example:
         >>> step_of(Path("run/checkpoint-1000")), step_of(Path("model_64.pt"))

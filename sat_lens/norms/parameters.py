@@ -21,7 +21,7 @@ from sat_lens._checks import check_module
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.models import model_name
 from sat_lens.norms.heads import HEAD_NORMS, heads_of, joint_rows
-from sat_lens.norms.names import COMPONENTS, ParameterPlace, canonical_name, inner_norms
+from sat_lens.norms.names import COMPONENTS, ParameterPlace
 from sat_lens.norms.sources import Parameters, module_parameters, squared_norm
 from sat_lens.results import Provenance, Result
 
@@ -76,25 +76,19 @@ class ParameterNorms(Result, kind="parameter norms"):
         if by == "head":
             index = pd.Index(self.labels, name="label")
             return pd.DataFrame(self.heads.tolist(), index=index, columns=list(HEAD_NORMS))
-        rows = pd.DataFrame(
-            {
-                "parameter": self.names,
-                "component": self.components,
-                "layer": self.layers,
-                "square": self.squares.tolist(),
-                "size": self.sizes.tolist(),
-            }
-        )
+        fields = {"component": self.components, "layer": self.layers}
+        numbers = {"square": self.squares.tolist(), "size": self.sizes.tolist()}
+        rows = pd.DataFrame({"parameter": self.names, **fields, **numbers})
         if by == "parameter":
             rows["norm"] = rows.pop("square") ** 0.5
             return rows.set_index("parameter")
         if by == "component":
             sums = rows.groupby("component")[["square", "size"]].sum()
             sums = sums.reindex([name for name in COMPONENTS if name in sums.index])
-            share = sums["square"] / sums["square"].sum()
-            return pd.DataFrame(
-                {"norm": sums["square"] ** 0.5, "share": share, "size": sums["size"]}
-            )
+            squares = sums.pop("square")
+            sums.insert(0, "share", squares / squares.sum())
+            sums.insert(0, "norm", squares**0.5)
+            return sums
         if by == "layer":
             grid = rows.pivot_table(
                 "square", "layer", "component", aggfunc="sum", fill_value=0.0, sort=False
@@ -228,9 +222,7 @@ def _notes(
         )
     if any(place.bias and place.projection for place in places.values()):
         found.append("Projections have biases, which the products leave out.")
-    # Not every norm has parameters.
-    modules = [] if model is None else [canonical_name(path) for path, _ in model.named_modules()]
-    normed = inner_norms([*places, *modules])
+    normed = parameters.normed(model)
     if normed:
         found.append(
             f"Queries, keys, values or latents are normalised inside attention ({normed[0]} and "

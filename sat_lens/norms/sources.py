@@ -22,7 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sat_lens.errors import FileFormatError, ModelError
-from sat_lens.norms.names import ParameterPlace, canonical_name, parameter_places, superseded
+from sat_lens.norms.names import (
+    ParameterPlace,
+    canonical_name,
+    inner_norms,
+    parameter_places,
+    superseded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +68,13 @@ class Parameters:
         """Where each parameter belongs, by name."""
         return parameter_places(self.shapes)
 
+    def normed(self, model: nn.Module | None, of: str = "qkv") -> list[str]:
+        """Return the norms inside attention; the model shows those that have no parameters."""
+        modules = (
+            [] if model is None else [canonical_name(path) for path, _ in model.named_modules()]
+        )
+        return inner_norms([*self.shapes, *modules], of)
+
     @property
     def size(self) -> int:
         """The number of elements of all parameters."""
@@ -75,12 +88,7 @@ class Parameters:
 
 @contextlib.contextmanager
 def open_parameters(source: Path | nn.Module, name: str = "") -> Iterator[Parameters]:
-    """Open a model, a checkpoint directory or a file of weights.
-
-    Raises:
-        FileFormatError: The file is missing, broken, no checkpoint, or would have to run code.
-        ModelError: The model has no parameters, or none that have values.
-    """
+    """Open a model, a checkpoint directory or a file of weights."""
     if isinstance(source, nn.Module):
         yield dataclasses.replace(module_parameters(source), name=name or type(source).__name__)
         return
@@ -90,16 +98,7 @@ def open_parameters(source: Path | nn.Module, name: str = "") -> Iterator[Parame
 
 
 def module_parameters(model: nn.Module) -> Parameters:
-    """Return the parameters of a model in memory, tied ones once.
-
-    Raises:
-        ModelError: The model is sharded over processes, or has no floating-point parameters with
-            values.
-
-    Example:
-        >>> module_parameters(torch.nn.Linear(2, 3)).shapes
-        {'weight': (3, 2), 'bias': (3,)}
-    """
+    """Return the parameters of a model in memory, tied ones once."""
     found: dict[str, Tensor] = {}
     integers: list[str] = []
     seen: set[tuple[Any, ...]] = set()

@@ -49,13 +49,7 @@ class Trajectory:
         return self._located[index]
 
     def row(self, index: int) -> dict[str, float]:
-        """Measure a checkpoint, and its way from those before it.
-
-        Raises:
-            ArgumentError: It is of another architecture than the one before.
-            NonFiniteError: A parameter holds NaN or infinity.
-            FileFormatError: It is missing, broken, or no checkpoint.
-        """
+        """Measure a checkpoint, and its way from those before it."""
         with contextlib.ExitStack() as stack:
             now = self._open(index, stack)
             row = norms_of(now).summary()
