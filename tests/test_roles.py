@@ -200,8 +200,9 @@ def test_measuring_leaves_gradients_and_the_output_alone(demo, tokens):
 
 
 def test_importance_of_the_loss_is_the_derivative(demo, tokens):
+    from sat_lens.caching.activations import hook_point, of_heads
     from sat_lens.data import Batch
-    from sat_lens.roles.causal import as_z, row_importance, z_point
+    from sat_lens.roles.causal import row_importance
     from sat_lens.sites import attention_sites
 
     site = attention_sites(demo)[2]
@@ -213,11 +214,11 @@ def test_importance_of_the_loss_is_the_derivative(demo, tokens):
 
     def moved(amount):
         def hook(_module, _args, z):
-            z = as_z(z, 8).clone()
+            z = of_heads(z, 8).clone()
             z[:, query, head] += amount * (z[:, query, head] - z[:, :, head].mean(1))
             return z.reshape(1, 24, -1) if _args[0].dim() == 3 else z
 
-        handle = z_point(demo, site).register_forward_hook(hook)
+        handle = hook_point(demo, site, "z").register_forward_hook(hook)
         with torch.no_grad():
             value = sl.metrics.next_token_loss(tokens[:1])(demo(tokens[:1]).double())
         handle.remove()

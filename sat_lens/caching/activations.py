@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sat_lens.errors import NotReachedError, UnsupportedModelError
+from sat_lens.models import unembedding
 from sat_lens.sites import AttentionSite
 
 Component = Literal["z", "pattern", "q", "k", "v"]
@@ -44,7 +45,7 @@ def hook_point(model: Any, site: AttentionSite, component: str) -> nn.Module:
             return module.get_submodule(name)
     raise UnsupportedModelError(
         f"The {component} of single heads cannot be reached in {site.path}: TransformerLens has no "
-        'hook point there. Use component="pattern", or source="local".'
+        'hook point there. In a sweep use component="pattern", or source="local".'
     )
 
 
@@ -90,23 +91,33 @@ def replaced(
 
 
 @contextlib.contextmanager
-def unembedding_only(unembed: nn.Module | None, positions: Sequence[int] | None) -> Iterator[None]:
+def unembedding_only(model: Any, positions: Sequence[int] | None) -> Iterator[None]:
     """Let a model compute the logits of some positions alone, or all for None, during the block.
+
+    Logits of all positions can cost as much as all layers. A model without an unembedding gives all
+    that it gives.
 
     Example:
         >>> import torch
         >>> import sat_lens as sl
         >>> model, tokens = sl.load_model("demo"), torch.tensor([[0, 5, 6]])
-        >>> with unembedding_only(model.unembed, [-1]):
+        >>> with unembedding_only(model, [-1]):
         ...     model(tokens).shape
         torch.Size([1, 1, 2048])
     """
-    point = getattr(unembed, "hook_in", None)
-    if positions is None or not isinstance(point, nn.Module):
+    module = unembedding(model)
+    if positions is None or module is None:
         yield
         return
     read = list(positions)
-    handle = point.register_forward_hook(lambda _module, _args, output: output[:, read])
+
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # A classifier of whole sequences gets [batch, d_model]: no positions to leave out.
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 3:
+            return (args[0][:, read], *args[1:])
+        return None
+
+    handle = module.register_forward_pre_hook(keep)
     try:
         yield
     finally:

@@ -70,7 +70,7 @@ class Prefix:
     def below(
         cls, model: Any, sites: list[AttentionSite], chosen: Selection, run: Mapping[str, Any]
     ) -> Prefix:
-        """Find the blocks below the chosen attention modules; none where it cannot be done.
+        """Return the blocks below the chosen attention modules, or no block where that is unsafe.
 
         Args:
             model: A TransformerLens model.
@@ -99,7 +99,7 @@ class Prefix:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """Let blocks give what they gave, where they are called with equal inputs."""
+        """Return recorded outputs, during the block, where blocks are called with equal inputs."""
         self.replayed = []
         modules = [(self._blocks[path], path, call) for path, call in self._calls]
         players = {
@@ -112,7 +112,7 @@ class Prefix:
     def completed(
         self, own: Mapping[str, Tensor], soft: Mapping[str, Tensor]
     ) -> dict[str, Tensor] | None:
-        """Give a replayed run's activations with those that it did not compute, in the run's order.
+        """Return a replayed run's activations and those it did not compute, in the run's order.
 
         None if the first run's activations are not the same ones by name.
         """

@@ -46,7 +46,7 @@ def check_metric(metric: object) -> None:
 
 
 def check_draws(controls: object, seed: object) -> None:
-    """Raise an ArgumentError unless a number of random draws, and the seed of the first, are so."""
+    """Raise an ArgumentError unless ``controls`` is a count and ``seed`` an integer."""
     check_count("controls", controls)
     if not is_integer(seed):
         raise ArgumentError(f"seed is an integer; {seed!r} was given.")
@@ -92,7 +92,7 @@ def _listed(shape: Any) -> str:
 
 
 def provenance_of(model: Any, transform: Transform) -> Provenance:
-    """Say which model was put through which transform."""
+    """Return which model was put through which transform."""
     name = model_name(model)
     if isinstance(transform, Limit):
         return Provenance(name, scale="inf", ties=str(transform.ties))
@@ -102,7 +102,7 @@ def provenance_of(model: Any, transform: Transform) -> Provenance:
 
 
 def name_of(transform: Transform) -> str:
-    """Name a transform: a function by its name, which is the same each time it is made.
+    """Return the name of a transform: of a function its own, which is the same in every session.
 
     Example:
         >>> from sat_lens.patching.arguments import name_of
@@ -116,14 +116,14 @@ def name_of(transform: Transform) -> str:
 
 
 def heads_argument(items: list[Item]) -> list[Any] | dict[str, list[str]]:
-    """Give the ``heads`` that these items were read from, in a form that can be kept."""
+    """Return the ``heads`` that these items were read from, in a form that a file can hold."""
     if not items[0].is_group:
         return [item.label for item in items]
     return {item.label: list(item.heads) for item in items}
 
 
 def shapes_of(sites: list[AttentionSite]) -> dict[str, tuple[int, int]]:
-    """Give the size of the grid ``[layer, head]`` of each stack."""
+    """Return the size of the grid ``[layer, head]`` of each stack."""
     stacks = dict.fromkeys(site.stack for site in sites)
     return {
         stack: (

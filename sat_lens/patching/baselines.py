@@ -15,6 +15,7 @@ from sat_lens.caching.activations import Activations, Component, hook_point
 from sat_lens.caching.prefix import computed_by, stacked_blocks
 from sat_lens.data import Batch
 from sat_lens.errors import UnsupportedModelError
+from sat_lens.models import unembedding
 from sat_lens.patching.items import Item
 from sat_lens.patching.patches import Experiment, everywhere, taking
 
@@ -59,16 +60,16 @@ def make_baseline(
         stack.enter_context(kept.of_run(experiment, items if blocks else []))
         taken = stack.enter_context(taking(experiment, items, take)) if take else {}
         first = not readout.tried
-        point = getattr(experiment.unembed, "hook_in", None)
-        if first and isinstance(point, nn.Module):
-            handle = point.register_forward_hook(lambda _m, _a, output: seen.append(output))
+        unembed = unembedding(experiment.model)
+        if first and unembed is not None:
+            handle = unembed.register_forward_pre_hook(lambda _m, args: seen.extend(args[:1]))
             stack.callback(handle.remove)
         if not first:
             stack.enter_context(experiment.unembedding_read())
         logits = batch.run(experiment.model)
     value = readout.value(logits) if first else readout.value_at(logits)
     if first:
-        readout.narrow(logits, seen[0] if len(seen) == 1 else None, experiment.unembed)
+        readout.narrow(logits, seen[0] if len(seen) == 1 else None, unembed)
     if isinstance(logits, Tensor):
         at = readout.positions[-1] if first and readout.positions else -1
         kept.logits = logits[:, at].clone()

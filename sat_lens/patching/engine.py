@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from sat_lens.caching.activations import with_heads
 from sat_lens.caching.prefix import block_path, computed_by
 from sat_lens.errors import SatLensError, UnsupportedModelError
+from sat_lens.models import unembedding
 from sat_lens.patching.baselines import Record
 from sat_lens.patching.items import Entry, Item, Spot
 from sat_lens.patching.patches import (
@@ -122,7 +123,7 @@ def evaluate(work: Work, patch: Patch, record: Record | None, name: str) -> Eval
         try:
             try:
                 checks = _by_engine(work, patch, record, values, bar)
-            except (_RoutesPartError, torch.OutOfMemoryError):
+            except (_EngineFailedError, torch.OutOfMemoryError):
                 values.fill_(math.nan)
                 bar.reset()
                 _by_whole_passes(work, patch, values, bar)
@@ -141,23 +142,23 @@ def _by_whole_passes(work: Work, patch: Patch, values: Tensor, bar: Any) -> None
         bar.update()
 
 
-class _RoutesPartError(Exception):
+class _EngineFailedError(Exception):
     """The engine cannot serve, or did not give what whole forward passes give."""
 
 
 def _by_engine(work: Work, patch: Patch, record: Record | None, values: Tensor, bar: Any) -> Checks:
     if record is None or len(work.entries) < LEAST_REPLAYED:
-        raise _RoutesPartError
-    with _parting_on_errors():
+        raise _EngineFailedError
+    with _failing_on_errors():
         engine = Engine(work.experiment, patch, record, [entry.item for entry in work.entries])
         engine.prove_unpatched()
-    proof, rest, checked = _plan(engine, work)
+        proof, rest, checked = _plan(engine, work)
     errors = []
     for run in (*proof, *rest):
         for chunk, found in engine.pace.chunks(run, engine.logits, engine.depth(run[0])):
             pairs = list(zip(chunk, found, strict=True))
             for entry, logits in pairs:
-                with _parting_on_errors():
+                with _failing_on_errors():
                     values[entry.index] = work.experiment.readout.value_at(logits)
             to_check = [(entry, logits) for entry, logits in pairs if entry.index in checked]
             errors += _checked_errors(engine, to_check, values)
@@ -192,7 +193,7 @@ def _checked_errors(
     """
 
     def whole(some: Sequence[tuple[Entry, Tensor]]) -> list[Tensor]:
-        with _parting_on_errors():
+        with _failing_on_errors():
             spots = [entry.spot for entry, _ in some]
             return patched_logits(engine.experiment, engine.patch, spots)
 
@@ -202,19 +203,19 @@ def _checked_errors(
             exact = engine.experiment.readout.value_at(sure)
             errors.append(float((exact - values[entry.index]).abs().max()))
             if not (engine.agree(logits, sure) and errors[-1] <= engine.tolerance):
-                raise _RoutesPartError
+                raise _EngineFailedError
             values[entry.index] = exact
     return errors
 
 
 @contextlib.contextmanager
-def _parting_on_errors() -> Iterator[None]:
+def _failing_on_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:  # fewer heads side by side may still fit
         raise
     except Exception as error:  # whatever it is, whole forward passes will do or say better
-        raise _RoutesPartError from error
+        raise _EngineFailedError from error
 
 
 class Engine:
@@ -244,7 +245,7 @@ class Engine:
         return self._start(entry.item), self._shortcut(entry.item)
 
     def kind(self, entry: Entry) -> object:
-        """Tell layers of different make apart: by their modules, and by how far they attend."""
+        """Return what layers of one make share: their modules, and how far they attend."""
         item = entry.item
         block = self.record.blocks[self.record.order[self._start(item)]]
         makes = tuple((name, type(module).__name__) for name, module in block.named_modules())
@@ -261,7 +262,7 @@ class Engine:
     def logits(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Return the logits of each entry's patch; all are of one key."""
         item = entries[0].item
-        with _parting_on_errors():
+        with _failing_on_errors():
             spots = [entry.spot for entry in entries]
             return self._run(spots, self._start(item), self._shortcut(item))
 
@@ -269,11 +270,11 @@ class Engine:
         """Run the last block alone, without a patch.
 
         Raises:
-            _RoutesPartError: That does not give the base run's logits.
+            _EngineFailedError: That does not give the base run's logits.
         """
         (logits,) = self._run([(Item("nothing", (), {}), None)], len(self.record.order) - 1, None)
         if not self.agree(logits[:, -1], self.record.logits):
-            raise _RoutesPartError
+            raise _EngineFailedError
 
     def agree(self, logits: Tensor, expected: Tensor | None) -> bool:
         """Whether two routes gave the same logits, up to rounding."""
@@ -339,8 +340,9 @@ class Engine:
         found: Forwards = {}
         if self.patch.base is None:  # where rounding cannot decide which key wins
             found |= quick_gelus(module for block in blocks.values() for module in block.modules())
-        if self.experiment.unembed is not None:
-            found |= aligned_unembedding(self.experiment.unembed)
+        unembed = unembedding(self.experiment.model)
+        if unembed is not None:
+            found |= aligned_unembedding(unembed)
         mlp = getattr(blocks[self.record.order[-1]], "mlp", None)
         if read is not None and isinstance(mlp, nn.Module):
             found[mlp] = functools.partial(_at_positions, mlp.forward, read)
@@ -363,14 +365,14 @@ def _at_positions(
 
 
 def quick_gelus(modules: Iterable[nn.Module]) -> Forwards:
-    """Let PyTorch compute in one step the GELU that Hugging Face's GPT-2 computes in eight."""
+    """Return GELUs computed in one step, which Hugging Face's GPT-2 computes in eight."""
     gelu = functools.partial(F.gelu, approximate="tanh")
     found = [module for module in modules if type(module).__name__ == "NewGELUActivation"]
     return {module: gelu for module in found if "forward" not in module.__dict__}
 
 
 def aligned_unembedding(unembed: nn.Module) -> Forwards:
-    """Let the rows of logits start on cache lines: GPT-2's vocabulary has 50,257 tokens.
+    """Return unembeddings whose rows start on cache lines: GPT-2's vocabulary has 50,257 tokens.
 
     At 512 positions that saves a quarter of the product's time on a CPU. The bias is left out where
     it is the zero that TransformerLens puts there.
@@ -403,16 +405,9 @@ def _aligned(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Pace:
-    """Cuts work into chunks, doubling their size while the time per unit of work falls.
+    """Cuts work into chunks of ``size``, doubling it while the time per unit of work falls.
 
-    Args:
-        size: The size of the first chunk.
-        most: The largest size; ``size`` itself if nothing is to be tuned.
-        device: Where the work is done; a clock has to wait for it.
-        clock: Tells the time in seconds.
-
-    Attributes:
-        size: The size of the next chunk.
+    With ``most`` equal to ``size`` nothing is tuned. The clock waits for the device.
     """
 
     def __init__(
@@ -431,18 +426,9 @@ class Pace:
     def chunks(
         self, items: Sequence[T], work: Callable[[Sequence[T]], R], cost: float | None = None
     ) -> Iterator[tuple[Sequence[T], R]]:
-        """Do the work chunk by chunk, in smaller chunks once memory has run out.
+        """Yield each chunk with its result; once memory has run out, chunks are smaller.
 
-        Args:
-            items: What the work is done on.
-            work: Does it on a chunk.
-            cost: How much work an item is, to compare times by; None measures no times.
-
-        Yields:
-            Each chunk with its result.
-
-        Raises:
-            torch.OutOfMemoryError: A single item does not fit.
+        ``cost`` is how much work an item is, to compare times by; None measures no times.
         """
         done = 0
         while done < len(items):

@@ -11,8 +11,8 @@ from sat_lens._checks import is_integer
 from sat_lens.errors import ArgumentError, HeadSelectionError
 from sat_lens.sites import AttentionSite, Heads, Selection, labels_of, select_heads
 
-Groups = Sequence[Sequence[Any]] | Mapping[str, Heads]
-Positions = None | Literal["each"] | Sequence[int]
+HeadGroups = Sequence[Sequence[Any]] | Mapping[str, Heads]
+PatchedPositions = None | Literal["each"] | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Item:
         return self.layer < 0
 
 
-def read_items(sites: list[AttentionSite], heads: Heads | Groups) -> list[Item]:
+def read_items(sites: list[AttentionSite], heads: Heads | HeadGroups) -> list[Item]:
     """Read a choice of heads, or of groups of heads, into items.
 
     Args:
@@ -93,7 +93,7 @@ class Entry:
 
 
 def entries_of(
-    items: list[Item], positions: Positions, lengths: Mapping[str, int]
+    items: list[Item], positions: PatchedPositions, lengths: Mapping[str, int]
 ) -> tuple[list[Entry], tuple[int, ...]]:
     """List what is to be computed, and the shape of its table: (items,) or (items, positions).
 
@@ -123,7 +123,7 @@ def entries_of(
     return entries, (len(items), n_positions)
 
 
-def check_positions(positions: Positions) -> None:
+def check_positions(positions: PatchedPositions) -> None:
     """Raise an ArgumentError unless ``positions`` is None, "each" or a sequence of integers."""
     if positions is None or (isinstance(positions, str) and positions == "each"):
         return
@@ -165,7 +165,7 @@ def resolve_positions(positions: Literal["each"] | Sequence[int], length: int) -
 
 
 def _as_groups(heads: Any) -> list[tuple[str, Any]] | None:
-    """Tell groups from single heads: groups come in a mapping, or as lists in a list."""
+    """Return groups, which come in a mapping or as lists in a list; None for single heads."""
     if isinstance(heads, Mapping):
         if not heads:
             raise HeadSelectionError("Needed at least one group of heads, and none was given.")

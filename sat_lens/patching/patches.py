@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat_lens.attention import Transform
 from sat_lens.caching.activations import (
@@ -30,7 +30,6 @@ from sat_lens.data import Batch
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.intervention import Edit, NewScores, attach_edits, attach_transforms
 from sat_lens.intervention.edits import TransformEdit
-from sat_lens.models import unembedding
 from sat_lens.patching.items import Item, Spot
 from sat_lens.patching.readout import Readout
 from sat_lens.sites import AttentionSite
@@ -68,11 +67,6 @@ class Experiment:
     sites: list[AttentionSite]
     readout: Readout
 
-    @property
-    def unembed(self) -> nn.Module | None:
-        """The unembedding, if the model has one."""
-        return unembedding(self.model)
-
     def sites_of(self, items: Collection[Item]) -> list[AttentionSite]:
         """The attention modules in which the items have heads."""
         paths = {path for item in items for path in item.selection}
@@ -80,7 +74,7 @@ class Experiment:
 
     def unembedding_read(self) -> contextlib.AbstractContextManager[None]:
         """Compute logits only where the metric reads them, during the block."""
-        return unembedding_only(self.unembed, self.readout.positions)
+        return unembedding_only(self.model, self.readout.positions)
 
 
 def everywhere(
@@ -272,7 +266,7 @@ def _edit_in_copy(
 def _one_edit(
     base: Edit | None, new: Callable[[Tensor], Tensor], heads: list[int], position: int | None
 ) -> Edit:
-    """Give the chosen heads, in the chosen row, their new scores, and all others the base run's.
+    """Return an edit: new scores for the chosen heads in the chosen row, the base run's elsewhere.
 
     Soft scores go through as they are, not rounded anew by a transform: in a saturated run the
     smallest difference can decide which key wins.

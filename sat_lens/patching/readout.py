@@ -92,7 +92,7 @@ class Readout:
             self.positions = positions
 
     def _as_whole(self, logits: Any) -> Any:
-        """Let logits of the read positions look like logits of all."""
+        """Return logits of the read positions in the shape of logits of all."""
         if self.positions is None:
             return logits
         batch, n_read, vocab = logits.shape

@@ -325,7 +325,7 @@ def _share(effects: Tensor, base: Tensor, other: Tensor) -> Tensor:
 
 
 def _aligned(base: Tensor, values: Tensor) -> Tensor:
-    """Give one number, or one per prompt, the axes of the values."""
+    """Return one number, or one per prompt, with the axes of the values."""
     return base if base.dim() == 0 else base.view(*[1] * (values.dim() - 1), -1)
 
 

@@ -10,18 +10,23 @@ fraction of the cost.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sat_lens import figures
 from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
 from sat_lens.attention import Limit, Transform
 from sat_lens.data import Data
-from sat_lens.errors import ArgumentError
+from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.metrics import Metric
 from sat_lens.models import model_name
 from sat_lens.patching.arguments import (
@@ -36,9 +41,14 @@ from sat_lens.patching.engine import Work, evaluate
 from sat_lens.patching.items import Item, entries_of, read_items
 from sat_lens.patching.patches import Experiment, Local, Patch, patched_logits
 from sat_lens.patching.readout import Readout, check_depends, check_not_padding
-from sat_lens.patching.saturable import SaturableHeads
-from sat_lens.patching.state import SearchState
+from sat_lens.results import Result, write_whole
 from sat_lens.sites import Heads, attention_sites
+from sat_lens.vocabulary import POSITIVE, QUIET, RULE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STATE = "sat_lens search"
 
 
 def saturable_heads(
@@ -145,6 +155,92 @@ def saturable_heads(
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SaturableHeads(Result, kind="saturable heads"):
+    """The order in which heads were saturated (or restored), and the metric after each.
+
+    Made by :func:`sat_lens.patching.saturable_heads`.
+
+    Attributes:
+        provenance: The model and the versions.
+        direction: ``"noising"`` (heads were saturated) or ``"denoising"`` (restored).
+        tolerance: How far the metric could move from its soft value.
+        soft: The metric with no head saturated.
+        saturated: The metric with every head of the model saturated.
+        order: The heads in the order in which they were added.
+        values: The metric after each, ``[step]``.
+        n_heads: Among how many heads was chosen.
+        complete: False if the search was interrupted.
+    """
+
+    direction: str
+    tolerance: float
+    soft: float
+    saturated: float
+    order: tuple[str, ...]
+    values: Float[Tensor, " step"]
+    n_heads: int
+    complete: bool = True
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Noising: the largest set found that can be saturated. Denoising: the smallest found that
+        must stay soft; all that were restored, if the tolerance was not met."""
+        start = self.soft if self.direction == "noising" else self.saturated
+        values = [start, *self.values.tolist()]
+        within = [i for i, v in enumerate(values) if abs(v - self.soft) <= self.tolerance]
+        if self.direction == "noising":
+            return self.order[: within[-1]]
+        return self.order[: within[0]] if within else self.order
+
+    @property
+    def found(self) -> bool:
+        """Whether the tolerance was met."""
+        start = self.soft if self.direction == "noising" else self.saturated
+        return any(abs(v - self.soft) <= self.tolerance for v in (start, *self.values.tolist()))
+
+    def frame(self) -> pd.DataFrame:
+        """Return the curve: one row a step, indexed by the number of heads added.
+
+        Columns: ``label`` of the head added, ``metric`` from then on, ``change`` from the soft
+        value, ``within`` the tolerance.
+        """
+        start = self.soft if self.direction == "noising" else self.saturated
+        frame = pd.DataFrame({"label": ["", *self.order], "metric": [start, *self.values.tolist()]})
+        frame["change"] = frame["metric"] - self.soft
+        frame["within"] = frame["change"].abs() <= self.tolerance
+        frame.index.name = "n_heads"
+        return frame
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw the metric against the number of heads, with the tolerance as a band."""
+        done = "saturated" if self.direction == "noising" else "restored"
+        named = title or f"Heads {done} together: {self.provenance}"
+        figure, (axes,) = figures.panels(1, named, size=(6.4, 3.4))
+        band = (self.soft - self.tolerance, self.soft + self.tolerance)
+        axes.axhspan(*band, color=RULE, alpha=0.4, lw=0, label="tolerance")
+        axes.axhline(self.soft, color=QUIET, lw=1, label="soft model")
+        axes.axvline(len(self.heads), color=POSITIVE, lw=1, ls="--")
+        figures.lines(
+            axes, self.frame(), {"metric": "metric"}, x=f"heads {done}", y="metric", log_x=False
+        )
+        return figure
+
+    def _lines(self) -> list[str]:
+        done = "saturated" if self.direction == "noising" else "restored"
+        listed = ", ".join(self.heads[:5]) + (", ..." if len(self.heads) > 5 else "")
+        met = "" if self.found else " (the tolerance was not met)"
+        return [
+            f"{len(self.heads)} of {self.n_heads} heads {done}{met}: {listed or 'none'}",
+            f"metric: soft {self.soft:.4g}, saturated {self.saturated:.4g}, tolerance "
+            f"{self.tolerance:.4g}",
+        ]
+
+    def _check(self) -> None:
+        if self.values.shape != (len(self.order),):
+            raise ValueError(f"values have the shape {list(self.values.shape)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Search:
     """A search under way; what it has found is in its state."""
@@ -226,3 +322,97 @@ class _Search:
 
     def _distance(self, value: float) -> float:
         return abs(value - self.soft)
+
+
+@dataclasses.dataclass
+class SearchState:
+    """What a search has found so far.
+
+    Attributes:
+        path: Its file; None keeps nothing.
+        asked: What was searched for, to tell one search from another.
+        steps: The heads in the order in which they were added, each with the metric from then on.
+        known: The metric when a head was last tried.
+    """
+
+    path: Path | None
+    asked: Mapping[str, Any]
+    steps: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    known: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path | None, asked: Mapping[str, Any]) -> SearchState:
+        """Read the file if there is one, and start afresh if not.
+
+        Raises:
+            ArgumentError: The file belongs to another search, or the path is none.
+            FileFormatError: It cannot be read, or not be written.
+        """
+        if path is None:
+            return cls(None, asked)
+        if not isinstance(path, (str, Path)):
+            raise ArgumentError(f"state is the path of a file, or None; {path!r} was given.")
+        file = Path(path)
+        if not file.exists():
+            fresh = cls(file, asked)
+            fresh.write()  # what cannot be written is better known before the work
+            return fresh
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["kind"] != _STATE:
+                raise KeyError("kind")
+            kept = dict(found["asked"])
+            steps = [(str(label), float(value)) for label, value in found["steps"]]
+            known = {str(label): float(value) for label, value in found["known"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise FileFormatError(f"{file} holds no search of sat_lens ({error}).") from error
+        differing = [name for name in asked if not _same(asked[name], kept.get(name))]
+        if differing:
+            raise ArgumentError(
+                f"{file} belongs to another search: it differs in {', '.join(differing)}. Name "
+                "another file, or remove this one."
+            )
+        _check_heads(file, asked["heads"], steps, known)
+        return cls(file, asked, steps, known)
+
+    def add(self, label: str, value: float) -> None:
+        """Add a head, and write the file."""
+        self.steps.append((label, value))
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, if there is one.
+
+        Raises:
+            FileFormatError: It cannot be written.
+        """
+        if self.path is None:
+            return
+        content = {
+            "kind": _STATE,
+            "asked": dict(self.asked),
+            "steps": self.steps,
+            "known": self.known,
+        }
+        write_whole(self.path, json.dumps(content, indent=1).encode())
+
+
+def _check_heads(
+    file: Path, heads: list[str], steps: list[tuple[str, float]], known: Mapping[str, float]
+) -> None:
+    """Heads that were added are different ones of those asked for, and all were tried before."""
+    chosen = {label for label, _ in steps}
+    finite = all(math.isfinite(value) for _, value in (*steps, *known.items()))
+    tried = set(known) == set(heads) if known or steps else True
+    if not (finite and tried and len(chosen) == len(steps) and chosen <= set(heads)):
+        raise FileFormatError(
+            f"{file} is a search whose heads do not fit together, so somebody changed it. Remove "
+            "it, and search anew."
+        )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Compare what was asked; values of a metric may differ by rounding between machines."""
+    if isinstance(first, float) and isinstance(second, (int, float)):
+        return math.isclose(first, second, rel_tol=1e-3, abs_tol=1e-4)
+    return bool(first == second)

@@ -43,7 +43,13 @@ from sat_lens.patching.arguments import (
 from sat_lens.patching.baselines import Baseline, make_baseline
 from sat_lens.patching.engine import Evaluated, Work
 from sat_lens.patching.estimates import Method, values_of
-from sat_lens.patching.items import Groups, Positions, check_positions, entries_of, read_items
+from sat_lens.patching.items import (
+    HeadGroups,
+    PatchedPositions,
+    check_positions,
+    entries_of,
+    read_items,
+)
 from sat_lens.patching.patches import (
     Experiment,
     FromRun,
@@ -65,11 +71,11 @@ def sweep_heads(
     inputs: Data | Mapping[str, Any],
     metric: Metric,
     corrupted: Data | Mapping[str, Any] | None = None,
-    heads: Heads | Groups = None,
+    heads: Heads | HeadGroups = None,
     direction: Direction = "noising",
     source: Source = "local",
     component: Component = "z",
-    positions: Positions = None,
+    positions: PatchedPositions = None,
     transform: Transform | None = None,
     method: Method = "exact",
     reduce: Literal["mean"] | None = "mean",
@@ -254,7 +260,7 @@ def _computed(
     return tables, True
 
 
-def _shown_positions(positions: Positions, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def _shown_positions(positions: PatchedPositions, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     if positions is None:
         return None
     return tuple(range(shape[1])) if isinstance(positions, str) else tuple(positions)

@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sat_lens.attention import Limit, Transform, Uniform
+from sat_lens.caching.activations import hook_point, of_heads
 from sat_lens.data import Batch
-from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.errors import ArgumentError
 from sat_lens.intervention import attach_transforms
 from sat_lens.metrics import Metric, call_metric, metric_of, read_metric
 from sat_lens.roles.positions import fitting_mask
@@ -64,32 +65,6 @@ def row_importance(
     return importance
 
 
-def z_point(model: Any, site: AttentionSite) -> nn.Module:
-    """Return the hook point that carries z, the heads' outputs before the output projection.
-
-    Raises:
-        UnsupportedModelError: The module has none.
-    """
-    module = model.get_submodule(site.path)
-    for path in ("hook_z", "o.hook_in"):
-        found: Any = module
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise UnsupportedModelError(
-        f"{site.path} has no hook point for z (neither hook_z nor o.hook_in), so the outputs of "
-        "its heads cannot be read one by one."
-    )
-
-
-def as_z(tensor: Tensor, n_heads: int) -> Float[Tensor, "batch query head d_head"]:
-    """Return what a z hook point carries, with the heads on an axis of their own."""
-    if tensor.dim() == 4:
-        return tensor
-    return rearrange(tensor, "b q (h d) -> b q h d", h=n_heads)
-
-
 @contextlib.contextmanager
 def _keeping_z(model: Any, site: AttentionSite, outputs: dict[str, Tensor]) -> Iterator[None]:
     def hook(_module: nn.Module, _args: Any, z: Tensor) -> Tensor:
@@ -98,7 +73,7 @@ def _keeping_z(model: Any, site: AttentionSite, outputs: dict[str, Tensor]) -> I
         outputs[site.path] = kept
         return kept
 
-    handle = z_point(model, site).register_forward_hook(hook)
+    handle = hook_point(model, site, "z").register_forward_hook(hook)
     try:
         yield
     finally:
@@ -123,7 +98,7 @@ def _counted(batch: Batch, site: AttentionSite, z: Tensor) -> Bool[Tensor, "batc
 def _weigh(
     z: Tensor, gradient: Tensor, counted: Bool[Tensor, "batch query"], n_heads: int
 ) -> Float[Tensor, "batch head query"]:
-    z, gradient = as_z(z, n_heads).float(), as_z(gradient, n_heads).float()
+    z, gradient = of_heads(z, n_heads).float(), of_heads(gradient, n_heads).float()
     rows = counted[:, :, None, None].float()
     mean = (z * rows).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
     return rearrange((gradient * (z - mean)).sum(-1).abs(), "b q h -> b h q")
@@ -185,11 +160,11 @@ def head_damage(
 @contextlib.contextmanager
 def _without_output(model: Any, site: AttentionSite, head: int) -> Iterator[None]:
     def hook(_module: nn.Module, _args: Any, z: Tensor) -> Tensor:
-        changed = as_z(z, site.n_heads).clone()
+        changed = of_heads(z, site.n_heads).clone()
         changed[:, :, head] = 0
         return changed.reshape(z.shape)
 
-    handle = z_point(model, site).register_forward_hook(hook)
+    handle = hook_point(model, site, "z").register_forward_hook(hook)
     try:
         yield
     finally:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sat_lens._checks import check_count, is_count, is_integer, require_lens_model
 from sat_lens.attention import AttentionCall
+from sat_lens.caching.activations import unembedding_only
 from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
 from sat_lens.metrics import Metric
-from sat_lens.models import model_name, unembedding, wrapped_model
+from sat_lens.models import model_name, wrapped_model
 from sat_lens.results import Provenance
 from sat_lens.roles.causal import head_damage, row_importance
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, BatchReader, Rows, special_ids
@@ -168,7 +168,11 @@ def _one_batch(
         positions = reader.positions(site, shape_of(call))
         measure_fused(sums[site.path], call, positions, min_keys, thresholds)
 
-    with torch.no_grad(), newest_logits(model), observe_attention(model, observe, observe_call):
+    with (
+        torch.no_grad(),
+        unembedding_only(model, [-1]),
+        observe_attention(model, observe, observe_call),
+    ):
         batch.run(model, **without_key_value_cache(model))
     for module in holders:
         module._pattern = None
@@ -237,42 +241,10 @@ def _are_positions(value: object) -> bool:
     return isinstance(value, Sequence) and len(value) > 0 and all(map(is_integer, value))
 
 
-@contextlib.contextmanager
-def newest_logits(model: Any) -> Iterator[None]:
-    """Unembed only the newest position while the block lasts, where the model has an unembedding.
-
-    Logits of all positions can cost as much as all layers, and nobody reads them here.
-
-    Example:
-        >>> import torch
-        >>> import sat_lens as sl
-        >>> model, tokens = sl.load_model("demo"), torch.tensor([[0, 5, 6]])
-        >>> with newest_logits(model):
-        ...     model(tokens).shape
-        torch.Size([1, 1, 2048])
-    """
-    module = unembedding(model)
-    if module is None:
-        yield
-        return
-    handle = module.register_forward_pre_hook(_keep_newest)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def without_key_value_cache(model: Any) -> dict[str, Any]:
     """Return the arguments that keep the model from storing keys and values for a later pass."""
     taken = inspect.signature(wrapped_model(model).forward).parameters
     return {"use_cache": False} if "use_cache" in taken else {}
-
-
-def _keep_newest(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    # A classifier of whole sequences gets [batch, d_model], which has no positions to leave out.
-    if args and isinstance(args[0], Tensor) and args[0].dim() == 3:
-        return (args[0][:, -1:], *args[1:])
-    return None
 
 
 def shard_of_rank() -> tuple[int, int]:
