@@ -100,7 +100,7 @@ SHARED = {"zamba2": 4}
 
 @pytest.mark.parametrize("case", zoo.everyday_cases())
 def test_heads_have_the_labels_that_they_have_everywhere(case):
-    norms = parameter_norms(case.build())
+    norms = parameter_norms(zoo.model_of(case.name))
     assert len(set(norms.labels)) == len(norms.labels)
     for stack in case.stacks:
         named = [label for label in norms.labels if stack in ("", label.rpartition(".")[0])]

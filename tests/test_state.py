@@ -171,7 +171,9 @@ def test_a_block_without_a_run_leaves_no_trace(model: Any, way: Any) -> None:
 
 @ways
 @pytest.mark.parametrize("error", everyday(ERRORS, ERRORS[1]))
-@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_in", "hook_out"])
+@pytest.mark.parametrize(
+    "point", everyday(["hook_pattern", "hook_attn_scores", "hook_in", "hook_out"], "hook_pattern")
+)
 def test_an_exception_in_the_middle_of_a_run_leaves_no_trace(
     model: Any, way: Any, error: BaseException, point: str
 ) -> None:
