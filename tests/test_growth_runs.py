@@ -75,6 +75,7 @@ def test_what_the_trainer_wrote_is_read_as_it_lies_there(run):
     assert growth.exponent.n_points == 0
 
 
+@pytest.mark.slow
 def test_the_initial_model_may_be_the_one_in_memory(run, tmp_path):
     initial, _, folder = run
     steps = {step: folder / f"checkpoint-{step}" for step in (2, 4, 6, 8)}

@@ -251,7 +251,6 @@ def test_a_plain_greedy_search_takes_the_best_head_each_time(deep: Any) -> None:
     assert found.heads == ()
 
 
-@pytest.mark.slow
 def test_a_search_goes_on_where_it_stopped(
     deep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

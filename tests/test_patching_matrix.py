@@ -1,8 +1,8 @@
 """Every value of a sweep, in all its combinations of arguments, against brute force.
 
 Sources, components and directions are combined in full for every model; what else a sweep can be
-asked for goes round beside them, each model one step further. Every third combination, in which all
-of these occur, is an everyday test.
+asked for goes round beside them, each model one step further. One combination of each model runs
+every day.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ class Everywhere:
 
 
 def combinations() -> list[Any]:
-    """All of them; of each model one runs every day, each time in another way."""
     found = []
     for m, name in enumerate(MODELS):
         for i, ((source, component), direction) in enumerate(itertools.product(WAYS, DIRECTIONS)):

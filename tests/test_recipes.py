@@ -85,6 +85,7 @@ def test_cache_pair(monkeypatch, capsys, heads):
     assert all(word in shown for word in ("S", "cos_random", "blocks.3.hook_resid_post"))
 
 
+@pytest.mark.slow
 def test_anneal_temperature():
     found, _ = shown("anneal_temperature.py")
     # A trained model does better soft; after the annealing it does better hard.
@@ -107,6 +108,7 @@ def test_annealing_is_what_makes_hard_attention_do_better(monkeypatch):
     assert found["soft_after"] < found["saturated_after"]
 
 
+@pytest.mark.slow
 def test_patch_with_transformer_lens():
     found, _ = shown("patch_with_transformer_lens.py")
     assert found["noising_apart"] < 1e-4
@@ -162,6 +164,7 @@ def test_sae_lens_or_other_hooks():
     assert found["inside"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_track_training():
     found, _ = shown("track_training.py")
     assert found["last_logged"] == found["last_of_trainer"] == 8

@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens import tasks
@@ -62,6 +63,7 @@ def an_bn():
     return train_on(tasks.an_bn(1024), steps=600), tasks.an_bn(128, seed=9)
 
 
+@pytest.mark.slow
 def test_exact_saturation_breaks_a_majority_and_uniform_attention_keeps_it(majority):
     soft, exact, nearest, uniform = accuracies(*majority)
     assert soft > 0.98
@@ -78,7 +80,7 @@ def test_a_tolerance_of_the_rows_range_of_scores_keeps_a_majority_and_a_tenth_of
     assert accuracy(*majority, Limit(width / 10)) < 0.7
 
 
-@pytest.mark.parametrize("name", ["majority", "dyck"])
+@pytest.mark.parametrize("name", everyday(["majority", "dyck"], "majority"))
 def test_a_counting_model_has_a_mean_head(name, request):
     model, task = request.getfixturevalue(name)
     frame = sl.head_roles(model, task.tokens, progress=False).frame()
@@ -112,6 +114,7 @@ def test_a_saturated_dyck_model_takes_few_states_early_on(dyck):
     assert bool((saturated[1:] <= soft[1:]).all())
 
 
+@pytest.mark.slow
 def test_no_saturated_pattern_counts_as_far_as_an_bn_needs(an_bn):
     model, task = an_bn
     soft, *saturated = accuracies(model, task)

@@ -14,6 +14,7 @@ import torch
 import towers
 import transformers
 import zoo
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens.errors import HeadSelectionError, NotReachedError, UnsupportedModelError
@@ -22,7 +23,7 @@ from sat_lens.sites.discovery import parts_not_probed
 
 NAMES = [case.name for case in towers.CASES]
 TOWER = {"qwen2_audio": "audio_encoder"}
-ours = pytest.mark.parametrize("name", NAMES)
+ours = pytest.mark.parametrize("name", everyday(NAMES, "llava", "qwen2_5_vl"))
 
 
 def run(name, model):

@@ -47,6 +47,7 @@ def tracker_of(path):
     return SaturationTracker(path, tiny.tokens(length=12), every=1, measure_every=2, budget=None)
 
 
+@pytest.mark.slow
 def test_it_is_added_to_a_trainer_that_is_there(tmp_path):
     plain = trainer(tmp_path / "plain", 6)
     plain.train()
