@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sat_lens import figures
 from sat_lens.errors import ArgumentError, UnsupportedModelError
+from sat_lens.models import model_name
 from sat_lens.norms.heads import HeadWeights, heads_of, model_width
 from sat_lens.norms.sources import Parameters, module_parameters, squared_norm, wide
 from sat_lens.results import Provenance, Result, largest
@@ -169,7 +170,7 @@ def rescaling_share(model: Any) -> RescalingShare:
         notes.append(f"Positions are rotary ({rotary}): fewer rescalings of queries and keys.")
     labels, pairs, squares = zip(*rows, strict=True)
     total = sum(squared_norm(parameters.read(name)) for name in parameters.shapes)
-    provenance = Provenance(parameters.name)
+    provenance = Provenance(model_name(model))
     return RescalingShare(provenance, labels, pairs, torch.stack(squares), total, tuple(notes))
 
 

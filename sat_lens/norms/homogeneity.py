@@ -160,7 +160,8 @@ def homogeneity_curve(
         "S": normalised_similarity(cos_saturated, cos_random),
         "cos_model": cos_model,
     }
-    return HomogeneityCurve(Provenance(model_name(model), data_name, which), factors, columns)
+    scale = f"{min(factors):g} to {max(factors):g} ({which} parameters)"
+    return HomogeneityCurve(Provenance(model_name(model), data_name, scale), factors, columns)
 
 
 def _factors(scales: Any) -> tuple[float, ...]:
