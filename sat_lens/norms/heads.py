@@ -7,7 +7,6 @@ of size d_head, ``|A B^T|_F^2 = tr(A^T A B^T B)``, so the product of size d_mode
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,9 +19,9 @@ from sat_lens._checks import is_lens_model
 from sat_lens.norms.names import ParameterPlace
 from sat_lens.norms.sources import Parameters, identity, wide
 from sat_lens.sites import Place, head_label, places
+from sat_lens.sites.discovery import paths_with_patterns
 
 HEAD_NORMS = ("W_Q", "W_K", "W_V", "W_O", "qk_product", "ov_product")
-_PATTERN = ".hook_pattern"
 # GPT-2 keeps its matrices as [in, out], and PyTorch as [out, in].
 _CONV1D = ("gpt2", "openai-gpt")
 _N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -265,12 +264,8 @@ def _named_weights(parameters: Parameters, names: Mapping[str, str]) -> Matrices
 
 
 def _lens_modules(model: Any) -> Iterator[tuple[Place, nn.Module]]:
-    points = {id(point): name for name, point in reversed(list(model.hook_dict.items()))}
-    paths = [name.removesuffix(_PATTERN) for name in points.values() if name.endswith(_PATTERN)]
-    for place in places(sorted(paths, key=paths.index, reverse=True)):
-        with contextlib.suppress(AttributeError):
-            # A layer that was taken out leaves its hook points behind.
-            yield place, model.get_submodule(place.path)
+    for place in places(paths_with_patterns(model)):
+        yield place, model.get_submodule(place.path)
 
 
 def _shown_weights(module: nn.Module) -> Matrices | None:

@@ -105,8 +105,7 @@ def has_several_stacks(sites: list[AttentionSite]) -> bool:
 
 
 def _attention_paths(model: Any) -> list[str]:
-    hook_points = getattr(model, "hook_dict", None)
-    if hook_points is None:
+    if not is_lens_model(model):
         raise ArgumentError(
             f"Needed a TransformerLens model (a TransformerBridge or a HookedTransformer) or a "
             f"Hugging Face model, and a {type(model).__name__} was given."
@@ -117,10 +116,16 @@ def _attention_paths(model: Any) -> list[str]:
             "where no hook of ours can change attention. Load the model here: "
             "TransformerBridge.boot_transformers(name)."
         )
+    return paths_with_patterns(model)
+
+
+def paths_with_patterns(model: Any) -> list[str]:
+    """Return the paths of the modules whose hook points show a pattern, each once."""
     by_point: dict[int, str] = {}
-    for name, point in hook_points.items():
+    for name, point in model.hook_dict.items():
         if name.endswith(_PATTERN):
             path = name.removesuffix(_PATTERN)
+            # A layer that was taken out leaves its hook points behind.
             with contextlib.suppress(AttributeError):
                 if model.get_submodule(path) is not None:
                     by_point.setdefault(id(point), path)
