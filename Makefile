@@ -9,8 +9,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # A plain path entry: with the default, a folder of the same name beside the caller hides the package.
 EDITABLE := --config-settings editable_mode=compat
-# `make report V=1` shows what pip does.
-PIP_OPTIONS := --disable-pip-version-check --use-pep517 $(if $(V),,--quiet)
+# `make report V=1` shows what pip does. Modules are compiled when they are imported: most never are.
+PIP_OPTIONS := --disable-pip-version-check --use-pep517 --no-compile $(if $(V),,--quiet)
 PIP := $(BIN)/pip install $(PIP_OPTIONS) -c constraints.txt
 
 # An interpreter that does not do is told apart in one line, before anything is downloaded.

@@ -90,7 +90,7 @@ def elsewhere(built, tmp_path_factory):
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     constraints = REPOSITORY / "constraints.txt"
     pip = [programs / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "install", "-c", constraints, f"{built[0]}[notebooks]", cwd=folder)
+    run(*pip, "install", "--no-compile", "-c", constraints, f"{built[0]}[notebooks]", cwd=folder)
     run(*pip, "check", cwd=folder)
     yield programs
     shutil.rmtree(folder)
