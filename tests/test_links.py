@@ -16,7 +16,7 @@ COMMANDED = [*PAGES, REPOSITORY / "hooks" / "README.md", REPOSITORY / "tutorials
 LINKED = [
     *COMMANDED,
     *(REPOSITORY / "tutorials").glob("*.py"),
-    REPOSITORY / "CHANGELOG.md",
+    *(REPOSITORY / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
