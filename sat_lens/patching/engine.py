@@ -36,6 +36,7 @@ from sat_lens.patching.baselines import Record
 from sat_lens.patching.items import Entry, Item, Spot
 from sat_lens.patching.patches import (
     Experiment,
+    FromRun,
     Local,
     Patch,
     local_activations,
@@ -238,7 +239,7 @@ class Engine:
         # A suppressed token's logit is enormous and no measure of the others.
         self.tolerance = TOLERANCE * max(float(record.logits.abs().median()), 1.0)
         self._new_z = self._patched_z(items)
-        self._quick = self._quick_forwards()
+        self._quick = self._quick_forwards(items)
 
     def key(self, entry: Entry) -> object:
         """What entries have in common that can run side by side."""
@@ -335,7 +336,7 @@ class Engine:
     def _start(self, item: Item) -> int:
         return min(self.record.order.index(block_path(path)) for path in item.selection)
 
-    def _quick_forwards(self) -> Forwards:
+    def _quick_forwards(self, items: Sequence[Item]) -> Forwards:
         blocks, read = self.record.blocks, self.experiment.readout.positions
         found: Forwards = {}
         if self.patch.base is None:  # where rounding cannot decide which key wins
@@ -343,10 +344,21 @@ class Engine:
         unembed = unembedding(self.experiment.model)
         if unembed is not None:
             found |= aligned_unembedding(unembed)
-        mlp = getattr(blocks[self.record.order[-1]], "mlp", None)
-        if read is not None and isinstance(mlp, nn.Module):
-            found[mlp] = functools.partial(_at_positions, mlp.forward, read)
+        if read is not None:
+            for module in self._last_modules(items):
+                found[module] = functools.partial(_at_positions, module.forward, read)
         return found
+
+    def _last_modules(self, items: Sequence[Item]) -> list[nn.Module]:
+        """Return modules of the last block after which positions do not meet any more."""
+        last, source = self.record.order[-1], self.patch.source
+        found = [getattr(self.record.blocks[last], "mlp", None)]
+        is_put_in = isinstance(source, FromRun) and source.component == "z"
+        if not is_put_in or all(self._shortcut(item) for item in items):
+            paths = [s.path for s in self.experiment.sites if block_path(s.path) == last]
+            modules = [self.experiment.model.get_submodule(path) for path in paths]
+            found += [getattr(module, "o", None) for module in modules]
+        return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _returning(output: Any) -> Callable[..., Any]:
