@@ -428,3 +428,9 @@ def test_a_uniform_first_layer_is_the_limit_at_zero(demo):
     pair = pair_of(demo, TEXT, scale=0)
     with torch.no_grad(), sl.replace_attention(demo, Uniform()):
         assert torch.equal(demo(TEXT), pair.saturated.logits)
+
+
+def test_a_pair_shows_what_it_holds_and_no_tensors(demo):
+    shown = repr(pair_of(demo, TEXT, names_filter="blocks.0.attn.hook_z"))
+    assert shown.startswith("Soft and saturated run of demo, c = inf\n1 activations in .soft.cache")
+    assert "tensor" not in shown

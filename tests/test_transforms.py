@@ -40,6 +40,7 @@ TRANSFORMS = [
     Uniform(),
     RandomKey(seed=3, site="blocks.0.attn"),
 ]
+DETERMINISTIC = [transform for transform in TRANSFORMS if not isinstance(transform, RandomKey)]
 
 # Numbers that break careless arithmetic: ties, neighbours, denormals, differences that vanish
 # beside a large maximum, and magnitudes whose sums or products overflow. (Hugely negative ones
@@ -158,7 +159,7 @@ def test_limit_nearest_beats_every_other_row_of_top_keys(scores: Tensor) -> None
 
 @given(score_tensors())
 def test_ties_share_equally(scores: Tensor) -> None:
-    for transform in TRANSFORMS[:-1]:
+    for transform in DETERMINISTIC:
         found = pattern(scores, transform).reshape(-1, scores.shape[-1])
         for row, shares in zip(rows_of(scores), found, strict=True):
             for score in set(row.tolist()):
@@ -269,7 +270,7 @@ def test_a_constant_added_to_a_row_changes_nothing(
     assert torch.equal(pattern(scores + constant, transform), pattern(scores, transform))
 
 
-@given(score_tensors(), st.sampled_from(TRANSFORMS[:-1]), st.randoms(use_true_random=False))
+@given(score_tensors(), st.sampled_from(DETERMINISTIC), st.randoms(use_true_random=False))
 def test_permuted_keys_permute_the_result(
     scores: Tensor, transform: object, random: object
 ) -> None:

@@ -58,6 +58,14 @@ class SaturationPair:
     _sliced: bool = dataclasses.field(repr=False)
     _random: dict[int, CachedRun] = dataclasses.field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        """What was run, what is held, and what to ask next."""
+        soft, saturated = (len(run.cache.keys()) for run in (self.soft, self.saturated))
+        return (
+            f"Soft and saturated run of {self.provenance}\n{soft} activations in .soft.cache, "
+            f"{saturated} in .saturated.cache; compare them with .similarity()"
+        )
+
     def similarity(self, activation: str = "resid_post", *, seed: int = 0) -> Similarity:
         """Compare an activation of the two runs, layer by layer, with a random-key control.
 
