@@ -71,6 +71,7 @@ def test_exact_saturation_breaks_a_majority_and_uniform_attention_keeps_it(major
     assert min(nearest, uniform) > 0.9
 
 
+@pytest.mark.slow
 def test_a_tolerance_of_the_rows_range_of_scores_keeps_a_majority_and_a_tenth_of_it_does_not(
     majority,
 ):
@@ -87,6 +88,7 @@ def test_a_counting_model_has_a_mean_head(name, request):
     assert set(frame["role"]) == {"mean"}
 
 
+@pytest.mark.slow
 def test_a_saturated_majority_takes_two_states_and_a_uniform_one_takes_the_counts(majority):
     model, task = majority
     last_token_and_lead = {
@@ -97,6 +99,7 @@ def test_a_saturated_majority_takes_two_states_and_a_uniform_one_takes_the_count
     assert int(states(model, task, 0)[-1]) == len(last_token_and_lead)
 
 
+@pytest.mark.slow
 def test_dyck_depth_needs_more_than_one_key_a_row(dyck):
     soft, exact, nearest, uniform = accuracies(*dyck)
     assert soft > 0.97
@@ -104,6 +107,7 @@ def test_dyck_depth_needs_more_than_one_key_a_row(dyck):
     assert min(nearest, uniform) > exact + 0.2
 
 
+@pytest.mark.slow
 def test_a_saturated_dyck_model_takes_few_states_early_on(dyck):
     model, task = dyck
     saturated, soft = states(model, task, math.inf), distinct_states(model, task.tokens)
@@ -125,6 +129,7 @@ def test_no_saturated_pattern_counts_as_far_as_an_bn_needs(an_bn):
     assert max(saturated) < 0.85
 
 
+@pytest.mark.slow
 def test_a_saturated_an_bn_model_takes_a_handful_of_states(an_bn):
     model, task = an_bn
     assert int(states(model, task, math.inf).max()) <= 16
