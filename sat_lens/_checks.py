@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import types
 from collections.abc import Collection, Iterable
 from typing import Any, TypeGuard
 
@@ -111,6 +112,6 @@ def check_evaluation_mode(sites: Iterable[Any]) -> None:
 
 
 def shown(value: object) -> str:
-    """Return the ``repr`` of a value that was refused, cut to a readable length."""
-    text = repr(value)
+    """Return the name of a function, or the ``repr`` of another value, cut to a readable length."""
+    text = value.__name__ if isinstance(value, types.FunctionType) else repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."

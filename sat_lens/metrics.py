@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sat_lens._checks import is_integer, is_number
+from sat_lens._checks import is_integer, is_number, shown
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError, NonFiniteError
 
@@ -297,7 +297,7 @@ def metric_of(metric: Any, batch: Batch) -> Metric:
         return next_token_loss(batch.output_tokens, batch.output_non_padding)
     if not callable(metric):
         raise ArgumentError(
-            f'metric must be "loss" or a function of the logits; {metric!r} was given.'
+            f'metric must be "loss" or a function of the logits; {shown(metric)} was given.'
         )
     return metric
 
@@ -320,18 +320,19 @@ def call_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Te
         tensor([1.5000, 1.5000])
     """
     if not callable(metric):
-        raise ArgumentError(f"A metric is a function of the logits; {metric!r} was given.")
+        raise ArgumentError(f"A metric is a function of the logits; {shown(metric)} was given.")
     if n_prompts is None:
         value = metric(logits)
         if is_number(value):
             value = torch.tensor(float(value), dtype=torch.float64)
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise ArgumentError(f"A metric must give a scalar; {metric!r} gave {kind}.")
+            raise ArgumentError(f"A metric must give a scalar; {shown(metric)} gave {kind}.")
         if value.numel() != 1:
             raise ArgumentError(
-                f"A metric must give a scalar tensor; {metric!r} gave shape {list(value.shape)}. "
-                "Take its mean over prompts."
+                f"A metric must give a scalar tensor; {shown(metric)} gave shape "
+                f"{list(value.shape)}. Pick the logit or the difference that you mean, and take "
+                "its mean over prompts."
             )
         return value.reshape(())
     value = getattr(metric, "per_prompt", metric)(logits)
@@ -360,7 +361,7 @@ def read_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Te
     value = call_metric(metric, logits, n_prompts).detach().cpu()
     if not bool(value.isfinite().all()):
         raise NonFiniteError(
-            f"The metric {metric!r} gave {value.tolist()}. Check what it divides by."
+            f"The metric {shown(metric)} gave {value.tolist()}. Check what it divides by."
         )
     return value.float()
 
@@ -386,7 +387,7 @@ def positions_read(metric: Metric, logits: Any) -> list[int] | None:
     positions = [int(p) for p in named]
     if not positions or any(not -n_positions <= p < n_positions for p in positions):
         raise ArgumentError(
-            f"The metric {metric!r} names the positions {positions}, and the logits have "
+            f"The metric {shown(metric)} names the positions {positions}, and the logits have "
             f"{n_positions}."
         )
     return sorted({p % n_positions for p in positions})

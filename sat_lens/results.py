@@ -250,6 +250,8 @@ def read_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
+        if Path(path).is_dir():
+            raise FileFormatError(f"{path} is a folder; name the file in it that .save() wrote.")
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
@@ -257,11 +259,14 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileFormatError(f"There is no file {path}.") from error
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} is broken or no safetensors file ({error}). Measure again, or take a copy."
+            f"{path} is broken or no safetensors file ({error}). Measure again, or give a file "
+            "that .save() wrote."
         ) from error
     known = isinstance(header, dict) and isinstance(header.get("kind"), str)
     if not known or not isinstance(header.get("meta"), dict):
-        raise FileFormatError(f"{path} was not written by sat_lens.")
+        raise FileFormatError(
+            f"{path} was not written by sat_lens. Model weights are read by load_model(folder)."
+        )
     if header.get("format") == 1:
         raise FileFormatError(f"{path} was written by an older sat_lens. Measure again.")
     if header.get("format") != _FORMAT:

@@ -221,3 +221,11 @@ def test_what_is_no_number(value, kind, words):
 def test_what_is_no_function():
     with refusal("function of the logits", "'loss'"):
         read_metric("loss", None)
+
+
+def test_a_metric_that_gives_a_vector_is_named_without_its_address():
+    def last(logits):
+        return logits[:, -1]
+
+    with pytest.raises(ArgumentError, match=r"; last gave shape \[1, 3\]. Pick the logit"):
+        read_metric(last, torch.zeros(1, 2, 3))

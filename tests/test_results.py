@@ -173,7 +173,7 @@ def test_a_header_that_promises_gigabytes_is_refused(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with refusal("There is no file", "nowhere"):
         read_result(tmp_path / "nowhere", "kind")
-    with refusal("broken"):
+    with refusal("is a folder", "name the file"):
         read_result(tmp_path, "kind")
 
 

@@ -49,8 +49,8 @@ def text_windows(
             break
     if not windows:
         raise DataError(
-            f"The text gives {len(rest)} tokens, and one window needs {width}. Give a longer text "
-            "or a smaller context."
+            f"The text gives {len(rest)} tokens, and one window needs {width} (the context, less "
+            "its first, special token). Give a longer text or a smaller context."
         )
     return torch.tensor(windows, device=device_of(model))
 

@@ -49,6 +49,11 @@ def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
     if not pairs:
         raise HeadSelectionError(
             f"No head was selected by {shown(heads)}. Choose at least one of {_available(sites)}."
+            + (
+                " A predicate gets (site, head); the layer is site.layer."
+                if callable(heads)
+                else ""
+            )
         )
     counts = Counter((site.path, head) for site, head in pairs)
     ordered = [(s, head) for s in sites for head in range(s.n_heads) if counts[s.path, head]]
