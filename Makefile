@@ -70,7 +70,7 @@ paper: $(VENV)/.installed ## Redo the figures of the paper into build/paper (QUI
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: $(VENV)/.installed-dev ## Run the everyday tests, two minutes (TESTS=FILES: only these).
-	$(PYTEST) $(TESTS)
+	$(PYTEST) --dist worksteal $(TESTS)
 
 test-all: $(VENV)/.installed-dev ## Run all tests, slow ones too, with types checked (TESTS=FILES).
 	$(PYTEST) --check-types --hypothesis-profile=thorough -m "not notebook and not browser" $(TESTS)

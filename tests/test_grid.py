@@ -47,6 +47,7 @@ def trained_together(rule, batches):
     return train_cells(model, start, rule, batches, next_token_loss, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "alone"),
     [

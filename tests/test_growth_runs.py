@@ -86,6 +86,7 @@ def test_the_initial_model_may_be_the_one_in_memory(run, tmp_path):
     assert growth.frame()["distance"].loc[2:].is_monotonic_increasing
 
 
+@pytest.mark.slow
 def test_saturation_is_drawn_against_the_norm(run):
     growth = norm_growth(run[2], tiny.tokens(length=12), progress=False)
     axes = growth.plot(x="norm").axes[0]

@@ -72,6 +72,7 @@ def test_saturate_heads_at_a_scale_of_one_changes_nothing(monkeypatch):
     assert found["kl"] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [[], ["--heads", "L0H0", "L1H2"]])
 def test_cache_pair(monkeypatch, capsys, heads):
     found = run(monkeypatch, "cache_pair.py", *heads)
@@ -96,6 +97,7 @@ def test_anneal_temperature():
     assert found["last_layer"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_annealing_is_what_makes_hard_attention_do_better(monkeypatch):
     """The control: the same steps without an intervention leave soft attention ahead."""
     real = sl.saturate

@@ -7,7 +7,6 @@ import math
 import pytest
 import tiny
 import torch
-from everyday import everyday
 
 import sat_lens as sl
 from sat_lens import tasks
@@ -81,7 +80,8 @@ def test_a_tolerance_of_the_rows_range_of_scores_keeps_a_majority_and_a_tenth_of
     assert accuracy(*majority, Limit(width / 10)) < 0.7
 
 
-@pytest.mark.parametrize("name", everyday(["majority", "dyck"], "majority"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["majority", "dyck"])
 def test_a_counting_model_has_a_mean_head(name, request):
     model, task = request.getfixturevalue(name)
     frame = sl.head_roles(model, task.tokens, progress=False).frame()

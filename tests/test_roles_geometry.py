@@ -164,6 +164,7 @@ def looking(model, keys_of_rows):
         return frame_of(model, tiny.tokens(3, length), rows="all")
 
 
+@pytest.mark.slow
 def test_maxima_far_away_have_no_common_offset():
     model = tiny.native(n_ctx=200)
     rows = torch.arange(200)

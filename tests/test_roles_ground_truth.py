@@ -119,6 +119,7 @@ def previous_token_model():
     return train_on(tasks.previous_token(512), steps=250)
 
 
+@pytest.mark.slow
 def test_a_previous_token_model_has_a_head_for_it(previous_token_model):
     model = previous_token_model
     test = tasks.previous_token(64, seed=9)

@@ -92,6 +92,7 @@ def test_only_what_heads_can_change_changes(demo):
     assert 0 < frame["kl"].item() < all_heads["kl"].item()
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.integers(1, 3))
 def test_batches_of_equal_length_add_up(demo, batch_size):

@@ -201,10 +201,12 @@ def names_without_an_import(examples):
     return {node.id for node in nodes if isinstance(node, ast.Name)} - known
 
 
-@pytest.mark.parametrize("name", sorted(reference.described()))
-def test_examples_in_the_reference_can_be_pasted(name):
-    words = inspect.unwrap(reference.described()[name]).__doc__ or ""
-    assert names_without_an_import(doctest.DocTestParser().get_examples(words)) == set()
+def test_examples_in_the_reference_can_be_pasted():
+    unknown = {}
+    for name, value in reference.described().items():
+        words = inspect.unwrap(value).__doc__ or ""
+        unknown[name] = names_without_an_import(doctest.DocTestParser().get_examples(words))
+    assert {name: names for name, names in unknown.items() if names} == {}
 
 
 def test_examples_are_found_under_decorators():
@@ -214,20 +216,20 @@ def test_examples_are_found_under_decorators():
     }
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_rooms_look_upwards_only(path):
+def test_rooms_look_upwards_only():
     order = {room: i for i, floor in enumerate(ROOMS) for room in floor}
-    if path == PACKAGE / "__init__.py":
-        return
-    mine = order[room_of(path)]
-    for name in imports(at_module_level(ast.parse(path.read_text()))):
-        parts = name.split(".")
-        if parts[0] == "sat_lens":
-            assert parts[1] in order, f"{name}: import from a room, not from the surface"
-            assert order[parts[1]] <= mine, f"{name} is no room above {room_of(path)}"
-        assert parts[0] != "paper", "the library works without what redoes the paper's figures"
-        if parts[0] == "transformer_lens":
-            assert room_of(path) not in KNOW_NO_TRANSFORMER_LENS, name
+    for path in SOURCES:
+        if path == PACKAGE / "__init__.py":
+            continue
+        room = room_of(path)
+        for name in imports(at_module_level(ast.parse(path.read_text()))):
+            parts = name.split(".")
+            if parts[0] == "sat_lens":
+                assert parts[1] in order, f"{path} imports {name} from the surface, not from a room"
+                assert order[parts[1]] <= order[room], f"{path}: {name} is no room above {room}"
+            assert parts[0] != "paper", f"{path}: the library works without paper/"
+            if parts[0] == "transformer_lens":
+                assert room not in KNOW_NO_TRANSFORMER_LENS, f"{path} imports {name}"
 
 
 def module_name(path):
@@ -252,19 +254,19 @@ def test_no_two_files_import_each_other():
     assert found == set()
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *PAPER], ids=module_name)
-def test_files_keep_the_style(path):
-    text = path.read_text()
-    tree = ast.parse(text)
-    assert "TO" + "DO" not in text
-    assert ast.get_docstring(tree), "every module says what it is"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert all(alias.name != "*" for alias in node.names)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            prints = path.parent.name == "cli" or path == REPOSITORY / "paper" / "__main__.py"
-            assert node.func.id != "print" or prints
-            assert node.func.id not in ("eval", "exec")
+def test_files_keep_the_style():
+    for path in [*SOURCES, *PAPER]:
+        text = path.read_text()
+        tree = ast.parse(text)
+        assert "TO" + "DO" not in text, path
+        assert ast.get_docstring(tree), f"{path} does not say what it is"
+        prints = path.parent.name == "cli" or path == REPOSITORY / "paper" / "__main__.py"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert all(alias.name != "*" for alias in node.names), path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print" or prints, path
+                assert node.func.id not in ("eval", "exec"), path
 
 
 def test_no_file_names_a_place_on_somebodys_machine():

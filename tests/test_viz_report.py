@@ -256,6 +256,7 @@ def test_results_of_models_of_another_shape_are_refused(llama, tmp_path):
         write_report(path, roles=roles, pair=pair, sweep=swept(wide))
 
 
+@pytest.mark.slow
 def test_other_names_of_a_model_are_noted_on_the_page(llama, tmp_path):
     roles, pair = llama
 

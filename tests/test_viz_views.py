@@ -123,6 +123,7 @@ def test_tokens_and_titles_are_data(attack, tmp_path):
     assert html.escape(visible(attack), quote=False).split("'")[0].split('"')[0] in view.page
 
 
+@pytest.mark.slow
 def test_a_figure_is_saved_as_it_is_asked_for(roles, tmp_path):
     view = viz.role_map(roles)
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
