@@ -72,6 +72,7 @@ def test_a_cell_is_the_model_trained_alone(rule, alone, batches):
             assert float((tensor - single[name]).norm()) < 1e-3 * moved, (index, name)
 
 
+@pytest.mark.slow
 def test_more_cells_than_are_done_at_once_have_the_same_gradients(batches):
     model = new_network(SHAPE)
     many = stacked(model, AT_ONCE + 3)
@@ -84,6 +85,7 @@ def test_more_cells_than_are_done_at_once_have_the_same_gradients(batches):
         assert not many[name].requires_grad
 
 
+@pytest.mark.slow
 def test_a_cell_that_breaks_leaves_its_neighbours_alone(batches):
     rates = torch.tensor([1e-2, 1e30])
     model = new_network(SHAPE, seed=3)
@@ -104,6 +106,7 @@ def grid():
 SMALL = Shape(width=8, layers=1, heads=2, context=16)
 
 
+@pytest.mark.slow
 def test_norms_follow_from_rate_and_decay_where_they_must(grid):
     frame = grid.frame().set_index(["lr", "wd"])
     assert len(frame) == 9
@@ -119,6 +122,7 @@ def test_norms_follow_from_rate_and_decay_where_they_must(grid):
     assert decayed["outcome"] == "shrinks"
 
 
+@pytest.mark.slow
 def test_what_diverged_is_marked(grid):
     frame = grid.frame()
     lost = frame[frame["lr"] > 1]
@@ -126,6 +130,7 @@ def test_what_diverged_is_marked(grid):
     assert not frame[frame["outcome"] != "diverged"][["growth", "loss", "lean"]].isna().any().any()
 
 
+@pytest.mark.slow
 def test_the_figure_hatches_what_diverged_and_centres_the_colours(grid):
     figure = grid.plot()
     panel, bar = figure.axes[:2]
@@ -138,6 +143,7 @@ def test_the_figure_hatches_what_diverged_and_centres_the_colours(grid):
     assert "end norm" in bar.get_ylabel()
 
 
+@pytest.mark.slow
 def test_a_grid_in_which_everything_diverged_is_drawn_too():
     lost = growth_grid([1e25], [0.0], steps=3, shape=SMALL, progress=False)
     assert lost.frame()["outcome"].tolist() == ["diverged"]
@@ -154,6 +160,7 @@ def test_save_and_load(grid, tmp_path):
         GrowthGrid.load(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_steps_that_were_taken(monkeypatch):
     from paper import grid as room
 

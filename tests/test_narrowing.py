@@ -45,6 +45,7 @@ def scan():
     return attention_narrowing(checkpoints, TOKENS, progress=False)
 
 
+@pytest.mark.slow
 def test_entropies_are_those_of_sums_by_hand(scan):
     frame = scan.frame()
     uniform = entropy_by_hand(TOKENS, lambda query: [1 / (query + 1)] * (query + 1))
@@ -78,6 +79,7 @@ def test_masses_are_where_attention_is(scan):
         scan.keys(999)
 
 
+@pytest.mark.slow
 def test_the_boundary_is_where_narrowing_slows(scan):
     assert phase_boundary([0, 1, 2, 4, 8], [3.0, 3.0, 2.0, 1.9, 1.9]) == 2
     assert phase_boundary([1, 2, 4, 8], [3.0, 2.0, 1.5, 1.2]) is None
@@ -89,6 +91,7 @@ def test_the_boundary_is_where_narrowing_slows(scan):
     assert scan.boundary == 16
 
 
+@pytest.mark.slow
 def test_preference_for_distinct_tokens_is_found():
     # Tokens 1, 2 and 3 say what follows the last 0; token 4, in all rows, does not.
     rows = [[4] * 6 + [key] + [0] * 4 + [4 + key] for key in (1, 2, 3)] * 12
@@ -104,6 +107,7 @@ def test_preference_for_distinct_tokens_is_found():
     assert common == pytest.approx(0.6124, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_on_disk_and_in_memory_agree(tmp_path):
     config = transformers.LlamaConfig(**tiny.SIZE)
     models = {0: tiny.hf_model("LlamaForCausalLM", config)}
@@ -119,6 +123,7 @@ def test_checkpoints_on_disk_and_in_memory_agree(tmp_path):
     assert memory.frame()["entropy"].iloc[1] < memory.frame()["entropy_uniform"].iloc[1]
 
 
+@pytest.mark.slow
 def test_a_whole_reproduction_is_judged(monkeypatch):
     setting = Setting(
         steps=4, layers=1, heads=1, width=16, context=24, batch=2, files=1, held_out=2

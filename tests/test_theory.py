@@ -23,6 +23,7 @@ def logistic(labels):
     return lambda f: F.softplus(-labels * f.flatten()).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 def test_a_relu_network_has_the_degree_of_its_layers(layers):
     net = relu_network([3, *[6] * (layers - 1), 2], seed=1)
@@ -44,6 +45,7 @@ class LineAndSquare(nn.Module):
         return x * torch.stack([self.theta, self.theta**2])
 
 
+@pytest.mark.slow
 def test_what_has_no_degree_is_said_to_have_none():
     degree = degree_of_homogeneity(LineAndSquare(), torch.ones(()), scales=[1, 2, 8])
     norms = [math.sqrt(c**2 + c**4) for c in (1, 2, 8)]
@@ -56,6 +58,7 @@ def test_what_has_no_degree_is_said_to_have_none():
     assert "not homogeneous" in str(degree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gain", "expected"), [(False, 0), (True, 1)])
 def test_a_layer_norm_has_the_degree_of_its_gain(gain, expected):
     norm = nn.LayerNorm(6, eps=0.0, elementwise_affine=gain)
@@ -63,6 +66,7 @@ def test_a_layer_norm_has_the_degree_of_its_gain(gain, expected):
     assert float(degree_of_homogeneity(net, tiny.noise(3, 4))) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pre_norm", "expected"), [(True, 3), (False, 1)])
 def test_whole_transformers_near_the_degree_of_their_kind(pre_norm, expected):
     torch.manual_seed(0)
@@ -78,6 +82,7 @@ def test_whole_transformers_near_the_degree_of_their_kind(pre_norm, expected):
     assert degree.cosines[2] < 0.999
 
 
+@pytest.mark.slow
 def test_parts_of_a_transformer():
     model = tiny.native(act_fn="relu")
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -94,6 +99,7 @@ def test_parts_of_a_transformer():
     assert len(found.plot().axes[0].lines) == len(frame)
 
 
+@pytest.mark.slow
 def test_a_post_norm_model_has_the_degree_of_its_last_norm():
     bert = tiny.bridge("BertForMaskedLM", transformers.BertConfig(**tiny.SIZE))
     found = part_degrees(bert, tiny.tokens(), scales=[1, 4, 16])
@@ -102,6 +108,7 @@ def test_a_post_norm_model_has_the_degree_of_its_last_norm():
     assert found.left_out == ("blocks.0.mlp",)
 
 
+@pytest.mark.slow
 def test_gradient_flow_is_followed_to_its_closed_form():
     # f = w x with L = (f - 3)^2 / 2 and x = 1 relaxes to 3 as exp(-t).
     net = nn.Linear(1, 1, bias=False)
@@ -117,6 +124,7 @@ def test_gradient_flow_is_followed_to_its_closed_form():
     assert len(flow.plot().axes[0].lines) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 3])
 def test_eulers_formula_gives_the_growth_of_a_homogeneous_network(layers):
     labels = tiny.noise(20).sign().double()
@@ -130,6 +138,7 @@ def test_eulers_formula_gives_the_growth_of_a_homogeneous_network(layers):
     assert (frame["step_term"].diff().dropna() < 0).all()
 
 
+@pytest.mark.slow
 def test_eulers_formula_fails_where_biases_break_homogeneity():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 1))
@@ -139,6 +148,7 @@ def test_eulers_formula_fails_where_biases_break_homogeneity():
     assert flow.error > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("right", [60, 75, 95])
 def test_the_threshold_of_equal_margins_is_the_log_odds_of_accuracy(degree, right):
@@ -165,6 +175,7 @@ def test_righting_an_example_raises_the_threshold(seed, index):
     assert low < high or low == high == 0.0
 
 
+@pytest.mark.slow
 def test_growth_never_stops_when_all_is_right_and_never_starts_when_all_is_wrong():
     outputs = torch.linspace(0.1, 2, 9).double()
     for label, expected in ((1.0, math.inf), (-1.0, 0.0)):
@@ -174,6 +185,7 @@ def test_growth_never_stops_when_all_is_right_and_never_starts_when_all_is_wrong
     assert math.isnan(flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.05, 0.2])
 def test_weight_decay_stops_growth_where_it_should(weight_decay):
     # Two equal numbers w, f = w^2, one example: at rest lambda = sigmoid(-w^2).

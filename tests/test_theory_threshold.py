@@ -53,6 +53,7 @@ def test_the_least_loss_on_the_ray_moves_with_the_norm(trained):
         assert math.isnan(least_on_ray(model, tokens))
 
 
+@pytest.mark.slow
 def test_at_the_least_loss_the_gradient_has_no_part_along_the_parameters(trained):
     model, tokens = trained
     with scaled_parameters(model, 2.0 ** least_on_ray(model, tokens)):
@@ -64,6 +65,7 @@ def test_at_the_least_loss_the_gradient_has_no_part_along_the_parameters(trained
     assert abs(radial) < 0.02 * sizes[0] * sizes[1]
 
 
+@pytest.mark.slow
 def test_flipped_problems_are_separable_but_for_what_was_flipped():
     points, labels = flipped_problem(200, 0.25, seed=3)
     assert float((points[:, 0].sign() == labels).double().mean()) == 0.75
@@ -81,6 +83,7 @@ def constructed_table(**changes):
     return pd.DataFrame(rows | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "verdicts"),
     [
@@ -99,6 +102,7 @@ def test_verdicts_on_constructed_problems_follow_their_rule(changes, verdicts):
     assert tuple(claim.verdict for claim in claims) == verdicts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norms", "thresholds", "expected"),
     [
