@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # `make test-all` asks for the thorough one.
-settings.register_profile("everyday", derandomize=True, deadline=None, max_examples=15)
+settings.register_profile("everyday", derandomize=True, deadline=None, max_examples=10)
 settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("everyday")
 

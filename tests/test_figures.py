@@ -130,6 +130,7 @@ DRAWINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", everyday(DRAWINGS, "roles 4 x 4", "sweep 4 x 4", "curve", "growth")
 )
@@ -140,6 +141,7 @@ def test_no_text_overlaps_or_leaves_the_page(name):
     assert outside(figure) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", everyday([name for name in DRAWINGS if "24 x 32" not in name], "sweep 4 x 4", "growth")
 )
@@ -150,12 +152,14 @@ def test_every_figure_can_be_kept(name, ending, tmp_path):
     assert path.read_bytes().startswith({"svg": b"<?xml", "pdf": b"%PDF"}[ending])
 
 
+@pytest.mark.slow
 def test_the_legend_says_every_role_in_words():
     texts = texts_of(figures.role_map(frame_of(4, 4), "t"))
     assert all(f"{role}: {DESCRIPTIONS[role]}" in texts for role in ROLES)
     assert CAUTION.split()[-1] in " ".join(texts)
 
 
+@pytest.mark.slow
 def test_a_head_without_a_counted_row_is_grey_and_named():
     frame = frame_of(2, 2)
     assert DESCRIPTIONS[""] not in texts_of(figures.role_map(frame, "t"))
@@ -171,6 +175,7 @@ def test_a_head_without_a_counted_row_is_grey_and_named():
     ] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [1, 128])
 def test_step_0_stands_at_the_left_end(first):
     frame = growth().assign(step=[0, first, 10 * first, 100 * first])
@@ -187,6 +192,7 @@ def test_step_0_stands_at_the_left_end(first):
     assert overlaps(figure) == outside(figure) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("largest", "words"),
     [(4.0, {"1", "2", "3"}), (1e3, {"1", "20", "500"}), (1e6, {"1", "1000"}), (1e15, {"1"})],
@@ -206,6 +212,7 @@ def test_a_logarithmic_axis_has_enough_numbers_to_be_read(largest, words):
     assert overlaps(figure) == []
 
 
+@pytest.mark.slow
 def test_a_training_run_shows_s_with_its_control_and_all_that_was_measured():
     norms, saturation = figures.training_figure(training_run(), "t").axes
     assert norms.get_yscale() == "log"
@@ -216,6 +223,7 @@ def test_a_training_run_shows_s_with_its_control_and_all_that_was_measured():
     assert lines["cos random"].get_linestyle() == "--"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_drawn(dtype):
     values = torch.tensor([[1.0, -0.5], [0.0, math.nan]], dtype=dtype)
@@ -237,6 +245,7 @@ def test_arguments_of_another_kind(draw, types_unchecked):
         draw()
 
 
+@pytest.mark.slow
 def test_layers_go_down_and_keep_their_own_numbers():
     frame = frame_of(4, 2)
     frame = frame[frame["layer"].isin([1, 3])]
@@ -245,6 +254,7 @@ def test_layers_go_down_and_keep_their_own_numbers():
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
 
 
+@pytest.mark.slow
 def test_a_clearer_role_has_a_stronger_colour():
     frame = pd.DataFrame(
         {"layer": [0, 0], "head": [0, 1], "role": ["mean"] * 2, "agreement": [0.1, 1.0]}
@@ -254,6 +264,7 @@ def test_a_clearer_role_has_a_stronger_colour():
     assert sum(pale[:3]) > sum(strong[:3])
 
 
+@pytest.mark.slow
 def test_effects_are_centred_on_zero_and_gaps_stay_empty():
     values = torch.tensor([[1.0, -0.5], [0.0, math.nan]])
     cells = figures.sweep_map(values, "t", "effect").axes[0].patches
@@ -264,6 +275,7 @@ def test_effects_are_centred_on_zero_and_gaps_stay_empty():
     assert cells[3].get_hatch()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", everyday([t for t in ATTACKS if len(t) < 100], *ATTACKS[:2]))
 def test_titles_are_data(text, tmp_path):
     figure = figures.role_map(frame_of(2, 2), text)
@@ -286,6 +298,7 @@ def test_importing_leaves_matplotlib_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_scales_stand_in_order_with_the_ends_apart():
     scales = [0.0, 0.5, 1.0, 2.0, math.inf]
     places = drawing.scale_places(scales)

@@ -102,6 +102,7 @@ def test_saturation_is_drawn_against_the_norm(run):
         norm_growth(run[2], progress=False).plot(x="norm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", everyday(RENAMED, next(iter(RENAMED))))
 def test_a_model_is_its_own_checkpoint(kind, tmp_path):
     model = raw(*RENAMED[kind])
@@ -118,6 +119,7 @@ def gpt2():
     return tiny.bridge("GPT2LMHeadModel", transformers.GPT2Config(**tiny.GPT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", everyday([gpt2, tiny.native], gpt2))
 def test_the_loop_of_transformer_lens(build, tmp_path):
     model = build()
@@ -137,6 +139,7 @@ def test_the_loop_of_transformer_lens(build, tmp_path):
             assert frame.loc[step, name] == pytest.approx(heads[name].mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_files_that_leave_parameters_out_are_said_to(tmp_path, caplog):
     model = tiny.bridge("MixtralForCausalLM", transformers.MixtralConfig(**RENAMED["mixtral"][2]))
     torch.save(model.state_dict(), tmp_path / "model_1.pt")
@@ -192,6 +195,7 @@ def test_models_whose_checkpoints_are_files_are_named_as_such():
         hub_checkpoints("NeelNanda/SoLU_1L512W_C4_Code", [0])
 
 
+@pytest.mark.slow
 def test_steps_of_any_kind_of_whole_number():
     models = [nn.Linear(2, 2) for _ in range(2)]
     given = dict(zip(np.array([0, 4]), models, strict=True))

@@ -34,6 +34,7 @@ def shown(name):
         return run(patch, name), printed.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", everyday(FILES, FOLDER / "saturate_heads.py"), ids=lambda path: path.stem
 )
@@ -50,6 +51,7 @@ def test_each_recipe_runs_is_short_and_is_listed(path):
     assert f"`{path.name}`" in (FOLDER / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_table_names_no_recipe_that_is_not_there():
     rows = [line for line in (FOLDER / "README.md").read_text().splitlines() if "| `" in line]
     assert sorted(row.split("`")[1] for row in rows) == [path.name for path in FILES]
@@ -66,6 +68,7 @@ def test_saturate_heads(monkeypatch, capsys, heads):
     assert {"soft:", "saturated:"} <= set(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_saturate_heads_at_a_scale_of_one_changes_nothing(monkeypatch):
     found = run(monkeypatch, "saturate_heads.py", "--scale", "1")
     assert found["largest_change"] < 1e-4
@@ -121,6 +124,7 @@ def test_patch_with_transformer_lens():
     assert found["restored_before_any_layer"] < 1e-4
 
 
+@pytest.mark.slow
 def test_custom_transform():
     found, _ = shown("custom_transform.py")
     assert found["top_three_keys"] == 3
@@ -130,6 +134,7 @@ def test_custom_transform():
     assert max(losses, key=losses.get) == "saturated_loss"
 
 
+@pytest.mark.slow
 def test_the_sparsemax_of_the_recipe_against_a_bisection():
     """The projection is (score - t), cut off at 0, for the t at which it sums to 1."""
     sparsemax = runpy.run_path(str(FOLDER / "custom_transform.py"))["sparsemax"]
@@ -144,6 +149,7 @@ def test_the_sparsemax_of_the_recipe_against_a_bisection():
     torch.testing.assert_close(sparsemax(scores).softmax(-1), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_generate_saturated():
     found, _ = shown("generate_saturated.py")
     assert found["saturated"] == found["without cache"]
@@ -152,12 +158,14 @@ def test_generate_saturated():
     assert found["soft prompt"][:2] == found["soft"][:2] != found["saturated"][:2]
 
 
+@pytest.mark.slow
 def test_permanent_hooks():
     found, _ = shown("permanent_hooks.py")
     assert found["effect"] > 0.1
     assert max(value for name, value in found.items() if name != "effect") < 1e-4
 
 
+@pytest.mark.slow
 def test_sae_lens_or_other_hooks():
     found, _ = shown("sae_lens_or_other_hooks.py")
     assert found["splice_error"] < 1e-4

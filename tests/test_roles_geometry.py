@@ -28,6 +28,7 @@ def frame_of(model, data, **kwargs):
     return sl.head_roles(model, data, **{"min_keys": 2, "progress": False} | kwargs).frame()
 
 
+@pytest.mark.slow
 def test_a_head_without_a_counted_row_has_no_role_and_no_numbers():
     site = AttentionSite("blocks.0.attn", "", 0, "self", 1, "scores")
     row = head_row(site, 0, Sums.empty(1), Thresholds())
@@ -38,6 +39,7 @@ def test_a_head_without_a_counted_row_has_no_role_and_no_numbers():
     assert math.isnan(lean(math.nan, math.nan))
 
 
+@pytest.mark.slow
 def test_a_stack_without_a_counted_row_stays_without_a_role_everywhere(tmp_path):
     # Six keys a row in the encoder and across, and at least eight are asked for.
     bart = zoo.model_of("bart")
@@ -53,6 +55,7 @@ def test_a_stack_without_a_counted_row_stays_without_a_role_everywhere(tmp_path)
     assert sl.roles.HeadRoles.load(tmp_path / "roles.st").frame().equals(frame)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", everyday(["longt5_local", "longt5_global", "t5gemma2", "led", "bart"], "bart")
 )
@@ -72,6 +75,7 @@ def test_distances_are_told_only_where_rows_and_keys_are_of_one_sequence(name):
     assert frame.loc[odd & (frame["stack"] != "cross"), "special"].isna().all()
 
 
+@pytest.mark.slow
 def test_a_window_as_long_as_the_text_is_no_learned_sink():
     # Four tokens, a window of four: five keys a row, like four and a sink.
     batch = {"input": tiny.tokens(2, 4), "decoder_input": tiny.tokens(2, 4, seed=1)}
@@ -82,6 +86,7 @@ def test_a_window_as_long_as_the_text_is_no_learned_sink():
     assert sink[DISTANCES].notna().all(axis=None)
 
 
+@pytest.mark.slow
 def test_padding_in_blocks_is_not_counted():
     mask = torch.ones(3, 12, dtype=torch.long)
     mask[1, 7:] = 0
@@ -95,6 +100,7 @@ def test_padding_in_blocks_is_not_counted():
     }
 
 
+@pytest.mark.slow
 def test_query_positions_are_those_of_the_text_in_blocks_too():
     model = zoo.model_of("longt5_local")
     frame = frame_of(model, [PAIR], query_positions=[1, 7])
@@ -108,6 +114,7 @@ def test_query_positions_are_those_of_the_text_in_blocks_too():
     assert set(parts["n_rows"]["encoder.L0H0":"encoder.L1H3"]) == {12}
 
 
+@pytest.mark.slow
 def test_importance_reaches_the_rows_of_blocks():
     model = zoo.model_of("longt5_local")
 
@@ -119,6 +126,7 @@ def test_importance_reaches_the_rows_of_blocks():
     assert frame["tv_argmax"].notna().all()
 
 
+@pytest.mark.slow
 def test_values_of_positions_come_into_rows():
     values = torch.arange(1, 11).view(2, 5)
     assert as_rows(values, (2, 5)).equal(values)
@@ -141,6 +149,7 @@ def test_query_positions_of_rows_that_cannot_be_told_are_refused():
         reader.positions(site, torch.zeros(6, 1, 3, 9))
 
 
+@pytest.mark.slow
 def test_a_row_uniform_over_most_keys_is_a_subset_of_more_than_a_few():
     # 14 of 20 keys: .3 away from uniform over all, nothing away from uniform over its own.
     row = torch.full((20,), -60.0)
@@ -182,6 +191,7 @@ def test_maxima_far_away_have_no_common_offset():
     assert everywhere.loc["L0H0", "target"] in ("", "first")
 
 
+@pytest.mark.slow
 def test_the_mass_at_the_modal_offset_is_that_of_the_pattern():
     rows = torch.arange(24)
     row = looking(tiny.native(), (rows - 3).clamp(min=0)).loc["L1H2"]
@@ -189,6 +199,7 @@ def test_the_mass_at_the_modal_offset_is_that_of_the_pattern():
     assert row["modal_share"] == row["modal_mass"] == pytest.approx(21 / 23)
 
 
+@pytest.mark.slow
 def test_a_learned_sink_is_at_no_offset():
     model = zoo.case("gpt_oss_sink").build()
     with torch.no_grad():
@@ -204,6 +215,7 @@ def test_a_learned_sink_is_at_no_offset():
     assert frame[["previous", "self", "next", "first"]].abs().max(axis=None) < 1e-6
 
 
+@pytest.mark.slow
 def test_mass_on_sinks_is_flagged_at_the_threshold():
     rows = torch.arange(12)
     model = tiny.native()

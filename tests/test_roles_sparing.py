@@ -27,6 +27,7 @@ def unembedded(model, module, run):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     everyday(["gpt2", "llama", "native", "bert", "gpt_oss_sink", "t5", "bart"], "gpt2", "t5"),
@@ -46,6 +47,7 @@ def test_one_position_is_unembedded_for_all_models(name):
     assert model(tokens, **extra).shape[1] == length
 
 
+@pytest.mark.slow
 def test_a_plain_model_unembeds_one_position_too():
     config = transformers.BartConfig(**tiny.BART)
     model = tiny.hf_model("BartForConditionalGeneration", config)
@@ -57,6 +59,7 @@ def test_a_plain_model_unembeds_one_position_too():
     assert counts == [1]
 
 
+@pytest.mark.slow
 def test_a_classifier_of_whole_images_is_left_alone():
     model = zoo.model_of("vit")
     with torch.no_grad():

@@ -43,6 +43,7 @@ def harmless(llama, tmp_path_factory):
     return read(write_report(tmp_path_factory.mktemp("h") / "a.html", roles=roles, pair=pair))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale", "ties"),
     [
@@ -76,6 +77,7 @@ def test_every_pattern_comes_back(name, scale, ties, tmp_path):
     assert sorted(labels) == sorted(data["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", everyday(["llama", "t5"], "t5"))
 def test_every_cell_of_the_map_opens_its_own_head(name, tmp_path):
     roles, pair = measured(name)
@@ -88,6 +90,7 @@ def test_every_cell_of_the_map_opens_its_own_head(name, tmp_path):
         assert roles.frame().loc[label, "head"] == int(cell["data-column"])
 
 
+@pytest.mark.slow
 def test_an_encoder_is_not_masked_and_a_decoder_is():
     assert [p.causal for p in patterns_of(measured("llama")[1])] == [True, True]
     assert [p.causal for p in patterns_of(measured("bert")[1])] == [False, False]
@@ -95,6 +98,7 @@ def test_an_encoder_is_not_masked_and_a_decoder_is():
     assert stacks == {"encoder": False, "decoder": True, "cross": False}
 
 
+@pytest.mark.slow
 def test_the_table_comes_back(llama, tmp_path):
     roles, pair = llama
     page = read(write_report(tmp_path / "r.html", roles=roles, pair=pair))
@@ -117,6 +121,7 @@ def test_the_page_is_the_same_each_time(llama, tmp_path):
     assert first == write_report(tmp_path / "b.html", roles=roles, pair=pair).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_policy_names_exactly_the_scripts_of_the_page(llama, tmp_path):
     roles, pair = llama
     page = read(write_report(tmp_path / "r.html", roles=roles, pair=pair))
@@ -132,6 +137,7 @@ def test_the_policy_names_exactly_the_scripts_of_the_page(llama, tmp_path):
     assert text.count(circuitsvis_bundle()) == 1
 
 
+@pytest.mark.slow
 def test_nothing_on_the_page_loads_or_carries_a_handler(llama, tmp_path):
     roles, pair = llama
     page = read(write_report(tmp_path / "r.html", roles=roles, pair=pair))
@@ -144,6 +150,7 @@ def test_nothing_on_the_page_loads_or_carries_a_handler(llama, tmp_path):
             assert attributes["href"].startswith(("#", "data:,"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", everyday(ATTACKS, *ATTACKS[::4]))
 def test_texts_are_data_everywhere(attack, llama, harmless, tmp_path):
     roles, pair = llama
@@ -184,6 +191,7 @@ def test_a_model_of_12_by_12_with_64_tokens_stays_small(tmp_path):
         assert path.stat().st_size <= 2_500_000
 
 
+@pytest.mark.slow
 def test_sections_appear_with_their_results(llama, tmp_path):
     roles, pair = llama
     labels = roles.frame().index
@@ -224,6 +232,7 @@ def test_a_sweep_over_positions_gives_each_head_its_largest_effect(llama, tmp_pa
         write_report(path, roles=roles, pair=pair, sweep=Table(effects.assign(effect=math.nan)))
 
 
+@pytest.mark.slow
 def test_a_random_control_is_its_mean_and_its_spread(llama, tmp_path):
     roles, pair = llama
     effects = pd.DataFrame(
@@ -275,6 +284,7 @@ def test_other_names_of_a_model_are_noted_on_the_page(llama, tmp_path):
         assert "on one called" not in words_for("one", same)
 
 
+@pytest.mark.slow
 def test_heads_without_a_counted_row_are_grey_and_named(tmp_path):
     model, ids = zoo.model_of("t5"), tiny.tokens(1, 12)
     short = {"decoder_input": tiny.tokens(1, 5)}
@@ -292,6 +302,7 @@ def test_heads_without_a_counted_row_are_grey_and_named(tmp_path):
     assert ranged == list(frame.index[frame["role"] != ""])
 
 
+@pytest.mark.slow
 def test_the_clearest_head_is_opened(llama, tmp_path):
     roles, pair = llama
     data = read(write_report(tmp_path / "r.html", roles=roles, pair=pair)).data
@@ -300,12 +311,14 @@ def test_the_clearest_head_is_opened(llama, tmp_path):
     assert clearest(flat) == 1
 
 
+@pytest.mark.slow
 def test_the_style_has_the_colours_of_the_figures():
     style = asset("base.css")
     for role, color in ROLE_COLORS.items():
         assert re.search(rf"--{role}: {color};", style, re.IGNORECASE)
 
 
+@pytest.mark.slow
 def test_uniform_rows_are_kept_as_bits_and_finite_scales_as_bytes():
     uniform = torch.full((16, 16), 1 / 16)
     assert set(encode_saturated(uniform, causal=False)) == {"bits"}
