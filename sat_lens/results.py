@@ -377,6 +377,14 @@ def _sum(first: Any, second: Any) -> Any:
     return first + second
 
 
+def column_frame(
+    columns: Mapping[str, Tensor], index: str, values: Sequence[float]
+) -> pd.DataFrame:
+    """Return columns as a table over steps or factors."""
+    lists = {name: column.tolist() for name, column in columns.items()}
+    return pd.DataFrame(lists, index=pd.Index(values, name=index))
+
+
 def check_columns(columns: Mapping[str, Tensor], length: int) -> None:
     """Raise a ValueError unless every column has one length."""
     for name, column in columns.items():

@@ -28,7 +28,7 @@ from sat_lens.errors import ArgumentError
 from sat_lens.intervention import replace_attention, saturate
 from sat_lens.metrics import Metric, read_metric
 from sat_lens.models import model_name, residual_stream
-from sat_lens.results import Provenance, Result, check_columns
+from sat_lens.results import Provenance, Result, check_columns, column_frame
 from sat_lens.sites import Heads, places
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ class ScalingCurve(Result, kind="scaling curve"):
         :attr:`notes` says why an S is NaN. All but ``metric`` are means over the positions that are
         no padding; ``metric`` is a mean over batches, each weighing as many sequences as it has.
         """
-        return pd.DataFrame(
-            {name: values.tolist() for name, values in self.columns.items()},
-            index=pd.Index(self.scales, name="scale"),
-        )
+        return column_frame(self.columns, "scale", self.scales)
 
     @property
     def notes(self) -> list[str]:

@@ -124,7 +124,7 @@ def test_norms_that_were_edited_by_hand_are_refused(tmp_path, name):
 
 
 def test_an_interrupt_leaves_what_was_measured(run, monkeypatch):
-    import sat_lens.norms.trajectory as module
+    import sat_lens.norms.growth as module
 
     real, calls = module.norms_of, []
 
@@ -141,7 +141,7 @@ def test_an_interrupt_leaves_what_was_measured(run, monkeypatch):
 
 
 def test_no_more_than_three_models_are_open_at_once(run, monkeypatch):
-    import sat_lens.norms.trajectory as module
+    import sat_lens.norms.growth as module
 
     opened, most = [0], [0]
     real = module.open_parameters
@@ -235,7 +235,7 @@ def test_texts_need_a_tokenizer_and_the_message_says_how(run, types_unchecked):
 def test_what_cannot_be_measured_is_refused_at_once(run, monkeypatch, types_unchecked):
     with pytest.raises(UnsupportedModelError, match="TransformerLens model"):
         norm_growth(run, tiny.tokens(), as_model=lambda _: nn.Linear(2, 2), progress=False)
-    monkeypatch.setattr("sat_lens.norms.growth.Trajectory", None)
+    monkeypatch.setattr("sat_lens.norms.growth._Run", None)
     for options, kind, words in (
         ({"data": 3}, DataError, "found int"),
         ({"data": {"input": tiny.tokens()}}, DataError, "goes into a list"),

@@ -2,12 +2,11 @@
 
 from sat_lens.norms.balance import RescalingShare, rescaling_share
 from sat_lens.norms.growth import Exponent, NormGrowth, norm_growth
-from sat_lens.norms.homogeneity import HomogeneityCurve, homogeneity_curve
 from sat_lens.norms.measures import lens_model, saturation_measures
 from sat_lens.norms.names import COMPONENTS
 from sat_lens.norms.narrowing import Narrowing, attention_narrowing
 from sat_lens.norms.parameters import ParameterNorms, parameter_norms
-from sat_lens.norms.scaled import scaled_parameters
+from sat_lens.norms.scaled import HomogeneityCurve, homogeneity_curve, scaled_parameters
 
 __all__ = [
     "COMPONENTS",

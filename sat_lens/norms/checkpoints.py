@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -65,8 +66,9 @@ class Checkpoint:
             return f"the model of step {self.step}"
         return str(self.source)
 
+    @functools.cached_property
     def located(self) -> Path | nn.Module:
-        """Return the path or the model, after a download where one is needed."""
+        """The path or the model, after a download where one is needed."""
         return self.source.download() if isinstance(self.source, HubRevision) else self.source
 
 

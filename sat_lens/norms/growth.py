@@ -3,15 +3,20 @@
 The paper fits the growth of the raw norm. At the start of training that norm is mostly the initial
 norm, which hides the growth; so the exponent is also given with the initial norm taken out.
 
+A rising cosine between checkpoints at a fixed distance in steps is no evidence that the direction
+of the parameters converges: a random walk shows it as well. So rotation is given per doubling of
+steps, and the straightness of the path beside that of a random walk.
+
 When not to use it: while a model trains; see :mod:`sat_lens.training`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -19,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sat_lens import figures
@@ -28,8 +33,17 @@ from sat_lens.data import repeatable
 from sat_lens.errors import ArgumentError
 from sat_lens.norms.checkpoints import Checkpoint, list_checkpoints
 from sat_lens.norms.measures import lens_model, saturation_measures
-from sat_lens.norms.trajectory import Trajectory
-from sat_lens.results import Provenance, Result, check_columns
+from sat_lens.norms.parameters import norms_of
+from sat_lens.norms.sources import (
+    Parameters,
+    chunks,
+    config_of,
+    named_as_in_files,
+    open_parameters,
+    tied_names,
+    wide,
+)
+from sat_lens.results import Provenance, Result, check_columns, column_frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,10 +119,7 @@ class NormGrowth(Result, kind="norm growth"):
         :func:`sat_lens.norms.saturation_measures` returns. A value that does not exist is NaN:
         without a checkpoint of step 0, all that refer to the initial parameters.
         """
-        return pd.DataFrame(
-            {name: values.tolist() for name, values in self.columns.items()},
-            index=pd.Index(self.steps, name="step"),
-        )
+        return column_frame(self.columns, "step", self.steps)
 
     def fit(self, column: str, first: float | None = None, last: float = math.inf) -> Exponent:
         """Fit the exponent of any column against the step, on a range of steps.
@@ -121,9 +132,9 @@ class NormGrowth(Result, kind="norm growth"):
         Raises:
             ArgumentError: There is no such column, or the ends are no range.
         """
-        _check_range("The range", first, last)
+        start, end = _checked_range("The range", (first, last))
         self._check_column(column)
-        return _fit(self.steps, self.columns[column], first, last)
+        return _fit(self.steps, self.columns[column], start, end)
 
     def plot(
         self,
@@ -228,21 +239,21 @@ def norm_growth(
         >>> list(growth.frame().index)
         [0, 8]
     """
-    first, last = _fit_range(fit_range)
+    first, last = _checked_range("fit_range", fit_range)
     check_count("batch_size", batch_size)
     if as_model is not None and not callable(as_model):
         raise ArgumentError(f"as_model is a function that makes a model; found {as_model!r}.")
     make = as_model or functools.partial(lens_model, tokenizer=tokenizer)
     kept = None if data is None else repeatable(data)
     found = list_checkpoints(checkpoints)
-    trajectory = Trajectory(found)
+    run = _Run(found)
     rows: list[dict[str, float]] = []
     with tqdm(found, desc="norm growth", unit="checkpoint", disable=not progress) as bar:
         try:
-            for index, _ in enumerate(bar):
-                row = trajectory.row(index)
+            for index, checkpoint in enumerate(bar):
+                row = run.row(index)
                 if kept is not None:
-                    model = make(trajectory.located(index))
+                    model = make(checkpoint.located)
                     row |= saturation_measures(model, kept, batch_size=batch_size)
                 rows.append(row)
         except KeyboardInterrupt:
@@ -336,21 +347,138 @@ def _fit(steps: Sequence[int], values: Tensor, first: float | None, last: float)
     return fit_exponent(torch.tensor(steps, dtype=torch.float64), values, start, last)
 
 
-def _fit_range(fit_range: Any) -> tuple[float | None, float]:
-    if fit_range is None:
+def _checked_range(name: str, ends: Any) -> tuple[float | None, float]:
+    """Return the first and the last step of a range, of which the first may be None."""
+    if ends is None:
         return None, math.inf
-    if not isinstance(fit_range, (tuple, list)) or len(fit_range) != 2:
-        raise ArgumentError(
-            f"fit_range is a first and a last step, such as (100, 1000); found {fit_range!r}."
-        )
-    _check_range("fit_range", *fit_range)
-    return fit_range[0], fit_range[1]
-
-
-def _check_range(name: str, first: Any, last: Any) -> None:
-    ends = [last] if first is None else [first, last]
-    if not all(map(is_number, ends)) or any(map(math.isnan, ends)) or ends != sorted(ends):
+    is_pair = isinstance(ends, (tuple, list)) and len(ends) == 2
+    first, last = ends if is_pair else (math.nan, math.nan)
+    given = [last] if first is None else [first, last]
+    if not all(map(is_number, given)) or any(map(math.isnan, given)) or given != sorted(given):
         raise ArgumentError(
             f"{name} goes from a first step to a later one, such as (100, 1000); found "
-            f"({shown(first)}, {shown(last)})."
+            f"{shown(ends)}."
         )
+    return first, last
+
+
+class _Run:
+    """The checkpoints of one run, opened as they are needed, at most three at a time."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self.checkpoints = checkpoints
+        self.steps = [checkpoint.step for checkpoint in checkpoints]
+        self.tied: set[str] | None = None
+        models = [c.source for c in checkpoints if isinstance(c.source, nn.Module)]
+        # Files of weights alone do not say how many heads there are; a model of the same run does.
+        self._config = config_of(models[0]) if models else {}
+
+    def row(self, index: int) -> dict[str, float]:
+        """Measure a checkpoint, and its way from those before it."""
+        with contextlib.ExitStack() as stack:
+            now = self._open(index, stack)
+            row = norms_of(now).summary()
+            if index == 0:
+                return row
+            before = self._open(index - 1, stack)
+            first = self._open(0, stack) if self.steps[0] == 0 else None
+            _check_same_model(before, now)
+            sums = _inner_products(now, before, first)
+        row["rotation"] = _degrees(sums)
+        row["alignment"] = _cosine(sums, "step", "before")
+        if first is not None:
+            row["distance"] = math.sqrt(sums["moved", "moved"])
+            if index > 1:
+                row["straightness"] = _cosine(sums, "moved", "moved before")
+                row["random_walk"] = math.sqrt(self.steps[index - 1] / self.steps[index])
+        return row | self._rotation_per_doubling(index, row["rotation"])
+
+    def _rotation_per_doubling(self, index: int, from_before: float) -> dict[str, float]:
+        # The checkpoint nearest to half the step, among those before this one and after step 0.
+        earlier = [i for i in range(index) if self.steps[i] > 0]
+        doublings = {i: math.log2(self.steps[index] / self.steps[i]) for i in earlier}
+        if not doublings:
+            return {}
+        partner = min(earlier, key=lambda i: abs(doublings[i] - 1))
+        degrees = from_before
+        if partner != index - 1:
+            with contextlib.ExitStack() as stack:
+                now, then = self._open(index, stack), self._open(partner, stack)
+                degrees = _degrees(_inner_products(now, then))
+        return {
+            "rotation_per_doubling": degrees / doublings[partner],
+            "rotation_from": float(self.steps[partner]),
+        }
+
+    def _open(self, index: int, stack: contextlib.ExitStack) -> Parameters:
+        checkpoint = self.checkpoints[index]
+        opened = stack.enter_context(open_parameters(checkpoint.located, str(checkpoint)))
+        if isinstance(checkpoint.source, nn.Module) and self._names_in_files:
+            opened = named_as_in_files(checkpoint.source, opened, self._names_in_files)
+        if not opened.config:
+            opened = dataclasses.replace(opened, config=self._config)
+        if self.tied is None:
+            self.tied = tied_names(opened)
+        return opened.without(self.tied)
+
+    @functools.cached_property
+    def _names_in_files(self) -> frozenset[str]:
+        """The names of parameters in the first checkpoint that is no model in memory."""
+        for checkpoint in self.checkpoints:
+            if not isinstance(checkpoint.source, nn.Module):
+                with open_parameters(checkpoint.located, str(checkpoint)) as opened:
+                    return frozenset(opened.shapes)
+        return frozenset()
+
+
+# The inner products of two checkpoints and the first one that a row is made of.
+_PRODUCTS = (
+    *(("now", "now"), ("before", "before"), ("now", "before")),
+    *(("step", "step"), ("step", "before")),
+    *(("moved", "moved"), ("moved before", "moved before"), ("moved", "moved before")),
+)
+
+
+def _inner_products(
+    now: Parameters, before: Parameters, first: Parameters | None = None
+) -> dict[tuple[str, str], float]:
+    """Sum inner products over the tensors of two or three checkpoints side by side.
+
+    Differences are taken before they are squared: the first steps move little, and would drown in
+    the rounding of the difference of two large sums.
+    """
+    sums = dict.fromkeys(_PRODUCTS, 0.0)
+    for name in now.shapes:
+        tensors = [source.read(name) for source in (now, before, first) if source is not None]
+        for pieces in zip(*map(chunks, tensors), strict=True):
+            a, b, *origin = (wide(piece).cpu() for piece in pieces)
+            vectors = {"now": a, "before": b, "step": a - b}
+            for start in origin:
+                vectors |= {"moved": a - start, "moved before": b - start}
+            for left, right in _PRODUCTS:
+                if left in vectors:
+                    sums[left, right] += float(vectors[left] @ vectors[right])
+    return sums
+
+
+def _cosine(sums: Mapping[tuple[str, str], float], first: str, second: str) -> float:
+    """Return the cosine of two vectors, NaN where one of them is zero."""
+    square = sums[first, first] * sums[second, second]
+    return max(-1.0, min(1.0, sums[first, second] / math.sqrt(square))) if square else math.nan
+
+
+def _degrees(sums: Mapping[tuple[str, str], float]) -> float:
+    """Return the angle between a checkpoint's parameters and those before it."""
+    return math.degrees(math.acos(_cosine(sums, "now", "before")))
+
+
+def _check_same_model(first: Parameters, other: Parameters) -> None:
+    for name in first.shapes.keys() | other.shapes.keys():
+        shapes = first.shapes.get(name), other.shapes.get(name)
+        if shapes[0] != shapes[1]:
+            a, b = ("missing" if shape is None else f"of shape {list(shape)}" for shape in shapes)
+            raise ArgumentError(
+                f"{first.name} and {other.name} are of different architectures: {name} is {a} in "
+                f"the one and {b} in the other. Give checkpoints of one training run, saved in one "
+                "way."
+            )

@@ -26,7 +26,7 @@ from sat_lens import figures
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.norms.checkpoints import list_checkpoints
 from sat_lens.norms.measures import lens_model, undisturbed
-from sat_lens.results import Provenance, Result
+from sat_lens.results import Provenance, Result, check_columns, column_frame
 from sat_lens.sites import attention_sites
 from sat_lens.vocabulary import visible
 
@@ -72,8 +72,7 @@ class Narrowing(Result, kind="narrowing"):
         token: that of the key's mass relative to uniform attention with the entropy of the next
         token given both. It is below 0 where attention prefers distinct tokens.
         """
-        values = {name: column.tolist() for name, column in self.columns.items()}
-        return pd.DataFrame(values, index=pd.Index(self.steps, name="step"))
+        return column_frame(self.columns, "step", self.steps)
 
     @property
     def boundary(self) -> int | None:
@@ -132,6 +131,9 @@ class Narrowing(Result, kind="narrowing"):
         """Return a token as printable text, or its number where no tokenizer was given."""
         return visible(self.names[token] if self.names else f"token {token}")
 
+    def _check(self) -> None:
+        check_columns(self.columns, len(self.steps))
+
 
 def attention_narrowing(
     checkpoints: Any,
@@ -179,7 +181,7 @@ def attention_narrowing(
     found = list_checkpoints(checkpoints)
     reader = _Reader(tokens, n_queries)
     bar = tqdm(found, desc="narrowing", unit="checkpoint", disable=not progress)
-    rows = [reader.measure(_pattern(as_model(c.located()), tokens, layer)) for c in bar]
+    rows = [reader.measure(_pattern(as_model(c.located), tokens, layer)) for c in bar]
     uniform_entropy, uniform = reader.measure(reader.uniform_pattern())
     steps = tuple(checkpoint.step for checkpoint in found)
     masses = torch.stack([mass for _, mass in rows])
