@@ -19,8 +19,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+import transformers
+from huggingface_hub import constants
 from torch import nn
+from transformers.utils import logging as hf_logging
 
 from sat_lens._checks import is_integer, is_lens_model
 from sat_lens.errors import ArgumentError, ModelError, SatLensError, UnsupportedModelError
@@ -63,6 +67,7 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
     name = str(name)
     path, revision = _resolve(name)
     try:
+        # Importing it takes three seconds, which models that are here already need not wait for.
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
         raise ModelError(
@@ -97,8 +102,6 @@ def load_tokenizer(name: str | Path = DEMO) -> Any:
         >>> len(load_tokenizer("demo"))
         2048
     """
-    import transformers
-
     path, revision = _resolve(str(name))
     with hub_or_cache(path), quiet_loading() as said:
         try:
@@ -309,8 +312,6 @@ def hub_or_cache(path: str) -> Iterator[None]:
 
     The hub's own client tries each file for half a minute, and says so at every attempt.
     """
-    from huggingface_hub import constants
-
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or (not os.path.isdir(path) and not _hub_answers())
     try:
@@ -320,10 +321,8 @@ def hub_or_cache(path: str) -> Iterator[None]:
 
 
 def _hub_answers() -> bool:
-    from huggingface_hub import constants, get_session
-
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception:  # noqa: BLE001 - its client's errors differ by version, and all mean no
         return False
     return True
@@ -358,8 +357,6 @@ def installing_nothing() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[list[str]]:
     """Keep progress bars and advice of the loading libraries to ourselves; give what was said."""
-    from transformers.utils import logging as hf_logging
-
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     root_level = logging.getLogger().level
     library = logging.getLogger("transformers")

@@ -225,6 +225,7 @@ def train_on(
         False
     """
     try:
+        # Slow to import, and missing in older versions.
         from transformer_lens.config import TransformerBridgeConfig
         from transformer_lens.model_bridge import TransformerBridge
 

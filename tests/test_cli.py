@@ -15,7 +15,8 @@ import pytest
 
 import sat_lens
 from sat_lens import cli
-from sat_lens.cli.shared import EPILOG, check_file, check_folder
+from sat_lens.cli import EPILOG
+from sat_lens.cli.shared import check_file, check_folder
 from sat_lens.errors import ArgumentError
 from sat_lens.roles import HeadRoles
 

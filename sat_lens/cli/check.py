@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from sat_lens.cli.shared import add_command, add_model
+from sat_lens import models
+from sat_lens.intervention import verify_sites
+from sat_lens.sites.discovery import parts_not_probed
 
 LEGEND = """
 One line for each attention module: its name in the model, what it attends to (self or cross), the
@@ -20,19 +21,9 @@ LEVELS = {
 }
 
 
-def add(commands: Any) -> None:
-    """Add the command and its arguments."""
-    help_text = "try which attention modules can be saturated"
-    add_model(add_command(commands, "check", run, help_text))
-
-
 def run(options: argparse.Namespace) -> int:
     """Try every attention module, and print the outcome."""
-    from sat_lens.intervention import verify_sites
-    from sat_lens.models import load_model
-    from sat_lens.sites.discovery import parts_not_probed
-
-    model = load_model(options.model)
+    model = models.load_model(options.model)
     trials = verify_sites(model)
     untried = parts_not_probed(model)
     for trial in trials:

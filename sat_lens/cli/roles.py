@@ -7,26 +7,26 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sat_lens import figures
-from sat_lens.cli.shared import (
-    add_command,
-    add_data,
-    add_model,
-    add_quiet,
-    check_file,
-    model_and_windows,
-    status_of,
-)
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sat_lens import figures, models
+from sat_lens.caching import run_with_saturation_cache
+from sat_lens.cli.shared import check_file, status_of
+from sat_lens.data import text_windows
+from sat_lens.demo.corpus import corpus_name, held_out_texts
 from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.results import write_csv, write_whole
+from sat_lens.roles import HeadRoles, head_roles
+from sat_lens.spectrum import scaling_curve
+from sat_lens.viz import token_strings, write_report
 from sat_lens.vocabulary import CAUTION
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
 
 FIGURES = (".png", ".svg", ".pdf")
 PROMPT = """def area(width, height):
@@ -39,27 +39,12 @@ CURVE_SEQUENCES = 8
 _SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
-def add_report(commands: Any) -> None:
-    """Add ``sat-lens report`` and its arguments."""
-    command = add_command(commands, "report", report, "write a page about a model's heads")
-    add_model(command)
-    add_data(command)
-    add_quiet(command)
-    command.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
-    command.add_argument("--prompt", help="the short text whose attention the page shows")
-
-
 def report(options: argparse.Namespace) -> int:
     """Measure a model and write the page about it."""
     check_file(options.out)
     if options.prompt is not None and not options.prompt.strip():
         raise ArgumentError("--prompt holds no text to show the attention of.")
-    from sat_lens.caching import run_with_saturation_cache
-    from sat_lens.roles import head_roles
-    from sat_lens.spectrum import scaling_curve
-    from sat_lens.viz import token_strings, write_report
-
-    model, windows, name = model_and_windows(options)
+    model, windows, name = _model_and_windows(options)
     progress = not options.quiet
     roles = head_roles(model, windows, data_name=name, progress=progress)
     curve = scaling_curve(model, windows[:CURVE_SEQUENCES], data_name=name, progress=progress)
@@ -72,19 +57,6 @@ def report(options: argparse.Namespace) -> int:
     return status_of(roles.complete and curve.complete)
 
 
-def add_roles(commands: Any) -> None:
-    """Add ``sat-lens roles`` and its arguments."""
-    command = add_command(commands, "roles", roles, "print the role of every head")
-    add_model(command)
-    add_data(command)
-    add_quiet(command)
-    add = command.add_argument
-    add("--csv", type=Path, help="write the whole table here")
-    add("--out", type=Path, help="write the result (safetensors) here")
-    add("--figure", type=Path, help="write the role map (PNG, SVG, PDF) here")
-    add("--shard", metavar="I/N", help="read every N-th batch only, starting with the I-th")
-
-
 def roles(options: argparse.Namespace) -> int:
     """Measure the role of every head; print and write the table."""
     for path in (options.csv, options.out, options.figure):
@@ -95,10 +67,7 @@ def roles(options: argparse.Namespace) -> int:
         )
     shard = _read_shard(options.shard)
     with _processes() as is_first:
-        from sat_lens.results import write_csv, write_whole
-        from sat_lens.roles import head_roles
-
-        model, windows, name = model_and_windows(options)
+        model, windows, name = _model_and_windows(options)
         progress = not options.quiet and is_first
         found = head_roles(model, windows, shard=shard, data_name=name, progress=progress)
         if not is_first:
@@ -114,18 +83,9 @@ def roles(options: argparse.Namespace) -> int:
         return status_of(found.complete)
 
 
-def add_merge(commands: Any) -> None:
-    """Add ``sat-lens merge`` and its arguments."""
-    command = add_command(commands, "merge", merge, "merge the role statistics of shards")
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of roles --out")
-    command.add_argument("--out", type=Path, help="write the merged result here")
-
-
 def merge(options: argparse.Namespace) -> int:
     """Merge the files of shards; leave out broken ones, and name these and incomplete ones."""
     check_file(options.out)
-    from sat_lens.roles import HeadRoles
-
     parts, whole = [], True
     for path in options.files:
         try:
@@ -150,6 +110,27 @@ def _short_table(frame: pd.DataFrame) -> str:
     """Return the columns of a table of roles that fit a terminal, and what to know of them."""
     shown = frame[["role", "target", "lean", "tv_argmax", "tv_mean", "tv_nearest", "agreement"]]
     return f"{shown.to_string(float_format='{:.2f}'.format)}\n\n{CAUTION}"
+
+
+def _model_and_windows(options: argparse.Namespace) -> tuple[Any, Tensor, str]:
+    """Load the model, cut the chosen text into windows, and return both with the text's name."""
+    if options.sequences < 1 or options.context < 2:
+        raise ArgumentError("--sequences must be at least 1 and --context at least 2.")
+    texts: Iterable[str] = held_out_texts() if options.text is None else [_read(options.text)]
+    model = models.load_model(options.model)
+    context = min(options.context, models.context_length(model) or options.context)
+    windows = text_windows(model, texts, context, options.sequences)
+    return model, windows, corpus_name() if options.text is None else options.text.name
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ArgumentError(f"The text file {path} cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise ArgumentError(f"The text file {path} holds no text.")
+    return text
 
 
 def _shown_tokens(options: argparse.Namespace, model: Any, windows: Tensor) -> Tensor:
@@ -182,9 +163,6 @@ def _processes() -> Iterator[bool]:
     if count == 1:
         yield True
         return
-    import torch
-    import torch.distributed as dist
-
     try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     except (ValueError, RuntimeError) as error:

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sat_lens.cli.shared import add_command, add_model, add_quiet, check_folder, status_of
+from sat_lens import models
+from sat_lens.cli.shared import check_folder, status_of
 from sat_lens.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from sat_lens.patching import HeadSweep
+from sat_lens.figures import figure_bytes
+from sat_lens.metrics import logit_difference
+from sat_lens.patching import HeadSweep, sweep_heads
+from sat_lens.results import write_csv, write_whole
+from sat_lens.viz.page import inline_svg, render
 
 COLUMNS = ["effect", "normalised", "random_effect", "random_spread"]
 PRINTED_HEADS, HEADS_ON_PAGE = 10, 20
-
-
-def add(commands: Any) -> None:
-    """Add the command and its arguments."""
-    command = add_command(
-        commands, "sweep", run, "show which heads' soft attention a prediction needs"
-    )
-    add_model(command)
-    add = command.add_argument
-    add("--prompt", required=True, help="the text; the prediction after its last token is read")
-    add("--answer", required=True, help="the right next token, with its leading space if any")
-    add("--wrong", required=True, help="the wrong next token")
-    add("--out", type=Path, default=Path("sweep"), help="the folder to write (default: sweep)")
-    add("--direction", choices=("noising", "denoising"), default="noising")
-    add("--figure-format", choices=("svg", "png"), default="svg")
-    add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,13 +23,7 @@ def run(options: argparse.Namespace) -> int:
     check_folder(options.out)
     if not options.prompt.strip():
         raise ArgumentError("--prompt holds no text to predict the next token of.")
-    from sat_lens.figures import figure_bytes
-    from sat_lens.metrics import logit_difference
-    from sat_lens.models import load_model, load_tokenizer
-    from sat_lens.patching import sweep_heads
-    from sat_lens.results import write_csv, write_whole
-
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = models.load_tokenizer(options.model)
     answer, wrong = (_single_token(tokenizer, text) for text in (options.answer, options.wrong))
     if answer == wrong:
         raise ArgumentError(
@@ -51,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     sweep = sweep_heads(
-        load_model(options.model),
+        models.load_model(options.model),
         options.prompt,
         logit_difference(answer, wrong),
         direction=options.direction,
@@ -82,8 +62,6 @@ def _single_token(tokenizer: Any, text: str) -> int:
 
 
 def _page(sweep: HeadSweep, options: argparse.Namespace) -> str:
-    from sat_lens.viz.page import inline_svg, render
-
     frame = sweep.frame()
     order = frame["effect"].abs().sort_values(ascending=False).index[:HEADS_ON_PAGE]
     versions = sweep.provenance.versions.items()
