@@ -44,10 +44,8 @@ def hard_attention(
     *,
     factor: float,
     causal: bool = False,
-    window: int | None = None,
     visible: Bool[Tensor, "*rows key"] | None = None,
     bias: Float[Tensor, "*rows key"] | None = None,
-    sink: Float[Tensor, " head"] | None = None,
     blocks: Blocks | None = None,
 ) -> Float[Tensor, "batch head query dv"]:
     """Average the values of the keys that attain each row's greatest score.
@@ -60,11 +58,9 @@ def hard_attention(
         value: One for each key.
         factor: What products of queries and keys are multiplied by, to be scores.
         causal: Whether query i sees keys 0 to i only, as in PyTorch's fused attention.
-        window: How many keys up to key i query i sees; all by default.
         visible: Which of these keys a query sees. It broadcasts to [batch, head, query, key].
         bias: What is added to the scores, likewise. A number as low as a mask hides its key.
-        sink: One learned score per head, which takes part as one more key whose value is 0.
-        blocks: How the work is cut; by default :func:`blocks_for` chooses.
+        blocks: How the work is cut; ``blocks_for`` chooses by default.
 
     Returns:
         In the query's dtype. A row that sees no key is 0, as in PyTorch's fused attention.
@@ -88,21 +84,20 @@ def hard_attention(
     cut = blocks or blocks_for(query.dtype, size)
     lowest = EXTREME if bias is None else lowest_bias(bias.dtype)
     _average_of_winners[(triton.cdiv(n_queries, cut.queries), n_batches * n_heads)](
-        query, key, value, seen, added, query if sink is None else sink, out,
+        query, key, value, seen, added, out,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *seen.stride(), *added.stride(), *out.stride()[:3],
-        n_heads, n_heads // key.shape[1], n_queries, n_keys, factor, window or 0,
+        n_heads, n_heads // key.shape[1], n_queries, n_keys, factor,
         SIZE=size, PADDED=_power_of_two(size), VSIZE=value_size, VPADDED=_power_of_two(value_size),
         QUERIES=cut.queries, KEYS=cut.keys, LOWEST=lowest,
-        CAUSAL=causal, WINDOW=window is not None, VISIBLE=visible is not None,
-        BIAS=bias is not None, SINK=sink is not None,
+        CAUSAL=causal, VISIBLE=visible is not None, BIAS=bias is not None,
         UPCAST=INTERPRETED and query.dtype == torch.bfloat16, num_warps=cut.warps,
     )  # fmt: skip
     return out
 
 
 def blocks_for(dtype: torch.dtype, size: int) -> Blocks:
-    """Choose blocks that fit into the shared memory of a GPU; they were never tuned on one."""
+    # They fit into the shared memory of a GPU, and were never tuned on one.
     if dtype == torch.float32:
         return Blocks(32, 32)
     return Blocks(128, 64) if size <= 64 else Blocks(64, 64)
@@ -115,7 +110,7 @@ def _power_of_two(size: int) -> int:
 @triton.jit  # type: ignore[untyped-decorator]
 def _average_of_winners(
     q: tl.tensor, k: tl.tensor, v: tl.tensor,
-    visible: tl.tensor, bias: tl.tensor, sink: tl.tensor, out: tl.tensor,
+    visible: tl.tensor, bias: tl.tensor, out: tl.tensor,
     q_b: tl.tensor, q_h: tl.tensor, q_n: tl.tensor,
     k_b: tl.tensor, k_h: tl.tensor, k_n: tl.tensor,
     v_b: tl.tensor, v_h: tl.tensor, v_n: tl.tensor,
@@ -123,11 +118,11 @@ def _average_of_winners(
     a_b: tl.tensor, a_h: tl.tensor, a_q: tl.tensor, a_k: tl.tensor,
     o_b: tl.tensor, o_h: tl.tensor, o_n: tl.tensor,
     n_heads: tl.tensor, group: tl.tensor, n_queries: tl.tensor, n_keys: tl.tensor,
-    factor: tl.tensor, window: tl.tensor,
+    factor: tl.tensor,
     SIZE: tl.constexpr, PADDED: tl.constexpr, VSIZE: tl.constexpr, VPADDED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, LOWEST: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VISIBLE: tl.constexpr,
-    BIAS: tl.constexpr, SINK: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, VISIBLE: tl.constexpr,
+    BIAS: tl.constexpr, UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Serve one block of queries of one head; letters after an underscore name axes of strides."""
     # Masks of long texts have more entries than 32 bits can count.
@@ -147,19 +142,12 @@ def _average_of_winners(
     if UPCAST:
         query = query.to(tl.float32)
     count = tl.zeros([QUERIES], tl.float32)
-    if SINK:
-        best = count + tl.load(sink + head).to(tl.float32)
-        count += 1.0
-    else:
-        best = tl.full([QUERIES], float("-inf"), tl.float32)
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES, VPADDED], tl.float32)
-    first = 0
     last = n_keys
     if CAUSAL:
         last = tl.minimum(n_keys, start_q + QUERIES)
-    if WINDOW:
-        first = tl.maximum(0, start_q - window + 1) // KEYS * KEYS
-    for start in range(first, last, KEYS):
+    for start in range(0, last, KEYS):
         keys = start + tl.arange(0, KEYS)
         key_exists = keys < n_keys
         wide_keys = keys.to(tl.int64)
@@ -180,8 +168,6 @@ def _average_of_winners(
         seen = row_exists[:, None] & key_exists[None, :]
         if CAUSAL:
             seen &= keys[None, :] <= rows[:, None]
-        if WINDOW:
-            seen &= keys[None, :] > rows[:, None] - window
         if VISIBLE:
             at = batch * m_b + head * m_h + wide_rows[:, None] * m_q + wide_keys[None, :] * m_k
             seen &= tl.load(visible + at, mask=seen, other=0) != 0

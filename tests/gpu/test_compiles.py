@@ -24,10 +24,10 @@ kernel, blocks = hard._average_of_winners, hard.blocks_for(dtype, size)
 constants = {
     "SIZE": size, "PADDED": size, "VSIZE": size, "VPADDED": size,
     "QUERIES": blocks.queries, "KEYS": blocks.keys, "LOWEST": -1e30, "UPCAST": False,
-    "CAUSAL": True, "WINDOW": True, "VISIBLE": True, "BIAS": True, "SINK": True,
+    "CAUSAL": True, "VISIBLE": True, "BIAS": True,
 }
 pointers = {name: "*" + short for name in ("q", "k", "v", "out")}
-pointers |= {"bias": "*fp32", "sink": "*fp32", "visible": "*i8", "factor": "fp32"}
+pointers |= {"bias": "*fp32", "visible": "*i8", "factor": "fp32"}
 types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
 types |= dict.fromkeys(constants, "constexpr")
 source = ASTSource(kernel, types, constexprs=constants)

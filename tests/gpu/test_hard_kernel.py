@@ -26,19 +26,15 @@ def inputs(device, dtype=torch.float32, size=64, n_queries=N, groups=2, seed=0):
     return [x.to(device, dtype) for x in (query, key, value)]
 
 
-def by_definition(query, key, value, visible=None, bias=0.0, sink=None):
+def by_definition(query, key, value, visible=None, bias=0.0):
     """Average the values of the winners; also say how many keys win each row."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query.double() @ key.double().mT * query.shape[-1] ** -0.5 + bias
     seen = torch.ones_like(scores, dtype=torch.bool) if visible is None else visible
     scores = scores.masked_fill(~seen, -math.inf)
     best = scores.amax(-1, keepdim=True)
-    others = torch.zeros_like(best)
-    if sink is not None:
-        sink = sink.double()[:, None, None].expand_as(best)
-        others, best = (sink >= best).double(), torch.maximum(best, sink)
     wins = ((scores == best) & seen).double()
-    count = (wins.sum(-1, keepdim=True) + others).clamp(min=1)
+    count = wins.sum(-1, keepdim=True).clamp(min=1)
     return wins @ value.double() / count, wins.sum(-1)
 
 
@@ -72,17 +68,6 @@ def test_sizes_that_are_no_power_of_two(device, size):
     agrees(found, by_definition(query, key, wider)[0])
 
 
-@pytest.mark.parametrize("window", [1, 9, 64])
-def test_windows(device, window):
-    query, key, value = inputs(device)
-    own = torch.arange(N, device=device)
-    visible = causal(device) & (own > own[:, None] - window)
-    found = hard_attention(
-        query, key, value, factor=0.125, causal=True, window=window, blocks=SMALL
-    )
-    agrees(found, by_definition(query, key, value, visible)[0])
-
-
 def test_padding_hides_keys_and_a_row_without_keys_is_zero(device):
     query, key, value = inputs(device)
     first = torch.tensor([0, 40], device=device)[:, None, None, None]
@@ -101,21 +86,6 @@ def test_a_bias_is_added_and_masks_where_it_is_lowest(device):
     masked = bias.masked_fill(~causal(device), torch.finfo(torch.float32).min)
     found = hard_attention(query, key, value, factor=0.125, bias=masked, blocks=SMALL)
     agrees(found, by_definition(query, key, value, causal(device), bias)[0])
-
-
-def test_a_sink_takes_the_row_if_it_wins_and_shares_if_it_ties(device):
-    query, key, value = inputs(device)
-    best = by_definition_scores(query, key).amax()
-    tied = by_definition_scores(query, key)[0, 2, 5].amax()
-    sink = torch.stack([best + 1, best * 0 - 1e4, tied, best / 2]).float()
-    found = hard_attention(query, key, value, factor=0.125, sink=sink, blocks=SMALL)
-    agrees(found, by_definition(query, key, value, sink=sink)[0])
-    assert not found[:, 0].any()
-    torch.testing.assert_close(found[:, 1], hard_attention(query, key, value, factor=0.125)[:, 1])
-
-
-def by_definition_scores(query, key):
-    return query.double() @ key.repeat_interleave(2, 1).double().mT / 8
 
 
 @pytest.mark.parametrize("blocks", [Blocks(16, 64), Blocks(64, 16), Blocks(128, 128)], ids=str)
