@@ -82,8 +82,8 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
         try:
             model = TransformerBridge.boot_transformers(path, device=device, **options)
         except Exception as error:
-            raise _load_error(name, error, said) from error
-    _check_complete(name, said)
+            raise load_error(name, error, said) from error
+    check_complete(name, said)
     model.eval()
     return model
 
@@ -107,7 +107,7 @@ def load_tokenizer(name: str | Path = DEMO) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(path, revision=revision or "main")
         except Exception as error:
-            raise _load_error(str(name), error, said) from error
+            raise load_error(str(name), error, said) from error
 
 
 def model_name(model: Any) -> str:
@@ -229,7 +229,8 @@ def _resolve(name: str) -> tuple[str, str | None]:
     return hub_name, revision or None
 
 
-def _load_error(name: str, error: Exception, said: list[str]) -> SatLensError:
+def load_error(name: str, error: Exception, said: list[str]) -> SatLensError:
+    """Return the library's own error for one that loading raised."""
     text = _ANSI.sub("", " ".join(str(error).split()))
     lowered = text.lower()
     if "trust_remote_code" in lowered:
@@ -259,7 +260,7 @@ def _load_error(name: str, error: Exception, said: list[str]) -> SatLensError:
     return ModelError(f"{name!r} could not be loaded ({type(error).__name__}): {found[:_LONGEST]}")
 
 
-def _check_complete(name: str, said: list[str]) -> None:
+def check_complete(name: str, said: list[str]) -> None:
     """Refuse a model of which some layer's weights were drawn at random for want of others."""
     text = "\n".join(said)
     missing = [key for key, status, _ in _ROW.findall(text) if status == "MISSING"]

@@ -184,10 +184,6 @@ def pair_squares(
         second: The other.
         blocks: How many independent blocks the symmetry has: 1 where any invertible matrix may
             stand between the two, the inner size where only one number for each dimension may.
-
-    Example:
-        >>> pair_squares(4 * torch.eye(2), torch.eye(2)).round().tolist()
-        [34.0, 16.0, 16.0]
     """
     if first.shape[1] % blocks:
         raise ArgumentError(f"{blocks} blocks do not divide {first.shape[1]} dimensions.")
@@ -206,12 +202,7 @@ def nuclear_norm(
 
 
 def rotary_kind(config: Mapping[str, Any]) -> str:
-    """Return which planes rotary positions turn: ``""`` for none, ``"halves"``, or ``"other"``.
-
-    Example:
-        >>> rotary_kind({"rope_theta": 1e4}), rotary_kind({"model_type": "gptj", "rotary_dim": 4})
-        ('halves', 'other')
-    """
+    """Return which planes rotary positions turn: ``""`` for none, ``"halves"``, or ``"other"``."""
     native = config.get("positional_embedding_type") == "rotary"
     if not native and not any(config.get(key) for key in _ROTARY):
         return ""

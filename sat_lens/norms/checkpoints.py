@@ -92,12 +92,7 @@ def list_checkpoints(checkpoints: Any) -> list[Checkpoint]:
 
 
 def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
-    """List the published checkpoints of a model, by TransformerLens's registry.
-
-    Example:
-        >>> [str(c) for c in hub_checkpoints("EleutherAI/pythia-70m", [0, 512])]
-        ['EleutherAI/pythia-70m@step0', 'EleutherAI/pythia-70m@step512']
-    """
+    """List the published checkpoints of a model, by TransformerLens's registry."""
     try:
         # Slow to import, and missing in older versions.
         from transformer_lens.tools.model_registry.checkpoints import get_checkpoint_labels
@@ -127,12 +122,7 @@ def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
 
 
 def step_of(path: Path) -> int:
-    """Read the step from the name of a checkpoint.
-
-    Example:
-        >>> step_of(Path("run/checkpoint-1000")), step_of(Path("model_64.pt"))
-        (1000, 64)
-    """
+    """Read the step from the name of a checkpoint."""
     found = _STEP.search(path.name)
     if found is None:
         raise ArgumentError(

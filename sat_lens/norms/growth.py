@@ -299,12 +299,6 @@ def fit_exponent(
     Points that are not positive, or outside the range, are left out. Neighbouring checkpoints of
     one run err in the same direction, so the standard error is widened by the first
     autocorrelation r of the residuals, by the factor sqrt((1 + r) / (1 - r)).
-
-    Example:
-        >>> import torch
-        >>> steps = torch.tensor([1.0, 2.0, 4.0, 8.0])
-        >>> round(fit_exponent(steps, 3 * steps.sqrt(), 1, 8).value, 6)
-        0.5
     """
     used = (steps > 0) & (steps >= first) & (steps <= last) & (values > 0)
     x, y = steps[used].double().log(), values[used].double().log()

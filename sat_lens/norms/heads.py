@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sat_lens._checks import is_lens_model
 from sat_lens.norms.names import ParameterPlace
 from sat_lens.norms.sources import Parameters, identity, wide
-from sat_lens.sites import Place, head_label, places
+from sat_lens.sites import head_label, places
 from sat_lens.sites.discovery import paths_with_patterns
 
 HEAD_NORMS = ("W_Q", "W_K", "W_V", "W_O", "qk_product", "ov_product")
@@ -67,10 +67,6 @@ def product_norm(
     """Return the Frobenius norm of ``A B^T`` for each head, without forming the product.
 
     For queries and keys pass ``W_Q, W_K``; for values and outputs ``W_V, W_O^T``.
-
-    Example:
-        >>> product_norm(torch.eye(4)[None], torch.eye(4)[None])
-        tensor([2.])
     """
     grams = (a.mT @ a) * (b.mT @ b)
     return grams.sum((-1, -2)).clamp(min=0).sqrt()
@@ -93,10 +89,11 @@ def heads_of(parameters: Parameters, model: nn.Module | None = None) -> Iterator
         if place.projection and not place.bias:
             names.setdefault(place.attention, {})[place.projection] = name
     seen = set()
-    if is_lens_model(model):
+    if model is not None and is_lens_model(model):
         attention = {n: p.attention for n, p in parameters.places.items() if p.attention}
         paths = {identity(parameters.read(name)): path for name, path in attention.items()}
-        for site, module in _lens_modules(model):
+        for site in places(paths_with_patterns(model)):
+            module = model.get_submodule(site.path)
             own = (identity(parameter.detach()) for parameter in module.parameters())
             path = next((paths[key] for key in own if key in paths), "")
             weights = _shown_weights(module) or _named_weights(parameters, names.get(path, {}))
@@ -261,11 +258,6 @@ def _named_weights(parameters: Parameters, names: Mapping[str, str]) -> Matrices
         return None
     matrices = {projection: parameters.read(name) for projection, name in names.items()}
     return split_heads(matrices, n_heads, parameters.config)
-
-
-def _lens_modules(model: Any) -> Iterator[tuple[Place, nn.Module]]:
-    for place in places(paths_with_patterns(model)):
-        yield place, model.get_submodule(place.path)
 
 
 def _shown_weights(module: nn.Module) -> Matrices | None:

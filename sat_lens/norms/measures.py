@@ -22,14 +22,9 @@ from torch import nn
 from sat_lens._checks import is_lens_model, require_lens_model
 from sat_lens.caching import normalised_similarity, run_with_saturation_cache
 from sat_lens.data import batches, predicts_next
-from sat_lens.errors import (
-    ArgumentError,
-    FileFormatError,
-    ModelError,
-    UnsupportedModelError,
-)
+from sat_lens.errors import ArgumentError, FileFormatError, ModelError, UnsupportedModelError
 from sat_lens.metrics import next_token_loss
-from sat_lens.models import last_residual, quiet_loading
+from sat_lens.models import check_complete, last_residual, load_error, quiet_loading
 from sat_lens.roles import ROLES, head_roles
 from sat_lens.version import newer_lens
 
@@ -160,14 +155,16 @@ def lens_model(source: Path | nn.Module, tokenizer: Any = None) -> Any:
         model = unwrapped(source)
         if is_lens_model(model):
             return model
-        return _bridge(_twin(model), type(model).__name__, tokenizer)
+        return _bridge(_twin(model), tokenizer)
     if not source.is_dir():
         raise ArgumentError(
             f"{source} holds weights and no architecture, so it cannot be run on data. Give a "
             "directory with config.json, a model in memory, or as_model=, a function that makes a "
             "model of it."
         )
-    return _from_directory(source, tokenizer)
+    if tokenizer is None and (source / "tokenizer_config.json").exists():
+        tokenizer = source
+    return _bridge(_from_directory(source), tokenizer)
 
 
 def shares_memory(view: nn.Module, model: nn.Module) -> bool:
@@ -211,31 +208,28 @@ def _twin(model: nn.Module) -> Any:
         module.__dict__.pop("forward", None)
     if hasattr(twin, "set_attn_implementation"):
         twin.set_attn_implementation("eager")
-    return twin.eval()
+    return twin
 
 
-def _from_directory(folder: Path, tokenizer: Any) -> Any:
+def _from_directory(folder: Path) -> Any:
+    """Load a checkpoint, which need not have a tokenizer, as load_model does."""
     if not (folder / "config.json").exists():
         raise FileFormatError(f"{folder} holds no config.json, so its model cannot be built.")
-    if tokenizer is None and (folder / "tokenizer_config.json").exists():
-        tokenizer = folder
-    try:
-        with quiet_loading():
+    with quiet_loading() as said:
+        try:
             config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-            architecture = (config.architectures or [""])[0]
-            model = getattr(transformers, architecture).from_pretrained(
+            architecture = getattr(transformers, (config.architectures or [""])[0])
+            model = architecture.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
             )
-    except (AttributeError, TypeError) as error:
-        raise UnsupportedModelError(
-            f"{folder} names an architecture that transformers does not have: {error}."
-        ) from error
-    except Exception as error:
-        raise ModelError(f"{folder} could not be loaded: {str(error)[:300]}") from error
-    return _bridge(model, architecture, tokenizer)
+        except Exception as error:
+            raise load_error(str(folder), error, said) from error
+    check_complete(str(folder), said)
+    return model
 
 
-def _bridge(model: Any, architecture: str, tokenizer: Any) -> Any:
+def _bridge(model: Any, tokenizer: Any) -> Any:
+    architecture = type(model).__name__
     try:
         # Slow to import, and missing in older versions.
         from transformer_lens.model_bridge.sources import build_bridge_from_module

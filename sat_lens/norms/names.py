@@ -99,12 +99,7 @@ class ParameterPlace:
 
 
 def canonical_name(name: str) -> str:
-    """Strip the wrappers from a parameter's name.
-
-    Example:
-        >>> canonical_name("module.layers.1._original_component.mlp.weight")
-        'layers.1.mlp.weight'
-    """
+    """Strip the wrappers from a parameter's name."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")
@@ -114,11 +109,6 @@ def parameter_places(names: Iterable[str]) -> dict[str, ParameterPlace]:
     """Sort parameters by name; a stack is named only where there are several.
 
     Stacks of attention that no rule knows go by the first part in which their names differ.
-
-    Example:
-        >>> places = parameter_places(["h.0.attn.q_proj.weight", "wte.weight", "h.0.ln_1.weight"])
-        >>> [place.component for place in places.values()]
-        ['qk', 'embedding', 'layer norm']
     """
     listed = list(names)
     attention = _attention_modules(listed)
@@ -137,10 +127,6 @@ def superseded(names: Iterable[str]) -> set[str]:
 
     A TransformerBridge splits joint projections and keeps the original; counting both would count
     the same weights twice.
-
-    Example:
-        >>> superseded(["a.qkv.weight", "a.q.weight", "a.k.weight", "a.v.weight"])
-        {'a.qkv.weight'}
     """
     known = set(names)
     found = set()

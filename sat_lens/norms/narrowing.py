@@ -203,23 +203,13 @@ def attention_narrowing(
 
 
 def doublings(steps: Sequence[int]) -> list[float]:
-    """Return the number of doublings between successive steps; step 0 counts as half a step.
-
-    Example:
-        >>> doublings([0, 1, 2, 8])
-        [1.0, 1.0, 2.0]
-    """
+    """Return the number of doublings between successive steps; step 0 counts as half a step."""
     logs = [math.log2(step or 0.5) for step in steps]
     return [after - before for before, after in itertools.pairwise(logs)]
 
 
 def phase_boundary(steps: Sequence[int], entropy: Sequence[float]) -> int | None:
-    """Return the first step after the fastest narrowing at which narrowing is slow, or None.
-
-    Example:
-        >>> phase_boundary([1, 2, 4, 8, 16], [4.0, 3.9, 2.9, 2.8, 2.8])
-        4
-    """
+    """Return the first step after the fastest narrowing at which narrowing is slow, or None."""
     falls = [a - b for a, b in itertools.pairwise(entropy)]
     speeds = [fall / gap for fall, gap in zip(falls, doublings(steps), strict=True)]
     fastest = max(speeds)

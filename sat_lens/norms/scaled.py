@@ -41,7 +41,7 @@ from sat_lens.models import last_residual, model_name
 from sat_lens.norms.heads import joint_rows
 from sat_lens.norms.measures import undisturbed
 from sat_lens.norms.names import ParameterPlace, canonical_name, parameter_places, superseded
-from sat_lens.norms.sources import config_of
+from sat_lens.norms.sources import check_has_values, config_of
 from sat_lens.results import Provenance, Result, check_columns, column_frame
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
     parameters are multiplied once. The block keeps copies as large as the parameters. Move or cast
     the model before the block, not in it.
 
-    This is not attention-only saturation: biases, gains and MLPs grow as well, and the output soon
-    has little to do with the model's; see the module's own text. With ``which="qk"`` scores are
-    multiplied by c squared and nothing else changes, where queries and keys have no norms of
-    their own.
+    This is not attention-only saturation; see :mod:`sat_lens.norms.scaled`. With ``which="qk"``
+    scores are multiplied by c squared and nothing else changes, where queries and keys have no
+    norms of their own.
 
     Args:
         model: A TransformerLens model or any other module.
@@ -118,7 +117,7 @@ class _Block:
         self.model, self.c, self.which = model, c, which
         self.memory: list[tuple[str, nn.Parameter, Tensor]] = []
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
-        self.parts: list[_Part] = []
+        self.parts: list[tuple[Tensor, Any]] = []
         self.saved: list[Tensor] = []
 
     def begin(self) -> None:
@@ -144,18 +143,18 @@ class _Block:
             for name, buffer in module.named_buffers(recurse=False)
         ]
         self.parts = _parts(self.model, self.which)
-        self.saved = [part.read().clone() for part in self.parts]
-        for part, copy in zip(self.parts, self.saved, strict=True):
-            part.write(copy * self.c)
+        self.saved = [tensor[rows].clone() for tensor, rows in self.parts]
+        for (tensor, rows), copy in zip(self.parts, self.saved, strict=True):
+            tensor[rows] = copy * self.c
 
     def _restore(self) -> list[str]:
         # An interrupt may have come before the copies were there; then nothing was multiplied.
-        for part, copy in zip(self.parts, self.saved, strict=False):
-            part.write(copy)
+        for (tensor, rows), copy in zip(self.parts, self.saved, strict=False):
+            tensor[rows] = copy
         now = dict(self.model.named_parameters())
-        moved = [n for n, p, data in self.memory if now.get(n) is not p or not _same(p, data)]
+        moved = [n for n, p, data in self.memory if now.get(n) is not p or not _in_place(p, data)]
         for _, parameter, data in self.memory:
-            if not _same(parameter, data):
+            if not _in_place(parameter, data):
                 parameter.data = data
         if moved:
             for module, name, buffer in self.buffers:
@@ -177,33 +176,15 @@ class _Block:
 _open_blocks: list[_Block] = []
 
 
-def _same(parameter: Tensor, data: Tensor) -> bool:
+def _in_place(parameter: Tensor, data: Tensor) -> bool:
     return parameter.dtype == data.dtype and parameter.data_ptr() == data.data_ptr()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A parameter, or some rows of one."""
-
-    tensor: Tensor
-    rows: Tensor | None = None
-
-    def read(self) -> Tensor:
-        return self.tensor if self.rows is None else self.tensor[self.rows]
-
-    def write(self, values: Tensor) -> None:
-        if self.rows is None:
-            self.tensor.copy_(values)
-        else:
-            self.tensor.index_copy_(0, self.rows, values)
-
-
-def _parts(model: nn.Module, which: Which) -> list[_Part]:
-    """Find the memory that ``which`` means, each stretch of it once."""
+def _parts(model: nn.Module, which: Which) -> list[tuple[Tensor, Any]]:
+    """Return what ``which`` means, tensors and their rows, every stretch of memory once."""
     named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
+        check_has_values(name, parameter)
         if not parameter.is_floating_point() and parameter.dim() >= 2:
             raise ModelError(
                 f"{name} holds integers, as quantised weights do, and cannot be multiplied. Load "
@@ -215,14 +196,14 @@ def _parts(model: nn.Module, which: Which) -> list[_Part]:
     whole = [
         parameter for name, parameter in named.items() if _is_meant(places[name], parameter, which)
     ]
-    parts = [_Part(tensor) for tensor in _without_overlap(whole)]
+    parts: list[tuple[Tensor, Any]] = [(tensor, ...) for tensor in _without_overlap(whole)]
     if which == "qk":
         config, split = config_of(model), superseded(named)
         for name, tensor in named.items():
             joint = None if name in split else joint_rows(places[name], tensor, config)
             if joint is not None:
                 weight, qk_rows, _ = joint
-                parts.append(_Part(weight, qk_rows))
+                parts.append((weight, qk_rows))
     if not parts:
         raise ArgumentError(
             f"{type(model).__name__} has no parameters of the kind {which!r}: none of its names "
@@ -297,10 +278,8 @@ def homogeneity_curve(
 ) -> HomogeneityCurve:
     """Compare a network with parameters times c to its saturated version.
 
-    The curve of the appendix on homogeneity in Merrill et al. 2021, arXiv 2010.09697.
-
-    The largest c stands for the saturated network; in float32, attention is then saturated up to
-    rounding.
+    The curve of the appendix on homogeneity in Merrill et al. 2021, arXiv 2010.09697. The largest c
+    stands for the saturated network; in float32, attention is then saturated up to rounding.
 
     Args:
         model: A TransformerLens model; or any module, then with ``hidden``.

@@ -45,45 +45,59 @@ _CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A tensor that is read when asked for."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
 class Parameters:
     """The parameters of one model, each counted once.
 
     Attributes:
         name: What to call it in messages.
-        shapes: The shape of each parameter, by canonical name.
-        read: A function that reads one of them.
+        tensors: Its floating-point parameters, by canonical name.
         config: The model's settings, as in a Hugging Face ``config.json``; may be empty.
-        integers: Names of integer parameters, such as quantised weights. They have no norm and
-            appear in none of the above.
+        integers: Names of integer parameters, such as quantised weights, which have no norm.
     """
 
     name: str
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
+    tensors: Mapping[str, Lazy]
     config: Mapping[str, Any]
     integers: tuple[str, ...] = ()
 
+    def read(self, name: str) -> Tensor:
+        """Read one of them."""
+        return self.tensors[name].read()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each, by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
     @functools.cached_property
     def places(self) -> dict[str, ParameterPlace]:
-        """Where each parameter belongs, by name."""
-        return parameter_places(self.shapes)
+        """Where each belongs, by name."""
+        return parameter_places(self.tensors)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of all of them."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def normed(self, model: nn.Module | None, of: str = "qkv") -> list[str]:
         """Return the norms inside attention; the model shows those that have no parameters."""
         modules = (
             [] if model is None else [canonical_name(path) for path, _ in model.named_modules()]
         )
-        return inner_norms([*self.shapes, *modules], of)
-
-    @property
-    def size(self) -> int:
-        """The number of elements of all parameters."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return inner_norms([*self.tensors, *modules], of)
 
     def without(self, names: Set[str]) -> Parameters:
-        """Leave some parameters out."""
-        kept = {name: shape for name, shape in self.shapes.items() if name not in names}
-        return dataclasses.replace(self, shapes=kept)
+        """Leave some of them out."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+        return dataclasses.replace(self, tensors=kept)
 
 
 @contextlib.contextmanager
@@ -94,34 +108,28 @@ def open_parameters(source: Path | nn.Module, name: str = "") -> Iterator[Parame
         return
     with contextlib.ExitStack() as stack:
         tensors = _directory(source, stack) if source.is_dir() else _file(source, stack)
-        yield _from_lazy(name or str(source), tensors, _config_beside(source))
+        yield _without_tables(name or str(source), tensors, _config_beside(source))
 
 
 def module_parameters(model: nn.Module) -> Parameters:
     """Return the parameters of a model in memory, tied ones once."""
-    found: dict[str, Tensor] = {}
-    integers: list[str] = []
-    seen: set[tuple[Any, ...]] = set()
     _check_unsharded(model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
-        tensor = parameter.detach()
-        if identity(tensor) in seen or not tensor.numel():
-            continue
-        seen.add(identity(tensor))
-        if tensor.is_floating_point():
-            found[canonical_name(name)] = tensor
-        else:
-            integers.append(canonical_name(name))
+    named = {canonical_name(name): p for name, p in model.named_parameters() if p.numel()}
+    for name, parameter in named.items():
+        check_has_values(name, parameter)
+    tensors = _floating(named)
+    integers = tuple(name for name, p in named.items() if not p.is_floating_point())
     kind = type(model).__name__
-    if not found:
+    if not tensors:
         what = "only integer (quantised) parameters" if integers else "no parameters"
         raise ModelError(f"{kind} has {what}, so there is no norm to take.")
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    config = config_of(model)
-    parameters = Parameters(kind, shapes, found.__getitem__, config, integers=tuple(integers))
-    return parameters.without(superseded(shapes))
+    return Parameters(kind, tensors, config_of(model), integers).without(superseded(tensors))
+
+
+def check_has_values(name: str, parameter: Tensor) -> None:
+    """Raise a ModelError for a parameter on the meta device."""
+    if parameter.is_meta:
+        raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
 
 
 def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Parameters:
@@ -130,7 +138,7 @@ def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Par
     A file's names are those of the model, or of its state dict (a TransformerBridge changes them
     there), or what transformers turns those into when it saves.
     """
-    if own.shapes.keys() == names:
+    if own.tensors.keys() == names:
         return own
     states = [model.state_dict()]
     if hasattr(model, "save_pretrained"):
@@ -139,8 +147,8 @@ def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Par
             from transformers.core_model_loading import revert_weight_conversion
 
             states.append(revert_weight_conversion(model, states[0]))
-    renamed = (_from_lazy(own.name, _state_tensors(state), own.config) for state in states)
-    found = max((own, *renamed), key=lambda parameters: len(parameters.shapes.keys() & names))
+    renamed = (_without_tables(own.name, _floating(state), own.config) for state in states)
+    found = max((own, *renamed), key=lambda parameters: len(parameters.tensors.keys() & names))
     if found.size < own.size:
         logger.warning(
             "The files leave out %d of the %d parameters of %s, as TransformerLens's state dict "
@@ -215,22 +223,14 @@ def _check_unsharded(model: nn.Module) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lazy:
-    """A tensor that is read when asked for."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-def _from_lazy(name: str, tensors: Mapping[str, _Lazy], config: Mapping[str, Any]) -> Parameters:
+def _without_tables(
+    name: str, tensors: Mapping[str, Lazy], config: Mapping[str, Any]
+) -> Parameters:
     named = {canonical_name(key): lazy for key, lazy in tensors.items()}
     kept = {key: lazy for key, lazy in named.items() if not _is_table(key, lazy.shape)}
     if not kept:
         raise FileFormatError(f"{name} holds no weights.")
-    shapes = {key: lazy.shape for key, lazy in kept.items()}
-    parameters = Parameters(name, shapes, lambda key: kept[key].read(), config)
-    return parameters.without(superseded(shapes))
+    return Parameters(name, kept, config).without(superseded(kept))
 
 
 def _is_table(name: str, shape: tuple[int, ...]) -> bool:
@@ -239,7 +239,7 @@ def _is_table(name: str, shape: tuple[int, ...]) -> bool:
     return is_mask or 0 in shape or name.endswith(_TABLES)
 
 
-def _directory(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+def _directory(path: Path, stack: contextlib.ExitStack) -> dict[str, Lazy]:
     for weights in ("model.safetensors", "pytorch_model.bin"):
         if (path / weights).exists():
             return _file(path / weights, stack)
@@ -251,18 +251,18 @@ def _directory(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
     )
 
 
-def _shards(index: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+def _shards(index: Path, stack: contextlib.ExitStack) -> dict[str, Lazy]:
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"{index} is no index of weights: {error}.") from error
-    tensors: dict[str, _Lazy] = {}
+    tensors: dict[str, Lazy] = {}
     for file in files:
         tensors |= _file(index.parent / Path(str(file)).name, stack)
     return tensors
 
 
-def _file(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+def _file(path: Path, stack: contextlib.ExitStack) -> dict[str, Lazy]:
     if not path.is_file():
         raise FileFormatError(f"There is no checkpoint {path}.")
     if path.suffix == ".safetensors":
@@ -275,39 +275,39 @@ def _file(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
     )
 
 
-def _safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Lazy]:
+def _safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Lazy]:
     try:
         file = stack.enter_context(safe_open(path, framework="pt"))
         shapes = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError) as error:
         raise FileFormatError(f"{path} is broken or no safetensors file ({error}).") from error
     return {
-        name: _Lazy(tuple(part.get_shape()), partial(file.get_tensor, name))
+        name: Lazy(tuple(part.get_shape()), partial(file.get_tensor, name))
         for name, part in shapes.items()
         if part.get_dtype() in ("F64", "F32", "F16", "BF16")
     }
 
 
-def _state_dict(path: Path) -> dict[str, _Lazy]:
+def _state_dict(path: Path) -> dict[str, Lazy]:
     state = _load_pickle(path)
     for key in _NESTED:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise FileFormatError(f"{path} holds no state dict, a mapping from names to tensors.")
-    return _state_tensors(state)
+    return _floating(state)
 
 
-def _state_tensors(state: Mapping[str, Any]) -> dict[str, _Lazy]:
+def _floating(state: Mapping[str, Any]) -> dict[str, Lazy]:
     """Return the floating-point tensors of a state dict by name, tied ones once."""
-    tensors: dict[str, _Lazy] = {}
+    found: dict[str, Lazy] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, value in state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             if identity(value) not in seen:
-                tensors[str(name)] = _Lazy(tuple(value.shape), value.detach)
+                found[str(name)] = Lazy(tuple(value.shape), value.detach)
             seen.add(identity(value))
-    return tensors
+    return found
 
 
 def _load_pickle(path: Path) -> Any:
