@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import oracle
 import pytest
@@ -193,6 +194,32 @@ def test_the_control_saturates_the_same_heads(demo):
     found = pair_of(demo, TEXT, heads="L2H0").similarity("resid_post")
     assert found.cos_random[:2].tolist() == pytest.approx([1.0, 1.0])
     assert found.s[:2].isnan().all()
+
+
+def test_a_mapping_of_scales_says_which_heads_get_random_keys(demo):
+    by_scale = pair_of(demo, TEXT, scale={"L2H0": 2.0}).similarity("resid_post")
+    by_heads = pair_of(demo, TEXT, heads="L2H0", scale=2.0).similarity("resid_post")
+    assert torch.equal(by_scale.cos_random, by_heads.cos_random)
+
+
+def test_a_control_keeps_only_what_is_compared(demo, monkeypatch):
+    """Found through what is alive: each control needs the residual stream of four layers."""
+    pair, kept = pair_of(demo, TEXT), []
+    run = type(demo).run_with_cache
+
+    def watched(*args, **kwargs):
+        logits, cache = run(*args, **kwargs)
+        kept.append((weakref.ref(logits), cache))
+        return logits, cache
+
+    monkeypatch.setattr(type(demo), "run_with_cache", watched)
+    for seed in range(3):
+        pair.similarity("resid_post", seed=seed)
+        pair.similarity("resid_post", seed=seed)
+    assert len(kept) == 3
+    assert all(logits() is None for logits, _ in kept)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
+    assert all(list(cache.keys()) == names for _, cache in kept)
 
 
 @pytest.mark.parametrize("activation", ["resid_post", "z", "pattern", "logits"])

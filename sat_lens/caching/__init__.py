@@ -1,7 +1,14 @@
 """Run a model soft and saturated, keep the activations of both, and compare them."""
 
-from sat_lens.caching.pair import CachedRun, SaturationPair, run_with_saturation_cache
-from sat_lens.caching.similarity import NO_ROOM, Similarity, mean_cosine, normalised_similarity
+from sat_lens.caching.pair import (
+    NO_ROOM,
+    CachedRun,
+    SaturationPair,
+    Similarity,
+    mean_cosine,
+    normalised_similarity,
+    run_with_saturation_cache,
+)
 
 __all__ = [
     "NO_ROOM",

@@ -2,9 +2,8 @@
 
 Only points that lie on the path from input to output are used: the outputs of the projections to
 q, k and v, and the input of the output projection (z). An edit there changes the output on every
-architecture that has them, also where TransformerLens discards edits of patterns.
-
-When not to use it: for patterns. A pattern is reached through its scores (:mod:`sat_lens.sites`).
+architecture that has them, also where TransformerLens discards edits of patterns. (A pattern is
+reached through its scores, by :mod:`sat_lens.intervention`.)
 """
 
 from __future__ import annotations
@@ -57,24 +56,30 @@ def captured(model: Any, sites: list[AttentionSite], component: str) -> Iterator
         UnsupportedModelError: A site has no such point, or ran more than once.
         NotReachedError: A site's point was not passed.
     """
-    runs: dict[str, list[Tensor]] = {site.path: [] for site in sites}
     found: Activations = {}
+
+    def keeping(path: str) -> Callable[[Tensor], Tensor]:
+        def keep(activation: Tensor) -> Tensor:
+            found[path] = activation.detach()
+            return activation
+
+        return keep
+
     with contextlib.ExitStack() as stack:
         for site in sites:
-            point = hook_point(model, site, component)
-            handle = point.register_forward_hook(_keeping(runs[site.path]))
-            stack.callback(handle.remove)
+            stack.enter_context(replaced(model, site, component, keeping(site.path)))
         yield found
-    for path, tensors in runs.items():
-        _check_once(path, component, len(tensors))
-        found[path] = tensors[0]
 
 
 @contextlib.contextmanager
 def replaced(
     model: Any, site: AttentionSite, component: str, edit: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Put a site's component through ``edit`` during the block, which must run the site once."""
+    """Put a site's component through ``edit`` during the block, which must run the site once.
+
+    Raises:
+        UnsupportedModelError, NotReachedError: As for :func:`captured`.
+    """
     passed = 0
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -87,15 +92,24 @@ def replaced(
         yield
     finally:
         handle.remove()
-    _check_once(site.path, component, passed)
+    if passed == 0:
+        raise NotReachedError(
+            f"The {component} of {site.path} did not pass its hook point in a forward pass, so "
+            'nothing was patched there. Use component="pattern", or source="local".'
+        )
+    if passed > 1:
+        raise UnsupportedModelError(
+            f"{site.path} ran {passed} times in one forward pass, so that a run has no single "
+            f'{component} to patch in. Use source="local".'
+        )
 
 
 @contextlib.contextmanager
 def unembedding_only(model: Any, positions: Sequence[int] | None) -> Iterator[None]:
-    """Let a model compute the logits of some positions alone, or all for None, during the block.
+    """Let a model compute logits at some positions only, or at all for None, during the block.
 
-    Logits of all positions can cost as much as all layers. A model without an unembedding gives all
-    that it gives.
+    Logits of all positions can cost as much as all layers. A model without an unembedding is left
+    as it is.
 
     Example:
         >>> import torch
@@ -111,13 +125,13 @@ def unembedding_only(model: Any, positions: Sequence[int] | None) -> Iterator[No
         return
     read = list(positions)
 
-    def keep(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         # A classifier of whole sequences gets [batch, d_model]: no positions to leave out.
         if args and isinstance(args[0], Tensor) and args[0].dim() == 3:
             return (args[0][:, read], *args[1:])
         return None
 
-    handle = module.register_forward_pre_hook(keep)
+    handle = module.register_forward_pre_hook(cut)
     try:
         yield
     finally:
@@ -125,11 +139,7 @@ def unembedding_only(model: Any, positions: Sequence[int] | None) -> Iterator[No
 
 
 def of_heads(activation: Tensor, n_heads: int) -> Float[Tensor, "batch position head width"]:
-    """View an activation with an axis for heads.
-
-    Args:
-        activation: ``[batch, position, head * width]``, or with heads apart already.
-        n_heads: The number of heads in it.
+    """View an activation ``[batch, position, head * width]`` with an axis for heads.
 
     Raises:
         UnsupportedModelError: The activation has another form.
@@ -173,23 +183,3 @@ def n_heads_of(model: Any, site: AttentionSite, component: str) -> int:
     if isinstance(shared, int) and 0 < shared <= site.n_heads and site.n_heads % shared == 0:
         return shared
     return site.n_heads
-
-
-def _keeping(kept: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        kept.append(output.detach())
-
-    return hook
-
-
-def _check_once(path: str, component: str, times: int) -> None:
-    if times == 0:
-        raise NotReachedError(
-            f"The {component} of {path} did not pass its hook point in a forward pass, so nothing "
-            'was patched there. Use component="pattern", or source="local".'
-        )
-    if times > 1:
-        raise UnsupportedModelError(
-            f"{path} ran {times} times in one forward pass, so that a run has no single "
-            f'{component} to patch in. Use source="local".'
-        )

@@ -1,4 +1,4 @@
-"""Run a model soft and saturated, and keep the activations of both side by side.
+"""Run a model soft and saturated, keep the activations of both side by side, and compare them.
 
 The two caches are TransformerLens ``ActivationCache`` objects, so they go into its patching
 functions as they are.
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,13 +25,101 @@ from sat_lens._checks import require_lens_model
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import Ties
 from sat_lens.caching.prefix import Prefix
-from sat_lens.caching.similarity import Similarity, mean_cosine
 from sat_lens.data import INPUT_NAMES, non_padding_masks
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import main_input_name, model_name, residual_names
 from sat_lens.results import Provenance
 from sat_lens.sites import Heads, ScaleLike, attention_sites, select_heads
+
+# Below this the random key is as near to the soft run as can be, and S says nothing.
+LEAST_DENOMINATOR = 0.01
+NO_ROOM = "S is undefined: random keys already give a cosine above 0.99"
+# Names in models where TransformerLens gives no short alias.
+_ALSO = {
+    "z": (".o.hook_in",),
+    "attn_out": (".attn.hook_out", ".self_attn.hook_out"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Similarity:
+    """How much of an activation the saturated run keeps, layer by layer.
+
+    ``S = (cos(soft, saturated) - cos(soft, random key)) / (1 - cos(soft, random key))``: 1 if the
+    saturated run gives the same direction, 0 if it does no better than attending to random keys,
+    NaN where the denominator is below .01. The raw cosine alone misleads: a randomly initialised
+    model scores higher on it than a trained one.
+    """
+
+    activation: str
+    names: list[str]
+    cos_saturated: Float[Tensor, " layer"]
+    cos_random: Float[Tensor, " layer"]
+
+    @property
+    def s(self) -> Float[Tensor, " layer"]:
+        """The normalised similarity S of each layer."""
+        return normalised_similarity(self.cos_saturated, self.cos_random)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a layer: ``S`` beside the two cosines that it is made of.
+
+        The column ``note`` says why S is NaN where it is, and is empty elsewhere.
+        """
+        columns = {"S": self.s, "cos_saturated": self.cos_saturated, "cos_random": self.cos_random}
+        notes = [NO_ROOM if undefined else "" for undefined in self.s.isnan().tolist()]
+        return pd.DataFrame(
+            {name: values.tolist() for name, values in columns.items()} | {"note": notes},
+            index=pd.Index(self.names, name="activation"),
+        )
+
+    def __repr__(self) -> str:
+        """Show the table, notes and all."""
+        return f"Similarity of {self.activation}\n{self.frame()}"
+
+
+def mean_cosine(
+    first: Float[Tensor, "batch position *rest"],
+    second: Float[Tensor, "batch position *rest"],
+    mask: Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Return the mean cosine over the last axis, over the positions that ``mask`` keeps.
+
+    Raises:
+        ArgumentError: Some positions are padded, and the mask is not of these positions.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.caching import mean_cosine
+        >>> round(float(mean_cosine(torch.ones(1, 2, 3), 2 * torch.ones(1, 2, 3))), 6)
+        1.0
+    """
+    cosines = torch.cosine_similarity(first.double(), second.double(), dim=-1).cpu()
+    if mask is None or bool(mask.all()):
+        return cosines.mean()
+    if cosines.shape[: mask.dim()] != mask.shape:
+        raise ArgumentError(
+            f"An activation with positions {list(cosines.shape[:2])} cannot be freed of padding by "
+            f"a mask of {list(mask.shape)}. Give inputs of equal length."
+        )
+    return cosines[mask.cpu()].mean()
+
+
+def normalised_similarity(
+    cos_changed: Float[Tensor, "*any"], cos_random: Float[Tensor, "*#any"]
+) -> Float[Tensor, "*any"]:
+    """Return S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN where there is no room.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.caching import normalised_similarity
+        >>> float(normalised_similarity(torch.tensor(0.75), torch.tensor(0.5)))
+        0.5
+    """
+    room = 1 - cos_random
+    s = (cos_changed - cos_random) / room
+    return s.masked_fill(room < LEAST_DENOMINATOR, math.nan)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,9 +143,9 @@ class SaturationPair:
     provenance: Provenance
     non_padding: Tensor | None = dataclasses.field(repr=False)
     decoder_non_padding: Tensor | None = dataclasses.field(repr=False)
-    _run_random: Callable[[int], CachedRun] = dataclasses.field(repr=False)
+    _run_random: Callable[[int, list[str]], CachedRun] = dataclasses.field(repr=False)
     _sliced: bool = dataclasses.field(repr=False)
-    _random: dict[int, CachedRun] = dataclasses.field(default_factory=dict, repr=False)
+    _random: dict[tuple[int, str], CachedRun] = dataclasses.field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         """What was run, what is held, and what to ask next."""
@@ -70,8 +159,8 @@ class SaturationPair:
         """Compare an activation of the two runs, layer by layer, with a random-key control.
 
         The control is a further forward pass in which the same heads attend to one random key per
-        query; it is made when first asked for and kept. Cosines are means over positions that are
-        no padding.
+        query; it is made when first asked for, and of it this activation alone is kept. Cosines are
+        means over positions that are no padding.
 
         Args:
             activation: The short name of a cached activation, such as ``"resid_post"``, ``"z"`` or
@@ -102,10 +191,11 @@ class SaturationPair:
                 "The caches were cut with pos_slice, so that positions can no longer be told. Run "
                 "run_with_saturation_cache without it."
             )
-        if seed not in self._random:
-            self._random[seed] = self._run_random(seed)
-        runs = (self.soft, self.saturated, self._random[seed])
         names = ["logits"] if activation == "logits" else _names_of(self.soft.cache, activation)
+        key = (seed, activation)
+        if key not in self._random:
+            self._random[key] = self._run_random(seed, names)
+        runs = (self.soft, self.saturated, self._random[key])
         cosines = []
         for name in names:
             soft, *others = (_by_position(run, name, activation) for run in runs)
@@ -170,15 +260,22 @@ def run_with_saturation_cache(
         inputs = (kwargs.pop(name),)
     non_padding, of_output = non_padding_masks(model, inputs[0], kwargs)
 
-    def run(*around: contextlib.AbstractContextManager[Any]) -> CachedRun:
+    def run(
+        *around: contextlib.AbstractContextManager[Any], names_filter: Any = names_filter
+    ) -> CachedRun:
         with contextlib.ExitStack() as stack:
             for context in around:
                 stack.enter_context(context)
             logits, cache = model.run_with_cache(*inputs, names_filter=names_filter, **kwargs)
-        if device is not None:
-            cache = cache.to(device)
-        return CachedRun(logits, cache)
+        return CachedRun(logits, cache if device is None else cache.to(device))
 
+    def run_random(seed: int, names: list[str]) -> CachedRun:
+        found = run(
+            replace_attention(model, RandomKey(seed), named), names_filter=names.__contains__
+        )
+        return found if names == ["logits"] else dataclasses.replace(found, logits=None)
+
+    c = str(scale) if isinstance(scale, (int, float)) else "per head"
     sites = attention_sites(model)
     named = list(scale) if heads is None and isinstance(scale, Mapping) else heads
     chosen = select_heads(sites, named)
@@ -187,10 +284,10 @@ def run_with_saturation_cache(
     return SaturationPair(
         soft=soft,
         saturated=saturated,
-        provenance=Provenance(model_name(model), scale=_shown(scale), ties=str(ties)),
+        provenance=Provenance(model_name(model), scale=c, ties=str(ties)),
         non_padding=non_padding,
         decoder_non_padding=of_output,
-        _run_random=lambda seed: run(replace_attention(model, RandomKey(seed), heads)),
+        _run_random=run_random,
         _sliced=kwargs.get("pos_slice") is not None,
     )
 
@@ -243,14 +340,3 @@ def _by_position(
         value = value[None]
     # In a pattern heads stand before positions.
     return value.transpose(1, 2) if activation == "pattern" else value
-
-
-# Names in models where TransformerLens gives no short alias.
-_ALSO = {
-    "z": (".o.hook_in",),
-    "attn_out": (".attn.hook_out", ".self_attn.hook_out"),
-}
-
-
-def _shown(scale: ScaleLike) -> str:
-    return str(scale) if isinstance(scale, (int, float)) else "per head"

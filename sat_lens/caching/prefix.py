@@ -1,12 +1,10 @@
 """The blocks below every changed head, which a second run of a model need not compute again.
 
 While one run goes, the inputs and outputs of these blocks are kept. In the next, a block that is
-called with equal inputs gives what it gave before; a block that is not, and all above it, are
-computed. So that nothing but inputs and outputs can matter, no block is kept of which the first run
+called with equal inputs returns what it returned before; a block that is not, and all above it, are
+computed. So that nothing but inputs and outputs can matter, no block is kept in which the first run
 drew random numbers or which has a hook of somebody else, and key-value caches, which blocks fill on
-the way, are brought to the state in which the block left them.
-
-When not to use it: for a run that differs in anything but the attention above these blocks.
+the way, are put into the state in which the block left them.
 """
 
 from __future__ import annotations
@@ -22,31 +20,29 @@ from torch import Tensor, nn
 
 from sat_lens.sites import AttentionSite, Selection
 
-# Arguments of a run that change nothing besides its blocks' inputs and what it gives back.
-_HARMLESS = frozenset(
-    {
-        "attention_mask",
-        "labels",
-        "loss_per_token",
-        "one_zero_attention_mask",
-        "padding_side",
-        "pos_slice",
-        "position_ids",
-        "prepend_bos",
-        "remove_batch_dim",
-        "return_type",
-        "stop_at_layer",
-        "token_type_ids",
-    }
-)
+# Arguments of a run that change nothing besides its blocks' inputs and what it returns.
+_HARMLESS = {
+    "attention_mask",
+    "labels",
+    "loss_per_token",
+    "one_zero_attention_mask",
+    "padding_side",
+    "pos_slice",
+    "position_ids",
+    "prepend_bos",
+    "remove_batch_dim",
+    "return_type",
+    "stop_at_layer",
+    "token_type_ids",
+}
 _LIBRARIES = ("transformer_lens.", "transformers.")
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """One call of a block, and what it left behind."""
 
+    path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
@@ -55,7 +51,7 @@ class _Call:
 
 
 class Prefix:
-    """Runs of some blocks of a model, kept by :meth:`recording` and given again by :meth:`replay`.
+    """Runs of some blocks of a model, kept by :meth:`recording` and returned by :meth:`replay`.
 
     Attributes:
         replayed: The paths of the blocks that the last replay did not compute.
@@ -64,25 +60,25 @@ class Prefix:
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         self.replayed: list[str] = []
         self._blocks = blocks
-        self._calls: list[tuple[str, _Call]] = []
+        self._calls: list[_Call] = []
 
     @classmethod
     def below(
         cls, model: Any, sites: list[AttentionSite], chosen: Selection, run: Mapping[str, Any]
     ) -> Prefix:
-        """Return the blocks below the chosen attention modules, or no block where that is unsafe.
+        """Take the blocks below the chosen attention modules, or none where that is unsafe.
 
-        Args:
-            model: A TransformerLens model.
-            sites: Its attention modules.
-            chosen: The heads that the second run changes.
-            run: The keyword arguments of both runs.
+        ``run`` holds the keyword arguments of both runs.
         """
+        blocks = stacked_blocks(model, sites)
+        one_stack = len({block_path(block_path(site.path)) for site in sites}) == 1
         safe = run.keys() <= _HARMLESS and run.get("return_type") != "logits_and_cache"
-        blocks = _blocks_below(model, sites, chosen) if safe else {}
-        if _is_hooked(model, blocks):
-            blocks = {}
-        return cls(blocks)
+        if not (blocks and one_stack and safe):
+            return cls({})
+        paths = list(blocks)
+        first = min(paths.index(block_path(site.path)) for site in sites if site.path in chosen)
+        below, above = ({path: blocks[path] for path in p} for p in (paths[:first], paths[first:]))
+        return cls({} if below and _is_hooked(model, below, above) else below)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -93,20 +89,21 @@ class Prefix:
                 handle = block.register_forward_hook(self._keeper(path), with_kwargs=True)
                 stack.callback(handle.remove)
             yield
-        in_order = [path for path, _ in self._calls] == list(self._blocks)[: len(self._calls)]
-        if not in_order or any(map(_differ, before, _random_states())):
+        in_order = [call.path for call in self._calls] == list(self._blocks)[: len(self._calls)]
+        if not in_order or not all(map(torch.equal, before, _random_states())):
             self._calls.clear()
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
         """Return recorded outputs, during the block, where blocks are called with equal inputs."""
         self.replayed = []
-        modules = [(self._blocks[path], path, call) for path, call in self._calls]
-        players = {
-            block: self._player(block.forward, i, path, call)
-            for i, (block, path, call) in enumerate(modules)
-        }
-        with computed_by(players):
+        blocks = [self._blocks[call.path] for call in self._calls]
+        with computed_by(
+            {
+                block: self._player(block.forward, place, call)
+                for place, (block, call) in enumerate(zip(blocks, self._calls, strict=True))
+            }
+        ):
             yield
 
     def completed(
@@ -114,13 +111,10 @@ class Prefix:
     ) -> dict[str, Tensor] | None:
         """Return a replayed run's activations and those it did not compute, in the run's order.
 
-        None if the first run's activations are not the same ones by name.
+        None if the names of the first run's activations do not fit.
         """
         starts = tuple(f"{path}." for path in self.replayed)
-        missing = [name for name in soft if name not in own]
-        if not all(name.startswith(starts) for name in missing):
-            return None
-        if [name for name in soft if name in own] != list(own):
+        if [name for name in soft if not name.startswith(starts)] != list(own):
             return None
         return {name: own.get(name, value) for name, value in soft.items()}
 
@@ -128,15 +122,11 @@ class Prefix:
         def keep(_block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if _can_be_kept(output):
                 kv_layers = [_copied(cache.layers) for cache in _kv_caches(args, kwargs)]
-                self._calls.append(
-                    (path, _Call(args, kwargs, output, _versions(output), kv_layers))
-                )
+                self._calls.append(_Call(path, args, kwargs, output, _versions(output), kv_layers))
 
         return keep
 
-    def _player(
-        self, forward: Callable[..., Any], place: int, path: str, call: _Call
-    ) -> Callable[..., Any]:
+    def _player(self, forward: Callable[..., Any], place: int, call: _Call) -> Callable[..., Any]:
         def play(*args: Any, **kwargs: Any) -> Any:
             untouched = call.versions == _versions(call.output)
             same = _same(call.args, args) and _same(call.kwargs, kwargs)
@@ -144,7 +134,7 @@ class Prefix:
                 return forward(*args, **kwargs)
             for cache, layers in zip(_kv_caches(args, kwargs), call.kv_layers, strict=True):
                 cache.layers[:] = _copied(layers)
-            self.replayed.append(path)
+            self.replayed.append(call.path)
             return call.output
 
         return play
@@ -173,7 +163,7 @@ def block_path(path: str) -> str:
 
 def stacked_blocks(model: Any, sites: list[AttentionSite]) -> dict[str, nn.Module]:
     """Return every block, by path, of the lists of blocks that hold the sites."""
-    stacks = dict.fromkeys(block_path(site.path).rpartition(".")[0] for site in sites)
+    stacks = dict.fromkeys(block_path(block_path(site.path)) for site in sites)
     lists = {path: model.get_submodule(path) for path in stacks if path}
     return {
         f"{path}.{i}": block
@@ -183,51 +173,31 @@ def stacked_blocks(model: Any, sites: list[AttentionSite]) -> dict[str, nn.Modul
     }
 
 
-def _blocks_below(
-    model: Any, sites: list[AttentionSite], chosen: Selection
-) -> dict[str, nn.Module]:
-    """Return the first blocks of the model's one stack, up to the first with a chosen module."""
-    blocks = stacked_blocks(model, sites)
-    if (
-        len({path.rpartition(".")[0] for path in (block_path(site.path) for site in sites)}) > 1
-        or not blocks
-    ):
-        return {}
-    names = list(blocks)
-    first = min(names.index(block_path(site.path)) for site in sites if site.path in chosen)
-    return {name: blocks[name] for name in names[:first]}
-
-
-def _is_hooked(model: Any, blocks: Mapping[str, nn.Module]) -> bool:
-    """Whether somebody else can see or change what runs before the blocks end."""
-    if not blocks:
-        return False
+def _is_hooked(
+    model: nn.Module, below: Mapping[str, nn.Module], above: Mapping[str, nn.Module]
+) -> bool:
+    """Whether somebody else can see or change what runs before the lower blocks end."""
     torch_wide = nn.modules.module
     if torch_wide._global_forward_hooks or torch_wide._global_forward_pre_hooks:
         return True
-    inside = {id(module) for block in blocks.values() for module in block.modules()}
-    stack = model.get_submodule(next(iter(blocks)).rpartition(".")[0])
-    above = {id(module) for block in stack[len(blocks) :] for module in block.modules()} - inside
-    return any(_has_foreign_hook(module) for module in model.modules() if id(module) not in above)
+    early, late = (
+        {module for block in blocks.values() for module in block.modules()}
+        for blocks in (below, above)
+    )
+    return any(_has_foreign_hook(module) for module in {*model.modules()} - (late - early))
 
 
-def _has_foreign_hook(module: nn.Module) -> bool:
+def _has_foreign_hook(module: Any) -> bool:
     if "forward" in module.__dict__ or module._backward_hooks or module._backward_pre_hooks:
         return True
-    own_points = [
-        getattr(handle, "user_hook", None)
-        for handle in getattr(module, "fwd_hooks", ())
-        if handle.is_permanent
-    ]
     hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if hasattr(module, "fwd_hooks"):
         # TransformerLens wraps what is hooked to its points, and links some of them by itself.
-        return len(hooks) > len(own_points) or not all(map(_is_of_a_library, own_points))
-    return not all(map(_is_of_a_library, hooks))
-
-
-def _is_of_a_library(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
+        own = [handle for handle in module.fwd_hooks if handle.is_permanent]
+        if len(hooks) > len(own):
+            return True
+        hooks = [getattr(handle, "user_hook", None) for handle in own]
+    return not all(str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in hooks)
 
 
 def _random_states() -> list[Tensor]:
@@ -235,10 +205,6 @@ def _random_states() -> list[Tensor]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
     return states
-
-
-def _differ(one: Tensor, other: Tensor) -> bool:
-    return not torch.equal(one, other)
 
 
 def _parts(output: Any) -> tuple[Any, ...]:
@@ -259,9 +225,8 @@ def _versions(output: Any) -> list[int]:
 
 
 def _is_kv_cache(value: Any) -> bool:
-    return type(value).__name__ == "DynamicCache" and isinstance(
-        getattr(value, "layers", None), list
-    )
+    layers = getattr(value, "layers", None)
+    return type(value).__name__ == "DynamicCache" and isinstance(layers, list)
 
 
 def _kv_caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -290,4 +255,6 @@ def _same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    return _is_kv_cache(one) or (isinstance(one, _PLAIN) and one == other)
+    return _is_kv_cache(one) or (
+        isinstance(one, (bool, int, float, str, type(None))) and one == other
+    )
