@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paper.claims import Claim, Reproduction, verdict
 from paper.language import LanguageRun, equal_steps, measured_growth, trained_run
-from sat_lens.figures.style import headline, lines, panels
+from sat_lens.figures import headline, lines, panels
 
 # The path is compared with a random walk at this many checkpoints, the last ones.
 LATE = 5

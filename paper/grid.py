@@ -40,7 +40,7 @@ from paper.network import (
 from sat_lens._checks import check_choice, check_count
 from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
 from sat_lens.errors import ArgumentError
-from sat_lens.figures.style import headline, label, panels
+from sat_lens.figures import headline, label, panels
 from sat_lens.results import Provenance, Result
 from sat_lens.vocabulary import NEGATIVE, POSITIVE
 

@@ -38,7 +38,8 @@ from paper.network import (
     windows,
 )
 from sat_lens.demo.corpus import held_out_texts, training_texts
-from sat_lens.figures.style import headline, label, logarithmic, panels
+from sat_lens.figures import headline, label, panels
+from sat_lens.figures.drawing import logarithmic
 from sat_lens.norms import scaled_parameters
 from sat_lens.roles import head_roles
 from sat_lens.vocabulary import LINES

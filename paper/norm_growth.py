@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paper.claims import Claim, Reproduction, verdict
 from paper.language import measured_growth, trained_run
-from sat_lens.figures.style import headline, lines, panels
+from sat_lens.figures import headline, lines, panels
 from sat_lens.norms import Exponent, NormGrowth
 
 # The rules of the verdicts: a norm grew if it ends above this multiple of its start; an exponent

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from paper.claims import Claim, Reproduction, verdict
 from paper.language import LanguageRun, trained_run
-from sat_lens.figures.style import headline, lines, panels
+from sat_lens.figures import headline, lines, panels
 from sat_lens.norms import rescaling_share
 
 # The rule of the verdict: shares of the growth that balancing removes.

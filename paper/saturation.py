@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from paper.claims import Claim, Reproduction, number, verdict
 from paper.language import measured_growth, trained_run
-from sat_lens.figures.style import headline, lines, panels
+from sat_lens.figures import headline, lines, panels
 
 # A rise above this is clear.
 CLEAR = 0.05

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from paper.claims import Claim, Reproduction, number, verdict
 from paper.language import LanguageRun, trained_run
-from sat_lens.figures.style import headline, lines, panels
+from sat_lens.figures import headline, lines, panels
 from sat_lens.norms import homogeneity_curve
 from sat_lens.norms.scaled import Which
 

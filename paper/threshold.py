@@ -35,7 +35,7 @@ from paper.network import (
     windows,
 )
 from sat_lens.demo.corpus import corpus_name, training_texts
-from sat_lens.figures.style import headline, label, panels
+from sat_lens.figures import headline, label, panels
 from sat_lens.norms.scaled import scaled_parameters
 from sat_lens.vocabulary import LINES
 

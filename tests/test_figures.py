@@ -115,14 +115,16 @@ def curve():
 
 
 DRAWINGS = {
-    "roles 4 x 4": lambda: figures.role_map(frame_of(4, 4), "Four by four"),
-    "roles 24 x 32": lambda: figures.role_map(frame_of(24, 32), "A long title " * 20),
-    "roles of three stacks": lambda: figures.role_map(
+    "roles 4 x 4": lambda: figures.role_figure(frame_of(4, 4), "Four by four"),
+    "roles 24 x 32": lambda: figures.role_figure(frame_of(24, 32), "A long title " * 20),
+    "roles of three stacks": lambda: figures.role_figure(
         frame_of(6, 8, ("encoder", "decoder", "cross")), "Stacks"
     ),
-    "roles of one head": lambda: figures.role_map(frame_of(1, 1), "One"),
-    "sweep 4 x 4": lambda: figures.sweep_map(torch.randn(4, 4), "Sweep", "effect", reference=0.3),
-    "sweep 24 x 32": lambda: figures.sweep_map(torch.randn(24, 32), "Sweep", "effect (nats)"),
+    "roles of one head": lambda: figures.role_figure(frame_of(1, 1), "One"),
+    "sweep 4 x 4": lambda: figures.sweep_figure(
+        torch.randn(4, 4), "Sweep", "effect", reference=0.3
+    ),
+    "sweep 24 x 32": lambda: figures.sweep_figure(torch.randn(24, 32), "Sweep", "effect (nats)"),
     "curve": lambda: figures.scaling_curve_figure(curve(), "Curve"),
     "growth": lambda: figures.growth_figure(growth(), "Growth"),
     "a training run": lambda: figures.training_figure(training_run(), "A run"),
@@ -154,7 +156,7 @@ def test_every_figure_can_be_kept(name, ending, tmp_path):
 
 @pytest.mark.slow
 def test_the_legend_says_every_role_in_words():
-    texts = texts_of(figures.role_map(frame_of(4, 4), "t"))
+    texts = texts_of(figures.role_figure(frame_of(4, 4), "t"))
     assert all(f"{role}: {DESCRIPTIONS[role]}" in texts for role in ROLES)
     assert CAUTION.split()[-1] in " ".join(texts)
 
@@ -162,9 +164,9 @@ def test_the_legend_says_every_role_in_words():
 @pytest.mark.slow
 def test_a_head_without_a_counted_row_is_grey_and_named():
     frame = frame_of(2, 2)
-    assert DESCRIPTIONS[""] not in texts_of(figures.role_map(frame, "t"))
+    assert DESCRIPTIONS[""] not in texts_of(figures.role_figure(frame, "t"))
     frame.loc[1, ["role", "target", "agreement"]] = ["", "", math.nan]
-    figure = figures.role_map(frame, "t")
+    figure = figures.role_figure(frame, "t")
     assert DESCRIPTIONS[""] == "no row counted"
     assert DESCRIPTIONS[""] in texts_of(figure)
     assert overlaps(figure) == outside(figure) == []
@@ -227,17 +229,17 @@ def test_a_training_run_shows_s_with_its_control_and_all_that_was_measured():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_drawn(dtype):
     values = torch.tensor([[1.0, -0.5], [0.0, math.nan]], dtype=dtype)
-    assert figures.sweep_map(values, "t", "effect").axes
+    assert figures.sweep_figure(values, "t", "effect").axes
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.role_map([1], "t"),
+        lambda: figures.role_figure([1], "t"),
         lambda: figures.growth_figure({"step": [1]}, "t"),
         lambda: figures.scaling_curve_figure(None, "t"),
-        lambda: figures.sweep_map([[1.0]], "t", "l"),
-        lambda: figures.sweep_map(torch.ones(3), "t", "l"),
+        lambda: figures.sweep_figure([[1.0]], "t", "l"),
+        lambda: figures.sweep_figure(torch.ones(3), "t", "l"),
     ],
 )
 def test_arguments_of_another_kind(draw, types_unchecked):
@@ -249,7 +251,7 @@ def test_arguments_of_another_kind(draw, types_unchecked):
 def test_layers_go_down_and_keep_their_own_numbers():
     frame = frame_of(4, 2)
     frame = frame[frame["layer"].isin([1, 3])]
-    axes = figures.role_map(frame, "t").axes[0]
+    axes = figures.role_figure(frame, "t").axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "3"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
 
@@ -259,7 +261,7 @@ def test_a_clearer_role_has_a_stronger_colour():
     frame = pd.DataFrame(
         {"layer": [0, 0], "head": [0, 1], "role": ["mean"] * 2, "agreement": [0.1, 1.0]}
     )
-    cells = figures.role_map(frame, "t").axes[0].patches
+    cells = figures.role_figure(frame, "t").axes[0].patches
     pale, strong = [on_paper(cell) for cell in cells]
     assert sum(pale[:3]) > sum(strong[:3])
 
@@ -267,7 +269,7 @@ def test_a_clearer_role_has_a_stronger_colour():
 @pytest.mark.slow
 def test_effects_are_centred_on_zero_and_gaps_stay_empty():
     values = torch.tensor([[1.0, -0.5], [0.0, math.nan]])
-    cells = figures.sweep_map(values, "t", "effect").axes[0].patches
+    cells = figures.sweep_figure(values, "t", "effect").axes[0].patches
     (r1, _, b1), (r2, _, b2), zero = (cell.get_facecolor()[:3] for cell in cells[:3])
     assert r1 > b1
     assert b2 > r2
@@ -278,7 +280,7 @@ def test_effects_are_centred_on_zero_and_gaps_stay_empty():
 @pytest.mark.slow
 @pytest.mark.parametrize("text", everyday([t for t in ATTACKS if len(t) < 100], *ATTACKS[:2]))
 def test_titles_are_data(text, tmp_path):
-    figure = figures.role_map(frame_of(2, 2), text)
+    figure = figures.role_figure(frame_of(2, 2), text)
     figure.savefig(tmp_path / "figure.svg")
     assert visible(text).replace(" ", "") in "".join(texts_of(figure)).replace("\n", "").replace(
         " ", ""
@@ -290,7 +292,7 @@ def test_importing_leaves_matplotlib_alone():
     code = (
         "import sys, sat_lens.figures; assert 'matplotlib' not in sys.modules;"
         "import matplotlib; before = matplotlib.rcParams.copy();"
-        "from sat_lens.figures import growth_figure, role_map;"
+        "from sat_lens.figures import growth_figure, role_figure;"
         "assert matplotlib.rcParams.copy() == before;"
         "assert 'matplotlib.pyplot' not in sys.modules;"
         "assert 'transformer_lens' not in sys.modules"
@@ -310,9 +312,9 @@ def test_scales_stand_in_order_with_the_ends_apart():
 @pytest.mark.parametrize(
     ("draw", "found"),
     [
-        (lambda: figures.role_map(pd.DataFrame(), "t"), "layer, head, role"),
-        (lambda: figures.role_map(pd.DataFrame({"layer": [0], "head": [0]}), "t"), "role"),
-        (lambda: figures.sweep_map(torch.full((2, 2), math.nan), "t", "l"), r"\[2, 2\]"),
+        (lambda: figures.role_figure(pd.DataFrame(), "t"), "layer, head, role"),
+        (lambda: figures.role_figure(pd.DataFrame({"layer": [0], "head": [0]}), "t"), "role"),
+        (lambda: figures.sweep_figure(torch.full((2, 2), math.nan), "t", "l"), r"\[2, 2\]"),
         (lambda: figures.scaling_curve_figure(pd.DataFrame(), "t"), "empty"),
         (lambda: figures.growth_figure(growth(), "t", columns=["nothing"]), "nothing"),
         (lambda: figures.training_figure(pd.DataFrame({"mine": [1.0]}), "t"), "found mine"),

@@ -26,9 +26,9 @@ import sat_lens as sl
 from sat_lens.errors import ArgumentError, FileFormatError
 from sat_lens.results import Provenance
 from sat_lens.viz import write_report
-from sat_lens.viz.maps import clearest
 from sat_lens.viz.page import asset, circuitsvis_bundle
 from sat_lens.viz.patterns import encode_saturated, encode_soft, patterns_of
+from sat_lens.viz.report import clearest
 from sat_lens.vocabulary import ROLE_COLORS, visible
 
 

@@ -158,8 +158,8 @@ def test_what_does_not_fit_is_refused(pair, types_unchecked):
         (lambda pair, roles: viz.row_changes(roles), "Needed a pair of runs"),
         (lambda pair, roles: viz.tokens(["a"], [0.1]), "list in place of values"),
         (lambda pair, roles: viz.tokens(7, torch.ones(1)), "int in place of tokens"),
-        (lambda pair, roles: viz.top_tokens(["a"], torch.ones(1, 1, 1), k=0), "k is how many"),
-        (lambda pair, roles: viz.top_tokens(["a"], torch.ones(1, 1, 1), k="2"), "k is how many"),
+        (lambda pair, roles: viz.top_tokens(["a"], torch.ones(1, 1, 1), k=0), "k, the number"),
+        (lambda pair, roles: viz.top_tokens(["a"], torch.ones(1, 1, 1), k="2"), "k, the number"),
     ],
 )
 def test_arguments_of_another_kind(call, words, pair, roles, types_unchecked):

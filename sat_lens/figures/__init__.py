@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sat_lens.figures.drawing import (
+        figure_bytes,
         growth_figure,
-        role_map,
+        headline,
+        label,
+        lines,
+        panels,
+        role_figure,
         scale_range_figure,
         scaling_curve_figure,
-        sweep_map,
+        sweep_figure,
         training_figure,
     )
-    from sat_lens.figures.style import figure_bytes, headline, label, lines, panels
 
 __all__ = [
     "figure_bytes",
@@ -31,22 +35,16 @@ __all__ = [
     "label",
     "lines",
     "panels",
-    "role_map",
+    "role_figure",
     "scale_range_figure",
     "scaling_curve_figure",
-    "sweep_map",
+    "sweep_figure",
     "training_figure",
 ]
-_STYLE = ("figure_bytes", "headline", "label", "lines", "panels")
 
 
 def __getattr__(name: str) -> Any:
     # Results import this room for their plots; matplotlib costs half a second, once one is drawn.
     if name in __all__:
-        file = "style" if name in _STYLE else "drawing"
-        return getattr(importlib.import_module(f"sat_lens.figures.{file}"), name)
+        return getattr(importlib.import_module("sat_lens.figures.drawing"), name)
     raise AttributeError(f"module 'sat_lens.figures' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

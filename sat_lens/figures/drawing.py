@@ -1,37 +1,34 @@
-"""The drawings behind :mod:`sat_lens.figures`, laid out by matplotlib's constrained layout.
+"""Figures of several panels in one style, curves, maps of heads, and the files they become.
 
-The strength of a colour is its opacity, so that a picture can stand on a light and a dark page.
+matplotlib's constrained layout places everything. The strength of a colour is its opacity, so that
+a picture can stand on a light and a dark page.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from sat_lens.errors import ArgumentError
-from sat_lens.figures.style import (
-    headline,
-    label,
-    lines,
-    new_figure,
-    panels,
-    plain_words,
-)
 from sat_lens.vocabulary import (
     CAUTION,
     DESCRIPTIONS,
@@ -74,12 +71,217 @@ WORDS = {
 _OF_A_LAYER = re.compile(r"(S|cos_random)_(?:[a-z_]+\.)?L\d+")
 _LEAST_SHADE = 0.3
 _FARTHEST = 8  # octaves of c on either side of 1
+_TICKS = 7
+FORMATS = ("png", "svg", "pdf")
+_DATES: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+# Words are drawn as they are: a $ in a name begins no formula.
+_plain_words = rc_context({"text.parse_math": False})
+
+
+# The style: panels and lines, which draw figures of one's own too.
+
+
+class ShownFigure(Figure):
+    """A matplotlib figure that a notebook displays although nobody imported pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+@_plain_words
+def _new_figure(title: str | None, width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches, below its title."""
+    lines = [] if title is None else textwrap.wrap(visible(title), int(width * 11)) or [""]
+    size = (width, height + 0.2 * len(lines))
+    figure = ShownFigure(figsize=size, facecolor=PAPER, layout="constrained")
+    if lines:
+        figure.suptitle("\n".join(lines), size=10, color=INK, weight="bold", x=0.02, ha="left")
+    return figure
+
+
+@_plain_words
+def panels(
+    count: int,
+    title: str | None,
+    *,
+    across: int = 2,
+    size: tuple[float, float] | None = None,
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels in the style of the library, and its axes.
+
+    Args:
+        count: How many panels.
+        title: What was measured on what; None draws no title.
+        across: How many panels stand in a row, at most.
+        size: Width and height of one panel, in inches; None makes a single one larger.
+
+    Example:
+        >>> from sat_lens.figures import panels
+        >>> figure, axes = panels(3, "Three panels")
+        >>> len(axes)
+        3
+    """
+    width, height = size or ((6.4, 3.4) if count == 1 else (3.6, 2.5))
+    across = min(count, across)
+    down = math.ceil(count / across)
+    figure = _new_figure(title, width * across, height * down)
+    drawn = [figure.add_subplot(down, across, i + 1) for i in range(count)]
+    for axes in drawn:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(RULE)
+        axes.tick_params(labelsize=7.5, colors=QUIET, length=2)
+    return figure, drawn
+
+
+def headline(panel: Axes, words: str) -> None:
+    """Write the title of one panel.
+
+    Example:
+        >>> from sat_lens.figures import headline, panels
+        >>> figure, (axes,) = panels(1, None)
+        >>> headline(axes, "$5 a head")
+        >>> axes.get_title(loc="left")
+        '$5 a head'
+    """
+    panel.set_title(visible(words), size=8.5, color=INK, loc="left").set_parse_math(False)
+
+
+def label(panel: Axes, *, x: str = "", y: str = "") -> None:
+    """Label the axes of one panel.
+
+    Example:
+        >>> from sat_lens.figures import label, panels
+        >>> figure, (axes,) = panels(1, None)
+        >>> label(axes, x="step", y="norm")
+        >>> axes.get_xlabel()
+        'step'
+    """
+    panel.set_xlabel(visible(x) if x else "", size=8, color=QUIET)
+    panel.set_ylabel(visible(y) if y else "", size=8, color=QUIET)
+
+
+@_plain_words
+def lines(
+    axes: Axes,
+    table: pd.DataFrame,
+    columns: dict[str, str],
+    *,
+    x: str,
+    y: str = "",
+    log_x: bool = True,
+    log_y: bool = False,
+    dashed: Sequence[str] = (),
+    legend: bool = True,
+) -> None:
+    """Draw columns of a table against its index; missing values leave no gap.
+
+    Args:
+        axes: The panel.
+        table: The index is the horizontal axis. Values that a logarithmic axis cannot show are
+            left out; a 0 of the index stands at its left end.
+        columns: Columns to draw, and what the legend calls them.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+        log_x: Whether the horizontal axis is logarithmic.
+        log_y: Whether the vertical axis is.
+        dashed: Columns drawn dashed and without marks: controls.
+        legend: Whether the panel gets a legend.
+
+    Example:
+        >>> import pandas as pd
+        >>> from sat_lens.figures import lines, panels
+        >>> figure, (axes,) = panels(1, None)
+        >>> table = pd.DataFrame({"norm": [1.0, 2.0]}, index=[1, 10])
+        >>> lines(axes, table, {"norm": "norm of all parameters"}, x="step")
+        >>> axes.get_xscale()
+        'log'
+    """
+    places = table.index.to_numpy(dtype=float)
+    for number, (name, words) in enumerate(columns.items()):
+        values = table[name].to_numpy(dtype=float)
+        keep = np.isfinite(values) & ((places >= 0) | (not log_x)) & ((values > 0) | (not log_y))
+        style, color = "--" if name in dashed else "-o", LINES[number % len(LINES)]
+        axes.plot(places[keep], values[keep], style, color=color, lw=1.6, ms=3,
+                  label=visible(words))  # fmt: skip
+    if log_x:
+        logarithmic(axes, "x", multiples=(1,))
+        if (places == 0).any() and (places > 0).any():
+            # Linear from 0 to the first step, logarithmic from there.
+            first = float(places[places > 0].min())
+            axes.set_xscale("symlog", linthresh=first, linscale=0.4)
+            axes.set_xlim(-0.15 * first, float(places.max()) * 1.3)
+            _plain_numbers(axes.xaxis)
+    if log_y:
+        logarithmic(axes, "y")
+    label(axes, x=x, y=y)
+    if legend:
+        axes.legend(frameon=False, fontsize=7, labelcolor=INK)
+
+
+def logarithmic(
+    axes: Axes, which: Literal["x", "y"], multiples: Sequence[float] | None = None
+) -> None:
+    """Make an axis logarithmic, with plain numbers at these multiples of the powers of ten.
+
+    None takes as many as the axis needs to be read: all where it spans less than one power of ten,
+    and 1, 2 and 5 where it spans less than four.
+    """
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    if multiples is None:
+        multiples = range(1, 10) if high < 10 * low else (1, 2, 5) if high < 1e4 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=multiples))
+    _plain_numbers(axis)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def figure_format(path: Path) -> str:
+    """Return the format that the ending of a path names."""
+    ending = path.suffix[1:].lower()
+    if ending not in FORMATS:
+        raise ArgumentError(
+            f"A figure is one of {', '.join(f'.{name}' for name in FORMATS)}; found {path.name!r}."
+        )
+    return ending
+
+
+def figure_bytes(
+    figure: Figure, file_format: str, *, salt: str = "sat_lens", for_page: bool = False
+) -> bytes:
+    """Return a figure as PNG, SVG or PDF; the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        file_format: ``"png"``, ``"svg"`` or ``"pdf"``.
+        salt: What makes the identifiers in an SVG differ from those of another one.
+        for_page: Whether words stay words in an SVG, and the background transparent.
+
+    Example:
+        >>> from sat_lens.figures import figure_bytes, panels
+        >>> figure_bytes(panels(1, None)[0], "pdf")[:4]
+        b'%PDF'
+    """
+    buffer = io.BytesIO()
+    letters = "none" if for_page else "path"
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": salt, "svg.fonttype": letters}):
+        figure.savefig(
+            buffer, format=file_format, dpi=200, metadata=_DATES.get(file_format, {}),
+            transparent=for_page,
+        )  # fmt: skip
+    return buffer.getvalue()
 
 
 # Curves: against the inverse temperature, against training steps, and ranges of c.
 
 
-@plain_words
+@_plain_words
 def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw every measure against the inverse temperature, one panel a measure.
 
@@ -100,17 +302,13 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         >>> [text.get_text() for text in scaling_curve_figure(frame, "t").axes[0].get_xticklabels()]
         ['0', '1', '∞']
     """
-    check_frame(frame)
-    if frame.empty or not len(frame.columns):
-        raise ArgumentError(
-            "Needed a table with a row a scale and a column a measure; it is empty."
-        )
+    _check_table(frame)
     ordered = frame.sort_index()
-    groups = measure_groups([str(name) for name in frame.columns])
+    groups = measure_groups(map(str, frame.columns))
     scales = [float(c) for c in ordered.index]
     places = scale_places(scales)
     inside = [i for i, c in enumerate(scales) if 0 < c < math.inf]
-    figure, drawn = _grid_of_panels(len(groups), title)
+    figure, drawn = panels(len(groups), title)
     for index, (axes, (words, names)) in enumerate(zip(drawn, groups.items(), strict=True)):
         for name, color in zip(names, _line_colors(index, len(names)), strict=True):
             values = ordered[name].to_numpy(dtype=float)
@@ -121,15 +319,54 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
             axes.legend(frameon=False, fontsize=7, ncols=math.ceil(len(names) / 6), labelcolor=INK)
         if 1.0 in scales:
             axes.axvline(0.0, color=RULE, lw=0.8, zorder=0)
-        chosen = tick_scales(scales, most=7)
-        ticks = [places[scales.index(c)] for c in chosen]
-        axes.set_xticks(ticks, [scale_text(c) for c in chosen])
+        ticks = _ticks(scales, places)
+        axes.set_xticks(list(ticks), list(ticks.values()))
         label(axes, x="inverse temperature c")
         headline(axes, words)
     return figure
 
 
-@plain_words
+def measure_groups(columns: Iterable[str]) -> dict[str, list[str]]:
+    """Group the columns of a curve into panels: one a measure, with all its layers."""
+    groups: dict[str, list[str]] = {words: [] for words in WORDS.values()}
+    for name in columns:
+        match = _OF_A_LAYER.fullmatch(name)
+        words = WORDS.get(match[1] if match else name, name.replace("_", " "))
+        groups.setdefault(words, []).append(name)
+    return {words: names for words, names in groups.items() if names}
+
+
+def scale_places(scales: Sequence[float]) -> list[float]:
+    """Place scales on an axis: log2 inside, 0 and infinity one and a half units beyond the ends."""
+    inside = [math.log2(c) for c in scales if 0 < c < math.inf] or [0.0]
+    ends = {0.0: min(inside) - 1.5, math.inf: max(inside) + 1.5}
+    return [ends[c] if c in ends else math.log2(c) for c in scales]
+
+
+def _ticks(scales: Sequence[float], places: Sequence[float]) -> dict[float, str]:
+    """Label the ends, 1, and other scales as far as they keep apart, by their places."""
+    space = 0.8 * (max(places) - min(places) or 1.0) / _TICKS
+    # The ends first, then powers of two, then the rest.
+    rank = {0.0: 0, math.inf: 1, 1.0: 2}
+    order = sorted(
+        zip(scales, places, strict=True),
+        key=lambda pair: rank.get(pair[0], 3 if pair[1].is_integer() else 4),
+    )
+    chosen: dict[float, str] = {}
+    for c, place in order:
+        if all(abs(place - other) >= space for other in chosen):
+            chosen[place] = "∞" if math.isinf(c) else f"{c:g}"
+    return dict(sorted(chosen.items()))
+
+
+def _line_colors(panel: int, count: int) -> list[Any]:
+    """One colour for a single line; for the layers of a model a ramp, seen on white and black."""
+    if count == 1:
+        return [LINES[panel % len(LINES)]]
+    return [colormaps["viridis"](0.85 - 0.55 * i / (count - 1)) for i in range(count)]
+
+
+@_plain_words
 def growth_figure(
     frame: pd.DataFrame,
     title: str | None,
@@ -159,23 +396,16 @@ def growth_figure(
         >>> growth_figure(frame, "t").axes[0].get_xscale()
         'log'
     """
-    check_frame(frame)
-    steps = frame[x] if x in frame.columns else frame.index.to_series()
+    _check_table(frame, columns or ())
+    table = frame.set_index(frame[x]) if x in frame.columns else frame
     numeric = [str(c) for c in frame.select_dtypes("number").columns if c != x]
-    names = list(numeric if columns is None else columns)
-    missing = [name for name in names if name not in frame.columns]
-    if frame.empty or missing or not names:
-        raise ArgumentError(
-            f"Needed a table with rows and the columns {', '.join(names) or 'of some number'}; "
-            f"found {len(frame)} rows and {', '.join(map(str, frame.columns)) or 'no columns'}."
-        )
-    figure, (axes,) = _grid_of_panels(1, title)
-    several = len(names) > 1
-    words = {name: name.replace("_", " ") for name in names}
-    y = "" if several else words[names[0]]
-    table = frame.set_index(steps)
+    words = {name: name.replace("_", " ") for name in columns or numeric}
+    if not words:
+        raise ArgumentError(f"Needed a table with a column of numbers beside {x!r}; found none.")
+    figure, (axes,) = panels(1, title)
+    y = "" if len(words) > 1 else next(iter(words.values()))
     lines(axes, table, words, x=x, y=y, log_x=log_x, log_y=log_y, dashed=CONTROLS, legend=False)
-    if several:
+    if len(words) > 1:
         axes.legend(
             frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), borderpad=0,
             labelcolor=INK,
@@ -183,7 +413,7 @@ def growth_figure(
     return figure
 
 
-@plain_words
+@_plain_words
 def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw a training run: norms, saturation with its control, and losses, a panel each.
 
@@ -204,17 +434,15 @@ def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         >>> [axes.get_title(loc="left") for axes in training_figure(frame, "t").axes]
         ['norms', 'saturation']
     """
-    check_frame(frame)
-    measured = set(frame.columns[frame.notna().any()])
-    found = {words: [name for name in names if name in measured] for words, names in PANELS.items()}
-    groups = {words: names for words, names in found.items() if names}
+    _check_table(frame)
+    groups = panels_of_a_run(frame)
     if not groups:
-        known = ", ".join(name for names in PANELS.values() for name in names)
         raise ArgumentError(
-            f"Needed a table with some of the columns {known}; found "
-            f"{', '.join(map(str, frame.columns)) or 'none'}."
+            "Needed a table with some of the columns "
+            f"{', '.join(name for names in PANELS.values() for name in names)}; found "
+            f"{', '.join(map(str, frame.columns))}."
         )
-    figure, drawn = _grid_of_panels(len(groups), title)
+    figure, drawn = panels(len(groups), title)
     for axes, (words, names) in zip(drawn, groups.items(), strict=True):
         named = {name: name.replace("_", " ") for name in names}
         log_y = words == "norms"
@@ -224,7 +452,14 @@ def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     return figure
 
 
-@plain_words
+def panels_of_a_run(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Return which columns of a training run were measured, by panel."""
+    measured = set(frame.columns[frame.notna().any()])
+    groups = {words: [n for n in names if n in measured] for words, names in PANELS.items()}
+    return {words: names for words, names in groups.items() if names}
+
+
+@_plain_words
 def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw each head's range of c between uniform and saturated attention as a bar.
 
@@ -246,7 +481,7 @@ def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         >>> len(scale_range_figure(frame, "t").axes[0].patches)
         1
     """
-    _check_columns(frame, ("role", "c_lo", "c_hi"))
+    _check_table(frame, ("role", "c_lo", "c_hi"))
     ranged = frame.dropna(subset=["c_lo", "c_hi"])
     if not len(ranged):
         raise ArgumentError("Needed a head with a range of c, c_lo to c_hi; every head lacks one.")
@@ -272,77 +507,11 @@ def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     return figure
 
 
-def measure_groups(columns: Sequence[str]) -> dict[str, list[str]]:
-    """Group the measures of a curve into panels: one a measure, with all its layers.
-
-    Example:
-        >>> measure_groups(["kl", "S_L0", "S_L1"])["similarity S, by layer"]
-        ['S_L0', 'S_L1']
-    """
-    groups: dict[str, list[str]] = {words: [] for words in WORDS.values()}
-    for name in columns:
-        match = _OF_A_LAYER.fullmatch(name)
-        words = WORDS.get(match[1] if match else name, name.replace("_", " "))
-        groups.setdefault(words, []).append(name)
-    return {words: names for words, names in groups.items() if names}
-
-
-def scale_places(scales: Sequence[float]) -> list[float]:
-    """Place scales on an axis: log2 inside, 0 and infinity one and a half units beyond the ends.
-
-    Example:
-        >>> scale_places([0.0, 0.5, 1.0, 2.0, math.inf])
-        [-2.5, -1.0, 0.0, 1.0, 2.5]
-    """
-    inside = [math.log2(c) for c in scales if 0 < c < math.inf] or [0.0]
-    ends = {0.0: min(inside) - 1.5, math.inf: max(inside) + 1.5}
-    return [ends[c] if c in ends else math.log2(c) for c in scales]
-
-
-def tick_scales(scales: Sequence[float], most: int) -> list[float]:
-    """Choose which scales get a tick: the ends, 1, and others as far as they keep apart.
-
-    Example:
-        >>> tick_scales([0.0, 1.0, 1.1, 4.0, math.inf], most=4)
-        [0.0, 1.0, 4.0, inf]
-    """
-    places = dict(zip(scales, scale_places(scales), strict=True))
-    span = max(places.values()) - min(places.values()) or 1.0
-    whole = [c for c in scales if c < math.inf and c > 0 and float(math.log2(c)).is_integer()]
-    first = [c for c in (0.0, math.inf, 1.0) if c in places]
-    chosen: list[float] = []
-    for c in [*first, *whole, *scales]:
-        if all(abs(places[c] - places[other]) >= 0.8 * span / most for other in chosen):
-            chosen.append(c)
-    return sorted(chosen)
-
-
-def scale_text(c: float) -> str:
-    """Write a scale for an axis.
-
-    Example:
-        >>> scale_text(math.inf), scale_text(0.5), scale_text(32.0)
-        ('∞', '0.5', '32')
-    """
-    return "∞" if math.isinf(c) else f"{c:g}"
-
-
-def _grid_of_panels(count: int, title: str | None) -> tuple[Figure, list[Axes]]:
-    return panels(count, title, size=(6.4, 3.4) if count == 1 else (3.6, 2.5))
-
-
-def _line_colors(panel: int, count: int) -> list[Any]:
-    """One colour for a single line; for the layers of a model a ramp, seen on white and black."""
-    if count == 1:
-        return [LINES[panel % len(LINES)]]
-    return [colormaps["viridis"](0.85 - 0.55 * i / (count - 1)) for i in range(count)]
-
-
 # Maps of heads: rows are layers with 0 on top, columns are heads.
 
 
-@plain_words
-def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
+@_plain_words
+def role_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     """Draw the head-role map: one colour a role, stronger the clearer the role is.
 
     Args:
@@ -355,19 +524,23 @@ def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
 
     Example:
         >>> import pandas as pd
-        >>> from sat_lens.figures import role_map
+        >>> from sat_lens.figures import role_figure
         >>> frame = pd.DataFrame({"layer": [0, 0], "head": [0, 1], "role": ["argmax", "mean"]})
-        >>> role_map(frame, "two heads").get_axes()[0].get_ylabel()
+        >>> role_figure(frame, "two heads").get_axes()[0].get_ylabel()
         'layer'
     """
-    _check_columns(frame, ("layer", "head", "role"))
+    _check_table(frame, ("layer", "head", "role"))
     stacks = head_stacks(frame)
     known = [role for role in DESCRIPTIONS if role or (frame["role"] == "").any()]
-    figure, grids = _head_grids(stacks, title, below=0.2 * len(known) + 0.9)
-    for axes, (_, part) in zip(grids, stacks, strict=True):
-        rows = {layer: row for row, layer in enumerate(sorted(part["layer"].unique()))}
+    layers = [sorted(map(int, part["layer"].unique())) for _, part in stacks]
+    grids = [
+        (stack, rows, int(part["head"].max()) + 1)
+        for rows, (stack, part) in zip(layers, stacks, strict=True)
+    ]
+    figure, drawn, inches = _head_grids(grids, title, below=0.2 * len(known) + 0.9)
+    for axes, rows, (_, part) in zip(drawn, layers, stacks, strict=True):
         for record in records_of(part):
-            role, at = str(record["role"]), (record["head"], rows[record["layer"]])
+            role, at = str(record["role"]), (record["head"], rows.index(record["layer"]))
             shade = _LEAST_SHADE + (1 - _LEAST_SHADE) * clarity(record)
             if role in ROLE_COLORS:
                 _cell(axes, *at, (*to_rgb(ROLE_COLORS[role]), shade))
@@ -375,7 +548,7 @@ def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
                 _cell(axes, *at, OTHER_COLOR, hatch="////")
             mark = target_mark(str(record.get("target", "") or ""))
             if mark:
-                size = _cell_inches(stacks) * 72 * (0.5 if len(mark) == 1 else 0.34)
+                size = inches * 72 * (0.5 if len(mark) == 1 else 0.34)
                 axes.text(
                     *at, mark, size=size, color=_ink_on(role, shade), weight="bold",
                     ha="center", va="center_baseline",
@@ -384,15 +557,15 @@ def role_map(frame: pd.DataFrame, title: str | None) -> Figure:
     return figure
 
 
-@plain_words
-def sweep_map(
+@_plain_words
+def sweep_figure(
     values: Float[Tensor, "layer head"],
     title: str | None,
     label: str,
     *,
     reference: float | None = None,
 ) -> Figure:
-    """Draw signed effects of heads, in diverging colours centred on 0; NaN stays empty.
+    """Draw signed effects of heads, in diverging colours centred on 0; NaN is hatched.
 
     Args:
         values: One effect a head; NaN where no such head was asked for.
@@ -405,23 +578,30 @@ def sweep_map(
 
     Example:
         >>> import torch
-        >>> from sat_lens.figures import sweep_map
-        >>> figure = sweep_map(torch.tensor([[0.1, -0.2], [float("nan"), 0.0]]), "t", "effect")
+        >>> from sat_lens.figures import sweep_figure
+        >>> figure = sweep_figure(torch.tensor([[0.1, -0.2], [float("nan"), 0.0]]), "t", "effect")
         >>> len(figure.get_axes())
         2
     """
-    table = _matrix(values)
+    if not isinstance(values, Tensor):
+        raise ArgumentError(f"Needed a tensor [layer, head]; found {type(values).__name__}.")
+    if values.dim() != 2 or not bool(values.isfinite().any()):
+        raise ArgumentError(
+            f"Needed a matrix of values with a finite one among them; found shape "
+            f"{list(values.shape)}."
+        )
+    table = values.detach().double().cpu()
     limit = float(table[table.isfinite()].abs().max()) or 1.0
-    rows = [{"layer": row, "head": table.shape[1] - 1} for row in range(table.shape[0])]
-    figure, (axes,) = _head_grids([("", pd.DataFrame(rows))], title, below=0.6)
+    grid = ("", list(range(len(table))), table.shape[1])
+    figure, (axes,), _ = _head_grids([grid], title, below=0.6)
     for row, line in enumerate(table.tolist()):
         for column, value in enumerate(line):
             if math.isfinite(value):
-                _cell(axes, column, row, diverging_color(value / limit))
+                _cell(axes, column, row, _diverging(value / limit))
             else:
                 _cell(axes, column, row, PAPER, hatch="////")
     scale = ScalarMappable(Normalize(-limit, limit), ListedColormap(
-        [diverging_color(step / 16) for step in range(-16, 17)]))  # fmt: skip
+        [_diverging(step / 16) for step in range(-16, 17)]))  # fmt: skip
     bar = figure.colorbar(
         scale, ax=axes, location="bottom", shrink=0.55, aspect=28, anchor=(0.0, 1.0), panchor=False
     )
@@ -435,13 +615,8 @@ def sweep_map(
     return figure
 
 
-def diverging_color(share: float) -> tuple[float, float, float, float]:
-    """Return the colour of a value in [-1, 1]: blue below 0, clear at 0, vermillion above.
-
-    Example:
-        >>> diverging_color(0.0)
-        (1.0, 1.0, 1.0, 0.0)
-    """
+def _diverging(share: float) -> tuple[float, float, float, float]:
+    """Return the colour of a value in [-1, 1]: blue below 0, clear at 0, vermillion above."""
     if share == 0:
         return (1.0, 1.0, 1.0, 0.0)
     return (*to_rgb(POSITIVE if share > 0 else NEGATIVE), min(abs(share), 1.0))
@@ -455,47 +630,39 @@ def head_stacks(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return each row of a table as a dict by column name.
-
-    Example:
-        >>> records_of(pd.DataFrame({"head": [3]}))
-        [{'head': 3}]
-    """
+    """Return each row of a table as a dict by column name."""
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _cell_inches(stacks: list[tuple[str, pd.DataFrame]]) -> float:
-    across = sum(int(part["head"].max()) + 1 for _, part in stacks)
-    return min(max(7.2 / across, 0.2), 0.42)
-
-
 def _head_grids(
-    stacks: list[tuple[str, pd.DataFrame]], title: str | None, below: float
-) -> tuple[Figure, list[Axes]]:
-    """Make a figure with a grid a stack, one unit a cell, and ``below`` inches for the legend."""
-    heads = [int(part["head"].max()) + 1 for _, part in stacks]
-    layers = [sorted(part["layer"].unique()) for _, part in stacks]
-    cell = _cell_inches(stacks)
-    width = max(cell * sum(heads) + 0.5 * len(stacks) + 0.4, 6.2)
-    height = cell * max(map(len, layers)) + (0.7 if len(stacks) > 1 else 0.5) + below
-    figure = new_figure(title, width, height)
-    grids = figure.subplots(1, len(stacks), squeeze=False, width_ratios=heads)[0]
+    grids: list[tuple[str, list[int], int]], title: str | None, below: float
+) -> tuple[Figure, list[Axes], float]:
+    """Make a figure with a grid a stack, one unit a cell, and ``below`` inches for the legend.
+
+    A grid is the stack's name, its layers, and its number of heads. The last value returned is the
+    width of a cell in inches.
+    """
+    heads = [count for _, _, count in grids]
+    cell = min(max(7.2 / sum(heads), 0.2), 0.42)
+    width = max(cell * sum(heads) + 0.5 * len(grids) + 0.4, 6.2)
+    tallest = max(len(layers) for _, layers, _ in grids)
+    figure = _new_figure(title, width, cell * tallest + (0.7 if len(grids) > 1 else 0.5) + below)
+    drawn = list(figure.subplots(1, len(grids), squeeze=False, width_ratios=heads)[0])
     every = math.ceil(0.2 / cell) if cell < 0.3 else 1
-    for index, (axes, (stack, _)) in enumerate(zip(grids, stacks, strict=True)):
-        axes.set(xlim=(-0.5, heads[index] - 0.5), ylim=(len(layers[index]) - 0.5, -0.5))
+    for axes, (stack, layers, count) in zip(drawn, grids, strict=True):
+        axes.set(xlim=(-0.5, count - 0.5), ylim=(len(layers) - 0.5, -0.5))
         axes.set(aspect="equal", anchor="NW")
-        axes.set_xticks(range(0, heads[index], every))
-        numbers = [str(layer) for layer in layers[index]]
+        axes.set_xticks(range(0, count, every))
+        numbers = [str(layer) for layer in layers]
         axes.set_yticks(range(0, len(numbers), every), numbers[::every])
         axes.tick_params(length=0, labelsize=7.5, colors=QUIET, top=True, labeltop=True)
         axes.tick_params(axis="x", bottom=False, labelbottom=False, pad=1)
-        axes.set_ylabel("layer" if index == 0 else "", size=8, color=QUIET)
-        axes.set_xlabel("head", size=8, color=QUIET)
+        label(axes, x="head", y="layer" if axes is drawn[0] else "")
         axes.xaxis.set_label_position("top")
         if stack:
             axes.set_title(visible(stack), size=9, color=INK, pad=4)
         axes.spines[:].set_visible(False)
-    return figure, list(grids)
+    return figure, drawn, cell
 
 
 def _role_legend(figure: Figure, known: list[str], roles: set[str], targets: set[str]) -> None:
@@ -529,8 +696,7 @@ def _role_legend(figure: Figure, known: list[str], roles: set[str], targets: set
 
 
 def _cell(axes: Axes, x: int, y: int, color: Any, hatch: str | None = None) -> None:
-    clear = color == PAPER or color == diverging_color(0.0)
-    edge = HATCHED if hatch else RULE if clear else PAPER
+    edge = HATCHED if hatch else RULE if color == _diverging(0.0) else PAPER
     axes.add_patch(
         Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=edge, lw=1.0, hatch=hatch)
     )
@@ -543,33 +709,13 @@ def _ink_on(role: str, shade: float) -> str:
     return ON_BLUE if role == "mean" else ON_COLOR
 
 
-# What may be drawn.
-
-
-def check_frame(frame: object) -> None:
-    """Raise an ArgumentError unless something is a pandas table."""
+def _check_table(frame: object, columns: Sequence[str] = ()) -> None:
+    """Raise an ArgumentError unless it is a table with rows, with these columns or with any."""
     if not isinstance(frame, pd.DataFrame):
         raise ArgumentError(
             f"Needed a pandas table, such as the frame() of a result; found {type(frame).__name__}."
         )
-
-
-def _check_columns(frame: pd.DataFrame, needed: tuple[str, ...]) -> None:
-    check_frame(frame)
-    missing = [name for name in needed if name not in frame.columns]
-    if missing or frame.empty:
-        raise ArgumentError(
-            f"Needed a table with a row a head and the columns {', '.join(needed)}; found "
-            f"{len(frame)} rows and no column {', '.join(missing) or '(none missing)'}."
-        )
-
-
-def _matrix(values: Tensor) -> Tensor:
-    if not isinstance(values, Tensor):
-        raise ArgumentError(f"Needed a tensor [layer, head]; found {type(values).__name__}.")
-    if values.dim() != 2 or not bool(values.isfinite().any()):
-        raise ArgumentError(
-            f"Needed a matrix of values with a finite one among them; found shape "
-            f"{list(values.shape)}."
-        )
-    return values.detach().double().cpu()
+    if frame.empty or not set(columns) <= set(frame.columns):
+        needed = f" and the columns {', '.join(columns)}" if columns else ""
+        found = "an empty one" if frame.empty else ", ".join(map(str, frame.columns))
+        raise ArgumentError(f"Needed a table with rows{needed}; found {found}.")

@@ -240,7 +240,7 @@ class HeadSweep(Result, kind="head sweep"):
         if not bool(self.confirmed.all()):
             what += f", {self.method}: approximate where not confirmed"
         reference = _random_size(self) if quantity == "effect" else None
-        return figures.sweep_map(grid, title or _title_of(self), what, reference=reference)
+        return figures.sweep_figure(grid, title or _title_of(self), what, reference=reference)
 
     def _lines(self) -> list[str]:
         effects = self.frame()["effect"]

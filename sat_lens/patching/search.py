@@ -216,7 +216,7 @@ class SaturableHeads(Result, kind="saturable heads"):
         """Draw the metric against the number of heads, with the tolerance as a band."""
         done = "saturated" if self.direction == "noising" else "restored"
         named = title or f"Heads {done} together: {self.provenance}"
-        figure, (axes,) = figures.panels(1, named, size=(6.4, 3.4))
+        figure, (axes,) = figures.panels(1, named)
         band = (self.soft - self.tolerance, self.soft + self.tolerance)
         axes.axhspan(*band, color=RULE, alpha=0.4, lw=0, label="tolerance")
         axes.axhline(self.soft, color=QUIET, lw=1, label="soft model")

@@ -163,7 +163,7 @@ class HeadRoles(Result, kind="head roles"):
     def plot(self, title: str | None = None) -> Figure:
         """Draw the head-role map: layers down, heads across, one colour a role."""
         whole = "" if self.complete else " (interrupted)"
-        return figures.role_map(self.frame(), title or f"Head roles: {self.provenance}{whole}")
+        return figures.role_figure(self.frame(), title or f"Head roles: {self.provenance}{whole}")
 
     def compare(self, other: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
         """Return which heads changed by more than the uncertainty.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sat_lens.caching import SaturationPair
 from sat_lens.errors import ArgumentError
+from sat_lens.roles.result import HeadRoles
 from sat_lens.sites import AttentionSite, places
 from sat_lens.vocabulary import visible
 
@@ -77,25 +79,15 @@ def _token_string(tokenizer: Any, token: int) -> str:
     return piece if text == "" or "�" in text else text
 
 
-def shown(tokens: Iterable[str]) -> list[str]:
-    """Return tokens in which every character shows; see :func:`sat_lens.vocabulary.visible`."""
-    return [visible(str(token)) for token in tokens]
-
-
 def inert(tokens: Iterable[str]) -> list[str]:
-    """Return visible tokens made harmless for the circuitsvis components that insert them as HTML.
+    """Make tokens visible, and harmless for the circuitsvis components that insert them as HTML.
 
     ``ColoredTokens``, ``TextNeuronActivations`` and ``TopkTokens`` do, and show the same string as
     text in their tooltips, where an escape would be read as it is. So < and & are followed by an
     invisible word joiner instead: no tag and no character reference can begin with that, and both
     places show the same. The attention components draw on a canvas and get tokens as they are.
-
-    Example:
-        >>> from sat_lens.viz.patterns import inert
-        >>> inert(["<bos>"])
-        ['<\u2060bos>']
     """
-    return [re.sub("[<&]", rf"\g<0>{WORD_JOINER}", token) for token in shown(tokens)]
+    return [re.sub("[<&]", rf"\g<0>{WORD_JOINER}", visible(str(token))) for token in tokens]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +98,21 @@ class Patterns:
     soft: Float[Tensor, "head query key"]
     saturated: Float[Tensor, "head query key"]
 
-    @property
+    @functools.cached_property
     def causal(self) -> bool:
         """Whether no query attends to a later key: seen in the data, not in a setting."""
         n_queries, n_keys = self.soft.shape[-2:]
         above = torch.ones(n_queries, n_keys, dtype=torch.bool).triu(1)
         return n_queries == n_keys and not bool((self.soft[:, above] > 0).any())
+
+
+def check_roles(roles: object) -> None:
+    """Raise an ArgumentError unless something is a result of head_roles."""
+    if not isinstance(roles, HeadRoles):
+        raise ArgumentError(
+            "Needed roles, as returned by sat_lens.head_roles(model, data); found "
+            f"{type(roles).__name__}."
+        )
 
 
 def patterns_of(pair: SaturationPair) -> list[Patterns]:
@@ -156,18 +157,6 @@ def patterns_of(pair: SaturationPair) -> list[Patterns]:
     return found
 
 
-def tokens_of(tokens: Tokens | None, patterns: Patterns) -> tuple[list[str], list[str]]:
-    """Return the visible tokens of the queries and of the keys of one attention module.
-
-    Raises:
-        ArgumentError: There are not as many tokens as positions, or those of a stack are missing.
-    """
-    n_queries, n_keys = patterns.soft.shape[-2:]
-    stack = patterns.site.stack
-    queries, keys = ("decoder", "encoder") if patterns.site.kind == "cross" else (stack, stack)
-    return _side(tokens, queries, n_queries), _side(tokens, keys, n_keys)
-
-
 def scale_of(pair: SaturationPair) -> str:
     """Return the inverse temperature of the saturated run as a page shows it."""
     return "∞" if pair.provenance.scale == "inf" else pair.provenance.scale
@@ -178,13 +167,11 @@ def packed(
 ) -> dict[str, Any]:
     """Return some heads of one attention module as a page's scripts read them.
 
-    Args:
-        patterns: The patterns of the module.
-        heads: Which heads.
-        tokens: What stands at each position, see :func:`tokens_of`.
-        texts: The texts of the page so far; those of this module are added.
+    The texts of its queries and keys are added to ``texts``, those of the page so far.
     """
-    queries, keys = tokens_of(tokens, patterns)
+    stack = patterns.site.stack
+    stacks = ("decoder", "encoder") if patterns.site.kind == "cross" else (stack, stack)
+    queries, keys = map(_tokens_at, (tokens, tokens), stacks, patterns.soft.shape[-2:])
     for text in (queries, keys):
         if text not in texts:
             texts.append(text)
@@ -199,12 +186,7 @@ def packed(
 
 
 def encode_soft(pattern: Float[Tensor, "query key"], causal: bool) -> str:
-    """Write a soft pattern as base64 bytes in steps of 1/255; a causal one without its upper half.
-
-    Example:
-        >>> encode_soft(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), causal=True)
-        '/4CA'
-    """
+    """Write a soft pattern as base64 bytes in steps of 1/255; of a causal one the lower half."""
     steps = (pattern.clamp(0, 1) * _STEPS).round().to(torch.uint8)
     if causal:
         rows, columns = torch.tril_indices(*pattern.shape)
@@ -217,10 +199,6 @@ def encode_saturated(pattern: Float[Tensor, "query key"], causal: bool) -> dict[
 
     Rows with many keys take less room as one bit a key (``bits``). A pattern that is not
     saturated, from a finite scale, is written like a soft one (``bytes``).
-
-    Example:
-        >>> encode_saturated(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), causal=True)
-        {'keys': [[0], [0, 1]]}
     """
     support = pattern > _DUST
     counts = support.sum(-1, keepdim=True)
@@ -234,7 +212,8 @@ def encode_saturated(pattern: Float[Tensor, "query key"], causal: bool) -> dict[
     return {"keys": [row.nonzero().flatten().tolist() for row in support]}
 
 
-def _side(tokens: Tokens | None, stack: str, count: int) -> list[str]:
+def _tokens_at(tokens: Tokens | None, stack: str, count: int) -> list[str]:
+    """Return the visible tokens of a stack; raise an ArgumentError unless they are as many."""
     if tokens is None:
         return [str(position) for position in range(count)]
     if isinstance(tokens, Mapping):
@@ -244,20 +223,17 @@ def _side(tokens: Tokens | None, stack: str, count: int) -> list[str]:
                 f"{', '.join(map(repr, tokens)) or 'none'}."
             )
         tokens = tokens[stack]
-    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or len(tokens) != count:
-        listed = isinstance(tokens, Sequence) and not isinstance(tokens, str)
-        found = f"{len(tokens)}" if listed else f"one {_kind_of(tokens)}"
+    listed = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+    if not listed or len(tokens) != count:
+        kind = "string" if isinstance(tokens, str) else type(tokens).__name__
+        found = f"{len(tokens)}" if listed else f"one {kind}"
         where = f" of the {stack}" if stack else ""
         raise ArgumentError(
             f"Needed {count} tokens{where}, one a position of the pair's text; found {found}. Take "
             'token_strings(model, ids), and with several stacks a dict {"encoder": [...], '
             '"decoder": [...]}.'
         )
-    return shown(tokens)
-
-
-def _kind_of(tokens: object) -> str:
-    return "string" if isinstance(tokens, str) else type(tokens).__name__
+    return [visible(str(token)) for token in tokens]
 
 
 def _is_pattern(pattern: Tensor) -> bool:

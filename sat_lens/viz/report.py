@@ -16,14 +16,14 @@ from markupsafe import Markup
 from sat_lens import figures
 from sat_lens.caching import SaturationPair
 from sat_lens.errors import ArgumentError
-from sat_lens.figures.drawing import PANELS, head_stacks, measure_groups
+from sat_lens.figures.drawing import head_stacks, measure_groups, panels_of_a_run, records_of
 from sat_lens.results import csv_text, write_whole
 from sat_lens.roles.result import HeadRoles
-from sat_lens.viz.maps import HeadMap, check_roles, clearest, role_maps
 from sat_lens.viz.page import inline_svg, render
 from sat_lens.viz.patterns import (
     Patterns,
     Tokens,
+    check_roles,
     packed,
     patterns_of,
     scale_of,
@@ -35,6 +35,8 @@ from sat_lens.vocabulary import (
     TARGET_MARKS,
     TARGET_WORDS,
     TIMES,
+    clarity,
+    target_mark,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_POSITIONS = 256
+SHADES = 5  # of a role's colour, l1 to l5 in report.css
 # The name of every model that was built in memory, so that it tells nothing.
 _NAMELESS = ("", "external")
 _EFFECTS = ("effect", "random_effect", "random_spread")
@@ -105,7 +108,7 @@ def write_report(
     _check_size(found)
     _check_same_heads(roles, found, sweep)
     frame = _head_table(roles, sweep)
-    maps = role_maps(frame)
+    maps = _role_maps(frame)
     page = render(
         "report.html",
         styles=["base.css", "patterns.css", "report.css"],
@@ -116,7 +119,7 @@ def write_report(
         versions=roles.provenance.versions,
         complete=roles.complete,
         maps=maps,
-        wide=sum(each.heads for each in maps) > 16,
+        wide=sum(each["heads"] for each in maps) > 16,
         legend=_legend(frame),
         caution=CAUTION,
         start=clearest(frame),
@@ -128,7 +131,7 @@ def write_report(
         csv=csv_text(frame.rename_axis("label")),
     )  # fmt: skip
     target = Path(path)
-    write_whole(target, page.encode("utf-8", "backslashreplace"))
+    write_whole(target, page.encode())
     return target
 
 
@@ -228,19 +231,66 @@ def _check_size(found: list[Patterns]) -> None:
         )
 
 
+def _role_maps(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Lay out the clickable map of heads, a panel a stack, as the template reads it."""
+    # Stacks may alternate in the table; a cell's index is its place there.
+    index = {label: place for place, label in enumerate(frame.index)}
+    maps = []
+    for stack, part in head_stacks(frame):
+        layers = sorted(int(layer) for layer in part["layer"].unique())
+        heads = int(part["head"].max()) + 1
+        cells = [
+            {
+                "index": index[label],
+                "row": layers.index(int(record["layer"])),
+                "column": int(record["head"]),
+                "classes": f"r-{record['role'] or 'none'} "
+                f"l{max(1, math.ceil(clarity(record) * SHADES))}",
+                "mark": target_mark(record["target"]),
+                "text": f"{label}: {_role_in_words(record['role'], record['target'])}",
+            }
+            for label, record in zip(part.index, records_of(part), strict=True)
+        ]
+        # Numbers of rows and columns are written at every step.
+        step = 1 if heads <= 20 else 2
+        maps.append(
+            {"stack": stack, "layers": layers, "heads": heads, "step": step, "cells": cells}
+        )
+    return maps
+
+
+def _role_in_words(role: str, target: str) -> str:
+    words = f"{role}, {DESCRIPTIONS[role]}" if role else DESCRIPTIONS[role]
+    looks = TARGET_WORDS.get(target) or target.removeprefix("offset ")
+    return f"{words}; looks at {looks}" if role and looks else words
+
+
+def clearest(frame: pd.DataFrame) -> int:
+    """Return which row holds the clearest head: the argmax side first, where a head does most."""
+    records = records_of(frame)
+
+    def key(index: int) -> tuple[bool, bool, float]:
+        record = records[index]
+        settled = record["role"] in ("argmax", "subset")
+        return settled, settled and bool(record["target"]), clarity(record)
+
+    return max(range(len(records)), key=key)
+
+
 def _one_line(
-    roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame, maps: list[HeadMap]
+    roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame, maps: list[dict[str, Any]]
 ) -> str:
-    rows = f"{int(frame['n_rows'].max()):,} rows a head" if "n_rows" in frame.columns else ""
+    rows = f"{int(frame['n_rows'].max()):,} rows a head"
     sequences = f"{roles.n_sequences:,} sequence{'s' if roles.n_sequences != 1 else ''}"
     source = f" of {roles.provenance.data}" if roles.provenance.data else ""
     shape = ", ".join(
-        f"{len(m.layers)} layers {TIMES} {m.heads} heads{f' ({m.stack})' if m.stack else ''}"
-        for m in maps
+        f"{len(each['layers'])} layers {TIMES} {each['heads']} heads"
+        + (f" ({each['stack']})" if each["stack"] else "")
+        for each in maps
     )
     return (
         f"{roles.provenance.model}: {shape}, measured on {sequences}{source}"
-        f"{f' ({rows}, each with {roles.min_keys} keys or more)' if rows else ''}. "
+        f" ({rows}, each with {roles.min_keys} keys or more). "
         f"Patterns: one text, soft and at c = {scale_of(pair)}, ties {pair.provenance.ties}."
     )
 
@@ -266,7 +316,7 @@ def _scale_charts(frame: pd.DataFrame) -> list[Markup]:
     """Draw one small chart a measure against the inverse temperature."""
     return [
         _chart(figures.scaling_curve_figure(frame[names], None), f"{words} against c")
-        for words, names in measure_groups([str(name) for name in frame.columns]).items()
+        for words, names in measure_groups(map(str, frame.columns)).items()
     ]
 
 
@@ -274,18 +324,13 @@ def _step_charts(frame: pd.DataFrame) -> list[Markup]:
     """Draw norms, saturation and losses against steps; of another table every column by itself."""
     table = frame.set_index("step") if "step" in frame.columns else frame
     numeric = table.select_dtypes("number").dropna(axis="columns", how="all")
-    groups = {words: [n for n in names if n in numeric] for words, names in PANELS.items()}
-    if any(groups.values()):
-        drawn = {
-            words: figures.training_figure(numeric[names], None)
-            for words, names in groups.items()
-            if names
-        }
-    else:
-        drawn = {
-            str(name): figures.growth_figure(numeric, None, columns=[str(name)], log_y=False)
-            for name in numeric
-        }
+    drawn = {
+        words: figures.training_figure(numeric[names], None)
+        for words, names in panels_of_a_run(numeric).items()
+    } or {
+        str(name): figures.growth_figure(numeric, None, columns=[str(name)], log_y=False)
+        for name in numeric
+    }
     return [_chart(figure, f"{words} against steps") for words, figure in drawn.items()]
 
 
@@ -295,10 +340,8 @@ def _chart(figure: Figure, label: str) -> Markup:
 
 
 def _ranges(frame: pd.DataFrame) -> Markup | None:
-    """Draw the range of c of each head, where roles were measured with one."""
-    if not {"c_lo", "c_hi"} <= set(frame.columns):
-        return None
-    if not (frame["c_lo"].notna() & frame["c_hi"].notna()).any():
+    """Draw the range of c of each head, unless no head has one."""
+    if frame[["c_lo", "c_hi"]].isna().any(axis=1).all():
         return None
     return inline_svg(figures.scale_range_figure(frame, None), "Range of c of every head")
 
@@ -312,20 +355,18 @@ def _sweep(frame: pd.DataFrame, sweep: Any) -> dict[str, Any]:
         grid = part.pivot(index="layer", columns="head", values="effect")
         if grid.notna().any(axis=None):
             full = grid.reindex(range(int(part["layer"].max()) + 1))
-            drawn = figures.sweep_map(torch.tensor(full.to_numpy()), None, "effect on the metric")
+            drawn = figures.sweep_figure(
+                torch.tensor(full.to_numpy()), None, "effect on the metric"
+            )
             maps.append((stack, inline_svg(drawn, f"Effect of saturating each head {stack}")))
     return {
         "maps": maps,
         "ranked": [
-            {
-                "label": str(label),
-                "role": str(frame.loc[label, "role"]),
-                "effect": f"{value:+.3g}",
-            }
+            {"label": label, "role": frame.loc[label, "role"], "effect": f"{value:+.3g}"}
             for label, value in ranked.head(12).items()
         ],
         "control": _control(frame),
-        "positions": int(rows.max()) if int(rows.max()) > 1 else 0,
+        "positions": int(rows.max()),
         "notes": getattr(sweep, "notes", []),
     }
 

@@ -12,33 +12,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens import figures
+from sat_lens._checks import check_count
 from sat_lens.caching import SaturationPair
 from sat_lens.errors import ArgumentError
+from sat_lens.figures.drawing import figure_format
 from sat_lens.results import write_whole
 from sat_lens.roles.result import HeadRoles
 from sat_lens.sites.selection import Heads, select_heads
-from sat_lens.viz.maps import check_roles
 from sat_lens.viz.page import inline_svg, render
 from sat_lens.viz.patterns import (
     Patterns,
     Tokens,
+    check_roles,
     inert,
     packed,
     patterns_of,
     scale_of,
 )
-from sat_lens.vocabulary import CAUTION, clarity
+from sat_lens.vocabulary import CAUTION, clarity, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_HEADS = 8
-_FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +59,11 @@ class View:
 
     def save_html(self, path: str | Path) -> Path:
         """Write the view as one HTML file that opens without a network."""
-        write_whole(path, self.page.encode("utf-8", "backslashreplace"))
+        write_whole(path, self.page.encode())
         return Path(path)
 
     def _repr_html_(self) -> str:
-        source = html.escape(self.page.encode("utf-8", "backslashreplace").decode())
-        title = html.escape(self.title.encode("utf-8", "backslashreplace").decode())
+        title, source = html.escape(visible(self.title)), html.escape(self.page)
         return (
             f'<iframe title="{title}" srcdoc="{source}" width="100%" height="{self.height}" '
             f'style="border:0;min-height:{self.height}px" sandbox="allow-scripts"></iframe>'
@@ -81,12 +82,8 @@ class FigureView(View):
         Raises:
             ArgumentError: The path ends otherwise.
         """
-        ending = Path(path).suffix.lower()
-        if ending not in _FORMATS:
-            raise ArgumentError(
-                f"A figure is saved as {', '.join(_FORMATS)}; found {Path(path).name!r}."
-            )
-        write_whole(path, figures.figure_bytes(self.figure, ending[1:]))
+        written = figures.figure_bytes(self.figure, figure_format(Path(path)))
+        write_whole(path, written)
         return Path(path)
 
 
@@ -150,34 +147,27 @@ def attention(
     if roles is not None:
         check_roles(roles)
     found = patterns_of(pair)
-    selection = select_heads([p.site for p in found], heads if heads is not None else
-                             _clearest(found, roles))  # fmt: skip
-    frame = roles.frame() if roles is not None else None
+    frame = pd.DataFrame() if roles is None else roles.frame()
+    chosen = _default_heads(found, frame) if heads is None else heads
+    selection = select_heads([p.site for p in found], chosen)
     texts: list[list[str]] = []
-    groups, labels = [], []
-    for shape in dict.fromkeys(_kind(p) for p in found):
-        group: dict[str, Any] = {"names": [], "soft": [], "saturated": []}
-        for patterns in (p for p in found if _kind(p) == shape):
-            chosen = selection.get(patterns.site.path, [])
-            if chosen:
-                site = packed(patterns, chosen, tokens, texts)
-                for side in ("soft", "saturated"):
-                    site[side] = group[side] + site[side]
-                group |= site
-            for head in chosen:
-                label = patterns.site.label(head)
-                labels.append(label)
-                row = frame.loc[label] if frame is not None and label in frame.index else {}
-                words = [label, str(row.get("role", "")), str(row.get("target", ""))]
-                group["names"].append(" ".join(filter(None, words)))
-        if group["names"]:
-            groups.append(group)
+    # A group shares its axes: heads of one stack, of one shape.
+    groups: dict[tuple[object, ...], dict[str, Any]] = {_kind(p): {"names": []} for p in found}
+    for patterns in found:
+        if patterns.site.path in selection:
+            heads_here = selection[patterns.site.path]
+            group = groups[_kind(patterns)]
+            group["names"] += [_named(patterns.site.label(head), frame) for head in heads_here]
+            for name, value in packed(patterns, heads_here, tokens, texts).items():
+                group[name] = group.get(name, []) + value if isinstance(value, list) else value
+    drawn = [group for group in groups.values() if group["names"]]
     limit = f"c = {scale_of(pair)}, ties {pair.provenance.ties}"
-    data = {"groups": groups, "texts": texts, "limit": limit}
+    data = {"groups": drawn, "texts": texts, "limit": limit}
+    labels = [name.split()[0] for group in drawn for name in group["names"]]
     title = f"Attention, soft and saturated: {', '.join(labels)}"
     note = "Rows are queries, columns keys. Soft patterns are kept in steps of 1/255."
     note = note if roles is None else f"{note} {CAUTION}"
-    return _component_view(title, note, data, height=860 * len(groups))
+    return _component_view(title, note, data, height=860 * len(drawn))
 
 
 def tokens(
@@ -202,20 +192,15 @@ def tokens(
         180
     """
     clean = _checked(tokens, values, (1, 3))
+    props: dict[str, Any] = {"tokens": inert(tokens)}
     if clean.dim() == 1:
-        props: dict[str, Any] = {"tokens": inert(tokens), "values": clean.tolist()}
-        return _component_view(
-            title, "", {"component": "ColoredTokens", "props": props}, height=180
-        )
-    props = {
-        "tokens": inert(tokens),
-        "activations": clean.tolist(),
-        "firstDimensionName": "Layer",
-        "secondDimensionName": "Head",
-    }
-    return _component_view(
-        title, "", {"component": "TextNeuronActivations", "props": props}, height=300
-    )
+        component, height = "ColoredTokens", 180
+        props["values"] = clean.tolist()
+    else:
+        component, height = "TextNeuronActivations", 300
+        props["activations"] = clean.tolist()
+        props |= {"firstDimensionName": "Layer", "secondDimensionName": "Head"}
+    return _component_view(title, "", {"component": component, "props": props}, height=height)
 
 
 def top_tokens(
@@ -244,8 +229,7 @@ def top_tokens(
         'Tokens with the largest and smallest values'
     """
     by_layer = _checked(tokens, values, (3,)).permute(1, 0, 2)
-    if not isinstance(k, int) or k < 1:
-        raise ArgumentError(f"k is how many tokens are shown at each end, 1 or more; found {k!r}.")
+    check_count("k, the number of tokens at each end,", k)
     count = min(k, len(tokens))
     top = by_layer.topk(count, dim=1)
     bottom = by_layer.topk(count, dim=1, largest=False)
@@ -312,14 +296,19 @@ def _checked(tokens: Sequence[str], values: Tensor, dimensions: tuple[int, ...])
     )
 
 
-def _clearest(found: list[Patterns], roles: HeadRoles | None) -> list[str]:
+def _default_heads(found: list[Patterns], frame: pd.DataFrame) -> list[str]:
     labels = [label for patterns in found for label in patterns.site.labels]
-    if roles is None:
-        return labels[:MOST_HEADS]
-    frame = roles.frame()
-    known = [label for label in labels if label in frame.index]
-    shares = frame["agreement"].to_dict()
-    return sorted(known, key=lambda label: -clarity({"agreement": shares[label]}))[:MOST_HEADS]
+    if not frame.empty:
+        known = [label for label in labels if label in frame.index]
+        shares = frame["agreement"].to_dict()
+        labels = sorted(known, key=lambda label: -clarity({"agreement": shares[label]}))
+    return labels[:MOST_HEADS]
+
+
+def _named(label: str, frame: pd.DataFrame) -> str:
+    """Return a head's label, with its role and target where they are known."""
+    words = frame.loc[label, ["role", "target"]] if label in frame.index else ()
+    return " ".join(filter(None, [label, *words]))
 
 
 def _kind(patterns: Patterns) -> tuple[str, int, int, bool]:
