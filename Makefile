@@ -67,13 +67,13 @@ paper: $(VENV)/.installed ## Redo the figures of the paper into build/paper (QUI
 	$(BIN)/python -m paper all $(if $(QUICK),--quick)
 
 # One thread for each of two processes: more of them only wait for one another on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist
 
 test: $(VENV)/.installed-dev ## Run the everyday tests, two minutes (TESTS=FILES: only these).
-	$(PYTEST) --dist worksteal $(TESTS)
+	$(PYTEST) worksteal $(TESTS)
 
 test-all: $(VENV)/.installed-dev ## Run all tests, slow ones too, with types checked (TESTS=FILES).
-	$(PYTEST) --check-types --hypothesis-profile=thorough -m "not notebook and not browser" $(TESTS)
+	$(PYTEST) loadfile --check-types --hypothesis-profile=thorough -m "not notebook and not browser" $(TESTS)
 
 test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
 	$(BIN)/python -m pytest -q -m notebook

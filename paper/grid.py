@@ -336,7 +336,7 @@ def _check(optimiser: str, momentum: float, steps: int, seed: int) -> None:
 
 
 def growth_maps(grids: Sequence[GrowthGrid], title: str) -> Figure:
-    """Draw how norms changed, one panel per grid: blue shrank, vermillion grew, white stayed.
+    """Draw how norms changed, one panel per grid: blue shrank, vermilion grew, white stayed.
 
     The colour is the end norm over the start norm, on one logarithmic scale for all panels that
     ends at a factor of four. Cells that diverged are grey and hatched.
