@@ -97,7 +97,7 @@ def hard_attention(
 
 
 def blocks_for(dtype: torch.dtype, size: int) -> Blocks:
-    # They fit into the shared memory of a GPU, and were never tuned on one.
+    """Return tiles that fit into the shared memory of a GPU; they were never tuned on one."""
     if dtype == torch.float32:
         return Blocks(32, 32)
     return Blocks(128, 64) if size <= 64 else Blocks(64, 64)
