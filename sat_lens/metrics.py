@@ -28,8 +28,19 @@ from sat_lens.errors import ArgumentError, NonFiniteError
 Metric = Callable[[Any], Any]
 
 
+class _ByPrompt:
+    """A metric that has one value per prompt; called, it gives their mean."""
+
+    def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
+        raise NotImplementedError
+
+    def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
+        """Return the mean over prompts, each weighing the same."""
+        return self.per_prompt(logits).mean()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class LogitDifference:
+class LogitDifference(_ByPrompt):
     """The logit of the right answer minus that of the wrong one, at one position."""
 
     answer: Int[Tensor, " batch"]
@@ -47,35 +58,25 @@ class LogitDifference:
         Raises:
             ArgumentError: The logits lack the position, a token, or as many prompts.
         """
-        self._check(logits)
-        at = logits[:, self.position]
-        answer, wrong = (t.to(at.device).expand(len(at)) for t in (self.answer, self.wrong))
-        return (at.gather(1, answer[:, None]) - at.gather(1, wrong[:, None])).squeeze(1)
-
-    def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
-        """Return the mean over prompts."""
-        return self.per_prompt(logits).mean()
-
-    def _check(self, logits: Tensor) -> None:
-        n_prompts, n_positions, vocab = logits.shape
+        n_prompts, _, vocab = logits.shape
         if len(self.answer) not in (1, n_prompts):
             raise ArgumentError(
                 f"Needed one answer, or one for each of {n_prompts} prompts; found "
                 f"{len(self.answer)}."
             )
-        if not -n_positions <= self.position < n_positions:
-            raise ArgumentError(
-                f"The metric reads position {self.position}, and the logits have {n_positions}."
-            )
+        _check_positions(self, self.positions, logits)
         tokens = torch.stack([self.answer, self.wrong])
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
             raise ArgumentError(
                 f"Answers are token ids between 0 and {vocab - 1}; found {tokens.tolist()}."
             )
+        at = logits[:, self.position]
+        answer, wrong = tokens.to(at.device).expand(2, len(at))[..., None]
+        return (at.gather(1, answer) - at.gather(1, wrong)).squeeze(1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NextTokenLoss:
+class NextTokenLoss(_ByPrompt):
     """The mean cross-entropy of the next token, in nats; padding counts nothing."""
 
     tokens: Int[Tensor, "batch position"]
@@ -96,21 +97,11 @@ class NextTokenLoss:
         targets = self.tokens[:, 1:].to(logits.device)
         pairs = zip(logits[:, :-1], targets, strict=True)
         losses = torch.stack([F.cross_entropy(x.float(), t, reduction="none") for x, t in pairs])
-        mask = self._counted(losses)
-        return (losses * mask).sum(1) / mask.sum(1)
-
-    def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
-        """Return the mean over prompts, each weighing the same."""
-        return self.per_prompt(logits).mean()
-
-    def _counted(self, losses: Tensor) -> Tensor:
-        if self.non_padding is None:
-            return torch.ones_like(losses)
-        return (self.non_padding[:, 1:] & self.non_padding[:, :-1]).to(losses)
+        return _mean(losses, None if self.non_padding is None else _predicting(self.non_padding))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KLToSoft:
+class KLToSoft(_ByPrompt):
     """The divergence KL(soft || changed) of the next-token distribution, in nats."""
 
     soft_logits: Float[Tensor, "batch position vocab"]
@@ -131,14 +122,29 @@ class KLToSoft:
         at = slice(None) if self.positions is None else list(self.positions)
         pairs = zip(self.soft_logits, logits, strict=True)
         divergence = torch.stack([_divergence(soft[at], changed[at]) for soft, changed in pairs])
-        if self.non_padding is None:
-            return divergence.mean(1)
-        mask = self.non_padding[:, at].to(divergence)
-        return (divergence * mask).sum(1) / mask.sum(1)
+        return _mean(divergence, None if self.non_padding is None else self.non_padding[:, at])
 
-    def __call__(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, ""]:
-        """Return the mean over prompts."""
-        return self.per_prompt(logits).mean()
+
+def _mean(values: Float[Tensor, "batch position"], mask: Tensor | None) -> Float[Tensor, " batch"]:
+    if mask is None:
+        return values.mean(1)
+    mask = mask.to(values)
+    return (values * mask).sum(1) / mask.sum(1)
+
+
+def _predicting(mask: Bool[Tensor, "batch position"]) -> Bool[Tensor, "batch next"]:
+    """Mark the positions that are followed by another token, padding being neither."""
+    return mask[:, 1:] & mask[:, :-1]
+
+
+def _check_positions(metric: object, positions: Sequence[int], logits: Tensor) -> None:
+    n_positions = logits.shape[1]
+    missing = [p for p in positions if not -n_positions <= p < n_positions]
+    if missing or not positions:
+        what = f"position {missing[0]}" if missing else "no position"
+        raise ArgumentError(
+            f"The metric {shown(metric)} reads {what}, and the logits have {n_positions}."
+        )
 
 
 def logit_difference(
@@ -191,27 +197,13 @@ def next_token_loss(
         1.3863
     """
     mask = None if attention_mask is None else _mask_of(attention_mask, tokens.shape)
-    if not bool(has_next_token(tokens, mask).all()):
+    kept = torch.ones(tokens.shape).bool() if mask is None else mask
+    if not bool(_predicting(kept).any(1).all()):
         raise ArgumentError(
             "A prompt has fewer than two tokens in a row that are no padding, so there is no next "
             "token to predict. Leave it out, or use another metric."
         )
     return NextTokenLoss(tokens, mask)
-
-
-def has_next_token(
-    tokens: Int[Tensor, "batch position"], mask: Tensor | None = None
-) -> Bool[Tensor, " batch"]:
-    """Whether each prompt has a next token to predict.
-
-    Example:
-        >>> import torch
-        >>> from sat_lens.metrics import has_next_token
-        >>> has_next_token(torch.tensor([[5, 6], [5, 0]]), torch.tensor([[1, 1], [1, 0]])).tolist()
-        [True, False]
-    """
-    kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    return (kept[:, 1:] & kept[:, :-1]).any(1)
 
 
 def kl_to_soft(
@@ -302,6 +294,15 @@ def metric_of(metric: Any, batch: Batch) -> Metric:
     return metric
 
 
+def check_metric(metric: object) -> None:
+    """Raise an ArgumentError unless a metric can be called."""
+    if not callable(metric):
+        raise ArgumentError(
+            f"A metric is a function of the logits that gives a scalar; {shown(metric)} was given. "
+            "Use one of sat_lens.metrics, next_token_loss(tokens) for instance."
+        )
+
+
 def call_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Tensor:
     """Call a metric: a scalar, with its gradient if it has one, or one value for each prompt.
 
@@ -319,8 +320,7 @@ def call_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Te
         >>> call_metric(logit_difference(1, 0), torch.tensor([[[0.5, 2.0]]] * 2), n_prompts=2)
         tensor([1.5000, 1.5000])
     """
-    if not callable(metric):
-        raise ArgumentError(f"A metric is a function of the logits; {shown(metric)} was given.")
+    check_metric(metric)
     if n_prompts is None:
         value = metric(logits)
         if is_number(value):
@@ -383,11 +383,6 @@ def positions_read(metric: Metric, logits: Any) -> list[int] | None:
     named = getattr(metric, "positions", None)
     if named is None or not isinstance(logits, Tensor) or logits.dim() != 3:
         return None
-    n_positions = logits.shape[1]
     positions = [int(p) for p in named]
-    if not positions or any(not -n_positions <= p < n_positions for p in positions):
-        raise ArgumentError(
-            f"The metric {shown(metric)} names the positions {positions}, and the logits have "
-            f"{n_positions}."
-        )
-    return sorted({p % n_positions for p in positions})
+    _check_positions(metric, positions, logits)
+    return sorted({p % logits.shape[1] for p in positions})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.metrics import has_next_token, read_metric
+from sat_lens.metrics import read_metric
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(2, 6), st.integers(2, 7))
 
@@ -140,14 +140,6 @@ def test_the_value_is_the_mean_over_prompts_and_has_a_gradient(shape):
         assert float(read_metric(metric, logits)) == pytest.approx(value.item())
 
 
-def test_has_next_token():
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1], [0, 0, 0]])
-    tokens = torch.zeros_like(mask)
-    assert has_next_token(tokens, mask).tolist() == [True, True, False, False, False]
-    assert has_next_token(tokens).all()
-    assert not has_next_token(tokens[:, :1]).any()
-
-
 @pytest.mark.parametrize(("answer", "wrong"), [([1, 2], [3]), ([], []), (1, [2, 3])])
 def test_answers_come_in_pairs(answer, wrong):
     with refusal("right", "wrong", "found"):
@@ -188,12 +180,16 @@ def test_logits_of_other_shapes():
         sl.metrics.kl_to_soft(noise((1, 3, 5)))(noise((2, 3, 5)))
 
 
-@pytest.mark.parametrize(("tokens", "mask"), [([[1]], None), ([[1, 2], [3, 0]], [[1, 1], [1, 0]])])
-def test_a_prompt_without_a_next_token(tokens, mask):
+@pytest.mark.parametrize("mask", [[1, 0, 0], [1, 0, 1], [0, 0, 0], None])
+def test_a_prompt_without_a_next_token(mask):
+    rows = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    assert sl.metrics.next_token_loss(torch.zeros_like(rows), rows).non_padding is not None
     with refusal("fewer than two tokens", "Leave it out"):
-        sl.metrics.next_token_loss(
-            torch.tensor(tokens), None if mask is None else torch.tensor(mask)
-        )
+        if mask is None:
+            sl.metrics.next_token_loss(torch.tensor([[1]]))
+        else:
+            mask = torch.cat([rows, torch.tensor([mask])])
+            sl.metrics.next_token_loss(torch.zeros_like(mask), mask)
 
 
 @pytest.mark.parametrize("value", [2.5, 2, torch.tensor(2.5), torch.tensor([[2.0]])])

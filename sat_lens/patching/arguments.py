@@ -36,15 +36,6 @@ def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str) -> Batch
     return found[0]
 
 
-def check_metric(metric: object) -> None:
-    """Raise an ArgumentError unless a metric can be called."""
-    if not callable(metric):
-        raise ArgumentError(
-            f"A metric is a function of the logits that gives a scalar; {metric!r} was given. Use "
-            "one of sat_lens.metrics, next_token_loss(tokens) for instance."
-        )
-
-
 def check_draws(controls: object, seed: object) -> None:
     """Raise an ArgumentError unless ``controls`` is a count and ``seed`` an integer."""
     check_count("controls", controls)

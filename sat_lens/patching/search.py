@@ -27,10 +27,9 @@ from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_m
 from sat_lens.attention import Limit, Transform
 from sat_lens.data import Data
 from sat_lens.errors import ArgumentError, FileFormatError
-from sat_lens.metrics import Metric
+from sat_lens.metrics import Metric, check_metric
 from sat_lens.models import model_name
 from sat_lens.patching.arguments import (
-    check_metric,
     check_tolerance,
     name_of,
     provenance_of,

@@ -28,11 +28,10 @@ from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_m
 from sat_lens.attention import Limit, RandomKey, Transform
 from sat_lens.caching.activations import COMPONENTS, Component
 from sat_lens.data import Batch, Data
-from sat_lens.metrics import Metric
+from sat_lens.metrics import Metric, check_metric
 from sat_lens.patching.arguments import (
     check_combination,
     check_draws,
-    check_metric,
     check_same_shape,
     heads_argument,
     name_of,
