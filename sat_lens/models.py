@@ -89,19 +89,7 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
 
 
 def load_tokenizer(name: str | Path = DEMO) -> Any:
-    """Load the tokenizer of a model alone, to check texts before the model is loaded.
-
-    Args:
-        name: As for :func:`load_model`.
-
-    Raises:
-        ModelError: As for :func:`load_model`.
-
-    Example:
-        >>> from sat_lens.models import load_tokenizer
-        >>> len(load_tokenizer("demo"))
-        2048
-    """
+    """Load the tokenizer of a model alone, to check texts before the model is loaded."""
     path, revision = _resolve(str(name))
     with hub_or_cache(path), quiet_loading() as said:
         try:
@@ -111,14 +99,7 @@ def load_tokenizer(name: str | Path = DEMO) -> Any:
 
 
 def model_name(model: Any) -> str:
-    """Name a model for tables and pages: the demo by that name, a directory by its last part.
-
-    Example:
-        >>> import sat_lens as sl
-        >>> from sat_lens.models import model_name
-        >>> model_name(sl.load_model("demo"))
-        'demo'
-    """
+    """Name a model for tables and pages: the demo by that name, a directory by its last part."""
     name = str(getattr(getattr(model, "cfg", None), "model_name", "") or type(model).__name__)
     if name == str(DEMO_FOLDER):
         return DEMO
@@ -176,12 +157,6 @@ def residual_stream(model: Any) -> list[str]:
     """Return the names of the hook points of the residual stream after each block, in order.
 
     Not all of them need to fire: a block that returns a list, say, passes its hook point by.
-
-    Example:
-        >>> import sat_lens as sl
-        >>> from sat_lens.models import residual_stream
-        >>> residual_stream(sl.load_model("demo"))[-1]
-        'blocks.3.hook_resid_post'
     """
     return residual_names(getattr(model, "hook_dict", ()))
 

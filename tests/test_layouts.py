@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sat_lens.errors import UnsupportedModelError
-from sat_lens.sites.probe import Call, heads_of
+from sat_lens.sites.probe import Call, heads_seen
 from sat_lens.sites.site import as_heads, from_heads, heads_in, layout_of
 
 # shape, number of heads that the configuration claims, layout, and where head 1, query 2 of the
@@ -69,6 +69,6 @@ RUNS = [
 @pytest.mark.parametrize(("shapes", "why_not"), RUNS)
 def test_several_softmaxes_are_one_attention_only_if_they_share_out_the_positions(shapes, why_not):
     call = Call(positions=8, events=[("softmax", torch.zeros(shape)) for shape in shapes])
-    found, layout, n_heads = heads_of([call], hint=4)
+    found, layout, n_heads = heads_seen([call], hint=4)
     assert why_not in found
     assert (layout, n_heads) == (("", 0) if why_not else ("b h q k", 4))

@@ -76,7 +76,6 @@ CONVENTIONS = {
     "-1e9 added": (add(-1e9), F32),
     "-1e9 added twice": (add(-1e9, -1e9), F32),
     "-1e9 added in bfloat16": (add(-1e9), BF16),
-    "-inf and -10,000": (in_turns(fill(-math.inf), add(-1e4)), F32),
     "float32's lowest and -10,000": (in_turns(add(lowest(F32)), add(-1e4)), F32),
     "float16's lowest and -10,000": (in_turns(add(lowest(F16)), add(-1e4)), F16),
     "-1e9 and -10,000": (in_turns(add(-1e9), add(-1e4)), F32),
@@ -92,7 +91,7 @@ kinds = pytest.mark.parametrize(
         "bfloat16's lowest added",
         "float16's lowest by a root",
         "-1e9 added",
-        "-inf and -10,000",
+        "float32's lowest and -10,000",
     ),
 )
 # Examples for each of the many conventions.
@@ -190,6 +189,29 @@ def test_a_transform_never_sees_a_row_without_a_visible_key(convention: str) -> 
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(1, 2, 8, 8, generator=generator).to(dtype)
     transform_scores(mask(scores, hidden), look)
+
+
+LOW = torch.tensor([[1.0, 0.0, 0.0], [-5000.0, 2.0, 0.0], [-5000.5, -5001.0, -4999.0]])
+
+
+@pytest.mark.parametrize("depth", [1.0, 3.0, 20.0, 1e6])
+@pytest.mark.parametrize("mask", [-math.inf, lowest(F32), lowest(BF16), lowest(F32, 64)])
+def test_a_low_score_is_no_mask_where_another_number_marks_the_mask(
+    depth: float, mask: float
+) -> None:
+    scores = torch.where(LOW < -1000, LOW * depth, LOW)
+    hidden = torch.ones(3, 3).triu(1).bool()
+    received = scores.masked_fill(hidden, mask)[None, None]
+    plain = scores.double().masked_fill(hidden, -math.inf)
+    expected = {
+        Limit(): (plain == plain.amax(-1, keepdim=True)).double(),
+        Scale(1e-3): (plain * 1e-3).softmax(-1),
+        Uniform(): (~hidden).double(),
+    }
+    for transform, weights in expected.items():
+        pattern = transform_scores(received, transform).softmax(-1)[0, 0]
+        share = (weights / weights.sum(-1, keepdim=True)).float()
+        assert torch.allclose(pattern, share, atol=1e-5), transform
 
 
 @pytest.mark.parametrize("width", [1e4, 1e6, 1e20])

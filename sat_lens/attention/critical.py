@@ -3,9 +3,6 @@
 For a row of scores, ``c_hi`` is the least inverse temperature at which its pattern is within eps
 of the limit in total variation, and ``c_lo`` the greatest at which it is within eps of uniform. A
 head's own scores do not depend on its own temperature, so both follow from one forward pass.
-
-When not to use it: for all heads at once. Scaling one layer changes the scores of the next; for
-that, see :func:`sat_lens.scaling_curve`.
 """
 
 from __future__ import annotations
@@ -23,14 +20,7 @@ N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE + 1
 
 
 def scale_of_bin(index: Tensor) -> Tensor:
-    """Return the inverse temperature of a bin: 16 bins an octave, from 2^-10 to 2^20.
-
-    Example:
-        >>> import torch
-        >>> from sat_lens.attention.critical import scale_of_bin
-        >>> float(scale_of_bin(torch.tensor(160)))
-        1.0
-    """
+    """Return the inverse temperature of a bin: 16 bins an octave, from 2^-10 to 2^20."""
     return 2.0 ** (index.double() / BINS_PER_OCTAVE + LOWEST_OCTAVE)
 
 

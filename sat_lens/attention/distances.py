@@ -3,10 +3,8 @@
 A saturated row is uniform over some keys and zero elsewhere. Total variation to the nearest of
 them says how well "the head attends to these m keys equally" describes a row, in units of
 probability mass: 0 is exact, and a distance of .1 means that a tenth of the mass sits elsewhere.
-
-When not to use it: to find out where a row goes for a large inverse temperature. That is what
-:class:`sat_lens.transforms.Limit` computes; a row can be near to a saturated row without moving
-towards it as the temperature falls.
+Where a row goes as the inverse temperature grows is another matter
+(:class:`sat_lens.transforms.Limit`).
 """
 
 from __future__ import annotations

@@ -161,14 +161,7 @@ def _row_max_at_zero(
 
 
 def has_only_extreme_masks(scores: Float[Tensor, "*rows key"]) -> bool:
-    """Whether every score is either an extreme mask or above all finite masks.
-
-    Example:
-        >>> has_only_extreme_masks(torch.tensor([0.0, -5.0, -math.inf]))
-        True
-        >>> has_only_extreme_masks(torch.tensor([0.0, -5.0, -10_000.0]))
-        False
-    """
+    """Whether every score is either an extreme mask or above all finite masks."""
     return all(
         float(torch.threshold(block, EXTREME, 0.0).amin()) > LEAST_FINITE_MASK
         for block in blocks_of(scores)
@@ -176,33 +169,14 @@ def has_only_extreme_masks(scores: Float[Tensor, "*rows key"]) -> bool:
 
 
 def blocks_of(scores: Float[Tensor, "*rows key"]) -> Iterator[Float[Tensor, "row key"]]:
-    """Cut scores into blocks of rows that fit into a processor's cache; views, if contiguous.
-
-    Example:
-        >>> [block.shape[0] for block in blocks_of(torch.zeros(3, 1000, 512))]
-        [512, 512, 512, 512, 512, 440]
-    """
+    """Cut scores into blocks of rows that fit into a processor's cache; views, if contiguous."""
     rows = scores.reshape(-1, scores.shape[-1])
     size = len(rows) if scores.device.type != "cpu" else BLOCK_ELEMENTS // rows.shape[1]
     return iter(rows.split(max(1, size)))
 
 
 def transform_in_place(scores: Float[Tensor, "*rows key"], transform: Blockwise) -> None:
-    """Overwrite scores with the result of :func:`sat_lens.attention.transform_scores`.
-
-    Args:
-        scores: Contiguous, in float32, with extreme masks only.
-        transform: What to do to each row.
-
-    Raises:
-        NonFiniteError: The scores hold NaN or +inf. Some rows may have been changed by then.
-
-    Example:
-        >>> scores = torch.tensor([[2.0, 2.0, 1.0, -math.inf]])
-        >>> transform_in_place(scores, Limit())
-        >>> scores.tolist()
-        [[-0.0, -0.0, -1000.0, -inf]]
-    """
+    """Overwrite contiguous float32 scores that have extreme masks only."""
     buffer: Tensor | None = None
     for block in blocks_of(scores):
         buffer = torch.empty_like(block) if buffer is None else buffer[: len(block)]

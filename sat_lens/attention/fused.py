@@ -2,18 +2,7 @@
 
 A fused kernel shows no scores, but they are sums of products of queries and keys: multiplying a
 head's queries by c multiplies its scores by c, and for a power of two does so without rounding.
-Time and memory are the kernel's, so texts may be long. The perplexity of 4,096 tokens, for example,
-here under a random model:
-
-    >>> import math, torch, transformers, sat_lens as sl
-    >>> size = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 64, "n_positions": 4096}
-    >>> special = {"bos_token_id": 0, "eos_token_id": 0}
-    >>> model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **special)).eval()
-    >>> tokens = torch.randint(64, (1, 4096))
-    >>> with torch.no_grad(), sl.saturate(model):
-    ...     loss = model(tokens, labels=tokens, use_cache=False).loss
-    >>> 60 < math.exp(loss) < 70
-    True
+Time and memory are the kernel's, so texts may be long.
 
 The limit: let B bound a head's scores in absolute value. Two float32 scores that differ do so by
 at least 2^-24 of the larger, and the kernel's own rounding blurs what is below some 2^-24 B. A
@@ -23,9 +12,9 @@ exact 0, and keeps every number below the greatest of float32, 2^128. Keys of eq
 Where Triton runs, heads in the limit have a kernel of their own (`hard_kernel`), which needs no
 such factor, judges ties in float32 whatever the model's dtype, and accepts a bias.
 
-When not to use it: where scores themselves are needed (``ties`` other than exact, a transform of
-one's own), where something is added to them, and for exact ties in half precision, in which
-kernels differ. There the scores of eager attention serve.
+The scores of eager attention have to serve where scores themselves are needed (``ties`` other than
+exact, a transform of one's own), where something is added to them, and for exact ties in half
+precision, in which kernels differ.
 """
 
 from __future__ import annotations
@@ -97,13 +86,6 @@ class AttentionCall:
 
         Raises:
             UnsupportedModelError: The mask adds something to visible scores.
-
-        Example:
-            >>> import torch
-            >>> from sat_lens.attention import AttentionCall
-            >>> call = AttentionCall(*torch.ones(3, 1, 1, 2, 4), is_causal=True)
-            >>> call.scores(torch.tensor([[0, 1]])).tolist()
-            [[[[2.0, -inf], [2.0, 2.0]]]]
         """
         n_heads, n_queries = self.query.shape[1:3]
         key = self.key.repeat_interleave(n_heads // self.key.shape[1], 1)
@@ -167,14 +149,7 @@ def rescaled_attention(
 
 
 def limit_kernel(device: torch.device) -> Callable[[AttentionCall], Tensor] | None:
-    """Return the kernel made for the limit; None where PyTorch's fused attention has to serve.
-
-    Example:
-        >>> import torch
-        >>> from sat_lens.attention import limit_kernel
-        >>> limit_kernel(torch.device("meta")) is None
-        True
-    """
+    """Return the kernel made for the limit; None where PyTorch's fused attention has to serve."""
     wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if not wanted or device.type == "meta" or importlib.util.find_spec("triton") is None:
         return None
@@ -282,12 +257,6 @@ def limit_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
     Queries and keys are small whole numbers, so that every score is exact and many are tied. All
     heads but the first are saturated, under a causal flag, a mask of bools and none. A kernel that
     falls short is logged as a warning.
-
-    Example:
-        >>> import torch
-        >>> from sat_lens.attention import limit_is_exact
-        >>> limit_is_exact(torch.device("cpu"), torch.float32)
-        True
     """
     generator = torch.Generator().manual_seed(0)
     shape = (2, N_HEADS, N_TOKENS, HEAD_SIZE)

@@ -20,6 +20,8 @@ EXTREME = -1e30
 # The smallest masks of public models are -10,000, plus or minus a score, and float16's lowest
 # number divided by the square root of a head size (-4,094 at 256).
 LEAST_FINITE_MASK = -2e3
+# Models that mark one mask by an extreme number mark another, if at all, by this (CTRL).
+BESIDE_EXTREME = -1e4
 # A finite mask stands apart from the scores by at least this factor; a wide range of scores,
 # such as a network with enlarged weights has, does not leave such a gap.
 GAP = 4.0
@@ -37,9 +39,10 @@ def mask_threshold(
             mask is the same for all of them; a score that is low in one head only is no mask.
 
     Returns:
-        A threshold; ``-inf`` if no key is masked. Finite masks above -1e30 are told from low
-        scores by the gap between them and all other scores of the tensor; where there are no
-        other scores, nothing counts as masked.
+        A threshold; ``-inf`` if no finite number marks a mask. Where ``-inf`` marks one, every
+        finite score above -1e30 is a score. Elsewhere finite masks above -1e30 are told from low
+        scores by the gap between them and all other scores of the tensor, and beside more extreme
+        masks they have to be -10,000, give or take a score.
 
     Example:
         >>> import torch
@@ -56,10 +59,13 @@ def mask_threshold(
     fixed = scores.detach()
     lowest = float(fixed.amin())
     extreme = lowest <= EXTREME
+    if lowest == -math.inf:
+        return EXTREME
     if extreme:
-        # A finite mask may stand beside it: -inf for the future and -10,000 for padding, say.
         lowest = float(torch.where(fixed > EXTREME, fixed, 0.0).amin())
-    finite = _finite_mask(fixed, all_heads) if lowest <= LEAST_FINITE_MASK else -math.inf
+    finite = -math.inf
+    if lowest <= LEAST_FINITE_MASK:
+        finite = _finite_mask(fixed, all_heads, beside_extreme=extreme)
     return max(finite, EXTREME if extreme else -math.inf)
 
 
@@ -68,7 +74,9 @@ def lowest_bias(dtype: torch.dtype) -> float:
     return max(EXTREME, torch.finfo(dtype).min)
 
 
-def _finite_mask(scores: Float[Tensor, "*rows key"], all_heads: Tensor | None) -> float:
+def _finite_mask(
+    scores: Float[Tensor, "*rows key"], all_heads: Tensor | None, *, beside_extreme: bool
+) -> float:
     """Return the highest finite mask, or -inf if nothing stands apart from the other scores."""
     low = scores <= LEAST_FINITE_MASK
     if all_heads is not None:
@@ -77,5 +85,10 @@ def _finite_mask(scores: Float[Tensor, "*rows key"], all_heads: Tensor | None) -
     others = scores[~low & (scores > EXTREME)]
     if others.numel() == 0 or not bool(low.any()):
         return -math.inf
-    highest = float(scores[low].amax())
-    return highest if -highest >= GAP * float(others.abs().amax()) else -math.inf
+    highest, largest = float(scores[low].amax()), float(others.abs().amax())
+    if beside_extreme:
+        away = float((scores[low] - BESIDE_EXTREME).abs().amax())
+        # One part in a hundred is what half precision makes of a number.
+        if away > largest + abs(BESIDE_EXTREME) / 100:
+            return -math.inf
+    return highest if -highest >= GAP * largest else -math.inf

@@ -4,9 +4,6 @@ A transform takes float32 scores in which masked keys hold ``-inf`` and every ro
 one visible key; it returns scores of the same shape. These are the library's own; one of your own
 is any callable of that form, three lines long. The engine that applies a transform takes care of
 masks, dtypes and rows without a visible key.
-
-When not to use it: to change a pattern after the softmax. Rounding and underflow have removed by
-then what the limit needs to tell ties from near-ties.
 """
 
 from __future__ import annotations

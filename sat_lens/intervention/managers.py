@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,12 +17,13 @@ from sat_lens.attention.transforms import Ties, check_ties
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.intervention.attach import attach_edits, refusing_attention_not_probed
 from sat_lens.intervention.edits import (
+    Edit,
     Observation,
     TransformEdit,
     TransformOfHeads,
+    put,
     transform_for,
 )
-from sat_lens.intervention.hooks import pattern_hook, scores_hook
 from sat_lens.sites import (
     AttentionSite,
     Heads,
@@ -146,9 +148,9 @@ def saturation_hooks(
         _check_reachable(site)
         edit = TransformEdit.at(site, _by_scale(chosen, ties))
         if site.level == "scores":
-            hooks.append((f"{path}.hook_attn_scores", scores_hook(edit)))
+            hooks.append((f"{path}.hook_attn_scores", _scores_hook(edit)))
         elif site.pattern_is_true and min(chosen.values()) >= 1:
-            hooks.append((f"{path}.hook_pattern", pattern_hook(edit)))
+            hooks.append((f"{path}.hook_pattern", _pattern_hook(edit)))
         else:
             raise UnsupportedModelError(
                 f"{path} cannot be saturated through a TransformerLens hook"
@@ -157,6 +159,42 @@ def saturation_hooks(
                 "Use `with sat_lens.saturate(model): ...`."
             )
     return hooks
+
+
+def _scores_hook(edit: Edit) -> Callable[..., Tensor]:
+    def hook_fn(scores: Tensor, hook: Any = None) -> Tensor:  # noqa: ARG001 - TransformerLens names it
+        new = edit(scores)
+        return scores if new is None else put(scores, new.heads, new.scores.to(scores.dtype))
+
+    return hook_fn
+
+
+def _pattern_hook(edit: Edit) -> Callable[..., Tensor]:
+    # The logarithm of a pattern is its scores up to a constant per row, and neither an inverse
+    # temperature nor a tie depends on that constant. Keys whose probability underflowed to 0 stay
+    # at 0, which is right for inverse temperatures of 1 and more.
+    def hook_fn(pattern: Tensor, hook: Any = None) -> Tensor:  # noqa: ARG001 - TransformerLens names it
+        if torch.finfo(pattern.dtype).bits < 32:
+            raise UnsupportedModelError(
+                f"A hook on patterns needs float32, and this pattern is in {pattern.dtype}: its "
+                "rounding makes ties that the scores do not have. Use "
+                "`with sat_lens.saturate(model): ...`, which reaches the scores."
+            )
+        new = edit(_logarithm(pattern))
+        if new is None:
+            return pattern
+        # A row of zeros has no visible key and stays one.
+        empty = new.scores.amax(-1, keepdim=True) == -math.inf
+        rows = new.scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+        return put(pattern, new.heads, rows.to(pattern.dtype))
+
+    return hook_fn
+
+
+def _logarithm(pattern: Tensor) -> Tensor:
+    """Take the logarithm, -inf at 0, with a gradient that is finite there."""
+    zero = pattern == 0
+    return pattern.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
 
 
 @contextlib.contextmanager

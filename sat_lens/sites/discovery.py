@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,8 +28,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Found = TypeVar("Found")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Survey:
+class _Survey(NamedTuple):
     """What one look at a model found, and the state that the model was in."""
 
     state: object
@@ -214,16 +212,8 @@ _logged: set[str] = set()
 def eager_attention(model: Any, why: str) -> Iterator[list[AttentionSite]]:
     """Switch a plain Hugging Face model to eager attention, and back when the block ends.
 
-    Args:
-        model: A Hugging Face model.
-        why: What keeps its fused kernel from serving. Each reason is logged once, as a warning,
-            because eager attention makes the whole matrix of scores.
-
-    Yields:
-        The attention modules of the eager model.
-
-    Raises:
-        UnsupportedModelError: The model cannot be switched.
+    Each reason ``why`` is logged once, because eager attention makes the whole matrix of scores.
+    Yields the attention modules of the eager model.
     """
     if why not in _logged:
         _logged.add(why)

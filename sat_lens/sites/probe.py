@@ -1,20 +1,17 @@
 """Finding the attention of a model, and its levels, by running it once and watching.
 
-Nothing is assumed from a class name or a configuration. One forward pass records, module by module,
-in which order the scores' hook, the softmax, the pattern's hook and the end of the module come, and
-whether the softmax received exactly what the scores' hook showed.
-
-The level is ``scores`` if the hook came first and its tensor went into the softmax unchanged: then
-an edit there is an edit of the attention. In all other cases with one softmax per call it is
-``softmax``; in a plain Hugging Face model with one fused attention per call it is ``kernel``. An
-edit at a hook point that fires after the softmax is discarded by the model; the names of such hook
-points are kept, so that nobody makes such an edit unaware.
+One forward pass records, module by module, in which order the scores' hook, the softmax, the
+pattern's hook and the end of the module come, and whether the softmax received exactly what the
+scores' hook showed. The level is ``scores`` if the hook came first and its tensor went into the
+softmax unchanged, ``softmax`` in all other cases with one softmax per call, and ``kernel`` in a
+plain Hugging Face model with one fused attention per call. The model discards edits at hook points
+that fire after the softmax; their names are kept, so that nobody makes such an edit unaware.
 
 TransformerLens's hook points say which modules are attention. Where there are none (vision towers
-that it wraps as a whole, hybrids, plain Hugging Face models), the innermost module that runs when a
-fused attention or a softmax over four axes is called is an attention module, if that softmax has a
-query for each position of the module's input. The mixing of parallel residual streams has not, nor
-has attention among channels.
+that it wraps as a whole, hybrids, plain models), it is the innermost module that runs when a fused
+attention or a softmax over four axes is called, if that softmax has a query for each position of
+the module's input. The mixing of parallel residual streams has not, nor has attention among
+channels.
 """
 
 from __future__ import annotations
@@ -51,11 +48,7 @@ def probe(
 ) -> tuple[list[AttentionSite], list[str]]:
     """Run the model once, without the hooks of its hook points, and find its attention.
 
-    Args:
-        model: A model with hook points, or a plain Hugging Face model.
-        paths: The modules whose hook points show a pattern; None for a plain model.
-        args: What to run it on.
-        kwargs: Further arguments of the model's own forward.
+    ``paths`` are the modules whose hook points show a pattern; None for a plain model.
 
     Returns:
         The attention modules that ran, those that ``paths`` did not name last; and the parts of the
@@ -97,16 +90,12 @@ def head_count_hint(model: Any) -> int | None:
 
 @dataclasses.dataclass
 class Call:
-    """What happened while one attention module ran once, in order.
+    """What happened while one attention module ran once, in order."""
 
-    ``positions`` counts those of its input, 0 where nobody did. ``whole`` says that PyTorch's own
-    multi-head attention ran, which shows nothing of itself.
-    """
-
-    positions: int = 0
+    positions: int = 0  # of its input; 0 where nobody counted
     events: list[tuple[str, Tensor | None]] = dataclasses.field(default_factory=list)
     fused: list[AttentionCall] = dataclasses.field(default_factory=list)
-    whole: bool = False
+    whole: bool = False  # PyTorch's own multi-head attention ran, which shows nothing of itself
 
     def order(self, name: str) -> int | None:
         """Return the position of the first event of that name, or None."""
@@ -120,7 +109,7 @@ class Call:
     def is_in_pieces(self) -> bool:
         """Whether several softmaxes ran and each position of the input had its row in one of them.
 
-        So it is in towers that pack images of any size, or windows of one, into one sequence.
+        Towers that pack images of any size, or windows of one, into one sequence do so.
         """
         shapes = [scores.shape for scores in self.tensors("softmax")]
         attend_to_themselves = all(shape[-2] == shape[-1] for shape in shapes)
@@ -142,15 +131,11 @@ class Call:
 
 @dataclasses.dataclass
 class _Watched:
-    """What one forward pass showed.
-
-    ``known`` maps the modules whose hook points show a pattern to their paths; ``running`` are the
-    modules that run at the moment, the innermost last.
-    """
+    """What one forward pass showed."""
 
     model: nn.Module
-    known: dict[nn.Module, str]
-    running: list[tuple[nn.Module, Call]]
+    known: dict[nn.Module, str]  # whose hook points show a pattern, with their paths
+    running: list[tuple[nn.Module, Call]]  # at the moment, the innermost last
     dropout: bool = False
     ran: set[nn.Module] = dataclasses.field(default_factory=set)
     found: dict[nn.Module, list[Call]] = dataclasses.field(default_factory=dict)
@@ -314,7 +299,7 @@ def _site(place: Place, calls: list[Call], hint: int | None, *, plain: bool) -> 
         (fused,) = calls[0].fused
         level, why_not, layout, n_heads = "kernel", _bias(fused), "b h q k", fused.query.shape[1]
     else:
-        why_not, layout, n_heads = heads_of(calls, hint)
+        why_not, layout, n_heads = heads_seen(calls, hint)
         level = "scores" if all(_scores_are_the_input(call) for call in calls) else "softmax"
         level = None if why_not else level
     return AttentionSite(
@@ -332,7 +317,7 @@ def _site(place: Place, calls: list[Call], hint: int | None, *, plain: bool) -> 
     )
 
 
-def heads_of(calls: list[Call], hint: int | None) -> tuple[str, str, int]:
+def heads_seen(calls: list[Call], hint: int | None) -> tuple[str, str, int]:
     """Return why heads cannot be reached (empty if they can), their layout, and their number."""
     if any(call.whole for call in calls):
         return "torch.nn.MultiheadAttention computes it in one call that shows no scores", "", 0

@@ -21,13 +21,7 @@ _DOTTED = re.compile(r"(?P<stack>)(?P<layer>[0-9]+)\.(?P<head>[0-9]+)")
 
 
 def head_label(stack: str, layer: int, head: int) -> str:
-    """Name a head as every table, figure and argument of this library does.
-
-    Example:
-        >>> from sat_lens.sites import head_label
-        >>> head_label("", 5, 1), head_label("encoder", 0, 3)
-        ('L5H1', 'encoder.L0H3')
-    """
+    """Name a head as every table, figure and argument of this library does."""
     return f"{stack}.L{layer}H{head}" if stack else f"L{layer}H{head}"
 
 
@@ -105,16 +99,11 @@ _STACKS = {
 def places(paths: list[str]) -> list[Place]:
     """Read stack, layer and kind off the names of attention modules.
 
-    Example:
-        >>> from sat_lens.sites import places
-        >>> names = ["decoder_blocks.0.self_attn", "decoder_blocks.0.cross_attn"]
-        >>> [(place.stack, place.layer) for place in places(names)]
-        [('decoder', 0), ('cross', 0)]
+    For example, the stack of ``decoder_blocks.0.cross_attn`` is ``cross``, and its layer 0.
     """
-    found = [_place(path) for path in paths]
     seen: dict[tuple[str, int], str] = {}
     distinct = []
-    for place in found:
+    for place in map(_place, paths):
         if seen.setdefault((place.stack, place.layer), place.path) != place.path:
             # Two attention modules in one block: the second is named by its own module name.
             stack = ".".join(filter(None, [place.stack, place.path.rsplit(".", 1)[-1]]))
@@ -163,12 +152,6 @@ def layout_of(shape: Sequence[int], hint: int | None) -> str | None:
 
     ``shape`` is that of the tensor that softmax received, ``hint`` the number of heads that the
     configuration claims; four axes can do without.
-
-    Example:
-        >>> layout_of([2, 4, 8, 8], hint=4), layout_of([2, 8, 4, 9], hint=4)
-        ('b h q k', 'b q h k')
-        >>> layout_of([8, 5, 5], hint=4), layout_of([8, 5, 5], hint=None)
-        ('(b h) q k', None)
     """
     if len(shape) == 4:
         # A tower may have other numbers of heads than the configuration claims for the text.
