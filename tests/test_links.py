@@ -62,7 +62,7 @@ def commands(page):
 
 
 def targets():
-    return set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", [page for page in COMMANDED if commands(page)], ids=name_of)

@@ -30,8 +30,8 @@ examples:
   sat-lens check bert-base-uncased         which attention modules can be saturated
 """
 _MODEL = (
-    'the bundled "demo" (default), a local directory in Hugging Face format, or a hub name such as '
-    "gpt2, with an optional @revision"
+    'the bundled "demo" (default), a local directory in Hugging Face format, a GGUF file, or a hub '
+    "name such as gpt2, with an optional @revision"
 )
 
 
