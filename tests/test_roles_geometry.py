@@ -13,9 +13,9 @@ from everyday import everyday
 import sat_lens as sl
 from sat_lens.errors import ArgumentError
 from sat_lens.roles.positions import as_rows
+from sat_lens.roles.result import head_row
 from sat_lens.roles.rule import Thresholds, lean, role_of
 from sat_lens.roles.sums import Sums
-from sat_lens.roles.table import head_row
 from sat_lens.sites import AttentionSite
 from sat_lens.vocabulary import DESCRIPTIONS
 

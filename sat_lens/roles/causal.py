@@ -14,16 +14,17 @@ saturated row, and its output by zero. That takes four forward passes per head a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat_lens.attention import Limit, Transform, Uniform
-from sat_lens.caching.activations import hook_point, of_heads
+from sat_lens.caching.activations import of_heads, replaced
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import attach_transforms
@@ -47,37 +48,26 @@ def row_importance(
         ArgumentError: The metric is unknown, no scalar, or does not depend on the attention.
         UnsupportedModelError: A module has no place where its z can be read.
     """
-    outputs: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+
+    def keep(path: str, z: Tensor) -> Tensor:
+        # With frozen weights nothing requires a gradient until something here does.
+        kept[path] = z if z.requires_grad else z.detach().requires_grad_()
+        return kept[path]
+
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         for site in sites:
-            stack.enter_context(_keeping_z(model, site, outputs))
-        logits = batch.run(model)
-        value = _value(metric, batch, logits)
-        present = {site.path: outputs[site.path] for site in sites if site.path in outputs}
-        gradients = torch.autograd.grad(value, list(present.values()), allow_unused=True)
+            keeping = functools.partial(keep, site.path)
+            stack.enter_context(replaced(model, site, "z", keeping))
+        value = _value(metric, batch, batch.run(model))
+        gradients = torch.autograd.grad(
+            value, [kept[site.path] for site in sites], allow_unused=True, materialize_grads=True
+        )
     importance = {}
-    for (path, z), gradient in zip(present.items(), gradients, strict=True):
-        if gradient is None:
-            gradient = torch.zeros_like(z)
-        site = next(site for site in sites if site.path == path)
-        counted = _counted(batch, site, z)
-        importance[path] = _weigh(z.detach(), gradient, counted, site.n_heads)
+    for site, gradient in zip(sites, gradients, strict=True):
+        z = kept[site.path].detach()
+        importance[site.path] = _weigh(z, gradient, _counted(batch, site, z), site.n_heads)
     return importance
-
-
-@contextlib.contextmanager
-def _keeping_z(model: Any, site: AttentionSite, outputs: dict[str, Tensor]) -> Iterator[None]:
-    def hook(_module: nn.Module, _args: Any, z: Tensor) -> Tensor:
-        # With frozen weights nothing requires a gradient until something here does.
-        kept = z if z.requires_grad else z.detach().requires_grad_()
-        outputs[site.path] = kept
-        return kept
-
-    handle = hook_point(model, site, "z").register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _value(metric: Metric | str, batch: Batch, logits: Any) -> Tensor:
@@ -152,23 +142,18 @@ def head_damage(
                 )
                 for name, new in REPLACEMENTS.items()
             }
-            zeroed = [damage(_without_output(model, site, head)) for head in heads]
+            zeroed = [
+                damage(replaced(model, site, "z", functools.partial(_without, site.n_heads, head)))
+                for head in heads
+            ]
             found[site.path]["zero"] = torch.stack(zeroed, 1)
     return found
 
 
-@contextlib.contextmanager
-def _without_output(model: Any, site: AttentionSite, head: int) -> Iterator[None]:
-    def hook(_module: nn.Module, _args: Any, z: Tensor) -> Tensor:
-        changed = of_heads(z, site.n_heads).clone()
-        changed[:, :, head] = 0
-        return changed.reshape(z.shape)
-
-    handle = hook_point(model, site, "z").register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _without(n_heads: int, head: int, z: Tensor) -> Tensor:
+    changed = of_heads(z, n_heads).clone()
+    changed[:, :, head] = 0
+    return changed.reshape(z.shape)
 
 
 def _per_prompt(metric: Metric | str, batch: Batch) -> Callable[[Any], Tensor]:

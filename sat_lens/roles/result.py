@@ -8,36 +8,43 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sat_lens import figures
 from sat_lens._checks import check_count, check_number
+from sat_lens.attention.critical import N_BINS, scale_of_bin
 from sat_lens.errors import ArgumentError
 from sat_lens.results import Result, largest
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, Rows
-from sat_lens.roles.rule import Thresholds
-from sat_lens.roles.sums import Sums
-from sat_lens.roles.table import head_row, lean_error, share_at_offset
+from sat_lens.roles.rule import IDEAL, Targets, Thresholds, lean, role_of, target_of
+from sat_lens.roles.sums import DAMAGES, M_BINS_PER_OCTAVE, OFFSET_BINS, Sums
 from sat_lens.sites import AttentionSite
-from sat_lens.vocabulary import CAUTION, DESCRIPTIONS
+from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES, TARGET_MARKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # A change that arithmetic in float32 may make by itself.
 ROUNDING = 1e-5
-# What labels rest on: the sum of a number over rows, and that of the rows themselves.
+# What each mean is made of: the sum of a number over rows, and that of the rows themselves.
 _SUMS = {
     "tv_argmax": ("tv_argmax", "rows"),
     "tv_mean": ("tv_mean", "rows"),
+    "n_eff_share": ("n_eff_share", "rows"),
     "tv_nearest": ("tv_nearest", "sampled_rows"),
-    "previous": ("mass_previous", "aligned_rows"),
-    "self": ("mass_self", "aligned_rows"),
-    "next": ("mass_next", "aligned_rows"),
-    "first": ("mass_first", "aligned_rows"),
+    "m_share": ("m_share", "sampled_rows"),
+    "tv_argmax_no_sink": ("tv_argmax_no_sink", "sampled_rows"),
+    "tv_mean_no_sink": ("tv_mean_no_sink", "sampled_rows"),
+    "sink_mass": ("mass_sink", "sink_rows"),
+    "argmax_first": ("argmax_first", "aligned_rows"),
     "special": ("mass_special", "special_rows"),
     "induction": ("mass_induction", "induction_rows"),
     "duplicate": ("mass_duplicate", "duplicate_rows"),
 }
+_SUMS |= {name: (f"mass_{name}", "aligned_rows") for name in ("previous", "self", "next", "first")}
+_SUMS |= {f"damage_{name}": (f"damage_{name}", "damage_sequences") for name in DAMAGES}
 _OF_ROLES = ("tv_argmax", "tv_mean", "tv_nearest")
 
 
@@ -210,6 +217,131 @@ class HeadRoles(Result, kind="head roles"):
         return table.rename(columns={**renamed, "changed": "learned"})
 
 
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """Means of one head over its rows, with their standard errors."""
+
+    sums: Sums
+    head: int
+
+    def counts(self, rows: str) -> bool:
+        return bool(self.sums.by_name[rows][0, self.head] > 0)
+
+    def mean(self, name: str) -> float:
+        total, rows = (float(self.sums.by_name[part][0, self.head]) for part in _SUMS[name])
+        return total / rows if rows else math.nan
+
+    def distance(self, name: str) -> float:
+        # Rounding takes a distance of 0 below it.
+        return max(self.mean(name), 0.0)
+
+    def error(self, name: str) -> float:
+        """The standard deviation of a mean, or of the lean, over resamples of the sequences."""
+        if name == "lean":
+            argmax, mean = (self._resampled(part) for part in ("tv_argmax", "tv_mean"))
+            values = mean / (argmax + mean)
+        else:
+            values = self._resampled(name)
+        return float(values.std()) if len(values) > 1 else math.nan
+
+    def _resampled(self, name: str) -> Float[Tensor, " resample"]:
+        total, rows = (self.sums.by_name[part][1:, self.head] for part in _SUMS[name])
+        return (total / rows)[rows > 0]
+
+
+def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds) -> dict[str, Any]:
+    """Return all columns of one head; :meth:`HeadRoles.frame` says what they mean."""
+    of_head = _Head(sums, head)
+    histograms = {name: value[head] for name, value in sums.histograms.items()}
+    tv_argmax, tv_mean, tv_nearest = map(of_head.distance, _OF_ROLES)
+    median_m = _median_m(histograms["m_keys"])
+    role = role_of(tv_argmax, tv_mean, tv_nearest, median_m, thresholds)
+    leaning = lean(tv_argmax, tv_mean)
+    masses = {name: of_head.mean(name) for name in TARGET_MARKS}
+    offset, share = _mode(histograms["offsets"])
+    sink_mass = of_head.mean("sink_mass")
+    row = {
+        "label": site.label(head),
+        "stack": site.stack,
+        "layer": site.layer,
+        "head": head,
+        "role": role,
+        "target": target_of(
+            leaning, Targets(masses, offset, share, of_head.mean("argmax_first")), thresholds
+        ),
+        "saturated": tv_nearest <= thresholds.near,
+        "tv_argmax": tv_argmax,
+        "tv_mean": tv_mean,
+        "tv_nearest": tv_nearest,
+        "lean": leaning,
+        "lean_se": of_head.error("lean"),
+        "median_m": median_m,
+        "m_share": of_head.mean("m_share"),
+        "n_eff_share": of_head.mean("n_eff_share"),
+        "sink_mass": sink_mass,
+        "sink": sink_mass >= thresholds.sink,
+        "lean_no_sink": math.nan,
+        "modal_offset": offset,
+        "modal_share": share,
+        "modal_mass": _share_at_offset(histograms["offset_mass"], offset),
+        **masses,
+        "c_lo": _median_scale(histograms["c_lo"]),
+        "c_hi": _median_scale(histograms["c_hi"]),
+    }
+    # Without a sink that is known there is nothing to leave out.
+    if of_head.counts("sink_rows"):
+        row["lean_no_sink"] = lean(*map(of_head.distance, ("tv_argmax_no_sink", "tv_mean_no_sink")))
+    if of_head.counts("damage_sequences"):
+        damage = {name: of_head.mean(f"damage_{name}") for name in DAMAGES}
+        row |= {f"damage_{name}": value for name, value in damage.items()}
+        own = damage[IDEAL[role]] if role else math.nan
+        row["relative_damage"] = own / damage["zero"] if damage["zero"] else math.nan
+    row["agreement"] = _share_of(histograms["row_roles"], ROLES.index(role)) if role else math.nan
+    row["n_rows"] = int(sums.counted[head])
+    return row
+
+
+def _mode(offsets: Tensor) -> tuple[float, float]:
+    """Return the commonest offset and its share; the bins at both ends are of no one offset."""
+    best = int(offsets[1:-1].argmax()) + 1
+    if not float(offsets[best]):
+        return math.nan, 0.0 if float(offsets.sum()) else math.nan
+    return float(best - OFFSET_BINS // 2), _share_of(offsets, best)
+
+
+def _share_at_offset(histogram: Tensor, offset: float) -> float:
+    if math.isnan(offset):
+        return math.nan
+    return _share_of(histogram, int(offset) + OFFSET_BINS // 2)
+
+
+def _share_of(histogram: Tensor, place: int) -> float:
+    total = float(histogram.sum())
+    return float(histogram[place]) / total if total else math.nan
+
+
+def _median_bin(histogram: Tensor) -> int | None:
+    cumulative = histogram.cumsum(0)
+    total = cumulative[-1:]
+    # searchsorted wants the first bin that reaches half; rounding may leave the sum short of it.
+    return int(torch.searchsorted(cumulative, total / 2)) if float(total) else None
+
+
+def _median_m(histogram: Tensor) -> float:
+    middle = _median_bin(histogram)
+    # Sixteen bins an octave tell whole numbers apart up to 22; above, this is to 4 %.
+    return math.nan if middle is None else float(round(2 ** (middle / M_BINS_PER_OCTAVE)))
+
+
+def _median_scale(histogram: Tensor) -> float:
+    middle = _median_bin(histogram)
+    if middle is None:
+        return math.nan
+    if middle == 0:
+        return 0.0
+    return math.inf if middle == N_BINS - 1 else float(scale_of_bin(torch.tensor(middle)))
+
+
 def _comparison(first: HeadRoles, other: HeadRoles, errors: float) -> pd.DataFrame:
     mine, theirs = first.frame(), other.frame()
     if list(mine.index) != list(theirs.index):
@@ -222,55 +354,49 @@ def _comparison(first: HeadRoles, other: HeadRoles, errors: float) -> pd.DataFra
         table[name], table[f"{name}_other"] = mine[name], theirs[name]
     table["change"] = theirs["lean"] - mine["lean"]
     table["change_se"] = (mine["lean_se"] ** 2 + theirs["lean_se"] ** 2) ** 0.5
-    heads = zip(table.to_dict("records"), _heads(first, mine), _heads(other, theirs), strict=True)
-    table["moved"] = [", ".join(_moved(*head, errors)) for head in heads]
+    heads = zip(_heads(first), _heads(other), table.to_dict("records"), strict=True)
+    table["moved"] = [
+        ", ".join(
+            name
+            for name in _names_behind(row)
+            if _moved(_estimate(one, name, first), _estimate(two, name, other), errors)
+        )
+        for one, two, row in heads
+    ]
     table["changed"] = table["moved"] != ""
     return table
 
 
-@dataclasses.dataclass(frozen=True)
-class _Head:
-    """One head of a result, whose numbers come with their standard errors."""
-
-    sums: Sums
-    head: int
-    lean: float
-    n_sequences: int
-
-    def estimate(self, name: str) -> tuple[float, float]:
-        if self.n_sequences < 2:
-            return math.nan, math.nan
-        if name == "lean":
-            return self.lean, lean_error(self.sums, self.head)
-        if name in _SUMS:
-            total, rows = (self.sums.by_name[part][:, self.head] for part in _SUMS[name])
-            means = (total / rows)[rows > 0]
-            return (float(means[0]), float(means[1:].std())) if rows[0] > 0 else (math.nan,) * 2
-        offset = int(name.removeprefix("offset "))
-        share = share_at_offset(self.sums.histograms["offsets"][self.head], offset)
-        # A share varies most if the rows of a sequence are all alike.
-        return share, math.sqrt(share * (1 - share) / self.n_sequences)
-
-
-def _heads(roles: HeadRoles, frame: pd.DataFrame) -> list[_Head]:
-    places = [(roles.sums[site.path], head) for site in roles.sites for head in range(site.n_heads)]
+def _heads(roles: HeadRoles) -> list[_Head]:
     return [
-        _Head(*place, lean, roles.n_sequences)
-        for place, lean in zip(places, frame["lean"].tolist(), strict=True)
+        _Head(roles.sums[site.path], head) for site in roles.sites for head in range(site.n_heads)
     ]
 
 
-def _moved(row: dict[Any, Any], first: _Head, other: _Head, errors: float) -> list[str]:
-    """The names of the numbers that moved: the lean, and those behind a label that changed."""
+def _names_behind(row: dict[Any, Any]) -> list[str]:
+    """The numbers to compare: the lean, and those behind a label that changed."""
     names = ["lean"]
     if row["role"] != row["role_other"]:
         names += _OF_ROLES
     if row["target"] != row["target_other"]:
         names += filter(None, (row["target"], row["target_other"]))
-    moved = []
-    for name in names:
-        (before, before_error), (after, after_error) = first.estimate(name), other.estimate(name)
-        limit = max(ROUNDING, errors * math.hypot(before_error, after_error))
-        if abs(after - before) > limit:
-            moved.append(name)
-    return moved
+    return names
+
+
+def _estimate(head: _Head, name: str, roles: HeadRoles) -> tuple[float, float]:
+    """Return a number of a head, and its standard error."""
+    if roles.n_sequences < 2:
+        return math.nan, math.nan
+    if name == "lean":
+        return lean(head.distance("tv_argmax"), head.distance("tv_mean")), head.error("lean")
+    if name in _SUMS:
+        return head.mean(name), head.error(name)
+    offset = int(name.removeprefix("offset "))
+    share = _share_at_offset(head.sums.histograms["offsets"][head.head], offset)
+    # A share varies most if the rows of a sequence are all alike.
+    return share, math.sqrt(share * (1 - share) / roles.n_sequences)
+
+
+def _moved(before: tuple[float, float], after: tuple[float, float], errors: float) -> bool:
+    limit = max(ROUNDING, errors * math.hypot(before[1], after[1]))
+    return abs(after[0] - before[0]) > limit

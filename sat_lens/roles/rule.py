@@ -13,7 +13,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
 from sat_lens._checks import check_number
+from sat_lens.vocabulary import ROLES
 
 # The pattern that a role claims to describe.
 IDEAL = {
@@ -84,19 +89,29 @@ def role_of(
         >>> role_of(0.1, 0.8, 0.1, 1), role_of(0.7, 0.6, 0.1, 3), role_of(0.5, 0.5, 0.4, 2)
         ('argmax', 'subset', 'soft')
     """
-    t = thresholds or Thresholds()
     if math.isnan(tv_argmax):
         return ""
-    if tv_argmax <= t.near:
-        return "argmax"
-    if tv_mean <= t.near:
-        return "mean"
-    if tv_nearest <= t.near and median_m > 1:
-        return "subset"
-    leaning = lean(tv_argmax, tv_mean)
-    if leaning >= t.argmax_lean:
-        return "argmax-lean"
-    return "mean-lean" if leaning <= t.mean_lean else "soft"
+    numbers = torch.tensor([tv_argmax, tv_mean, tv_nearest, median_m], dtype=torch.float64)
+    return ROLES[int(roles_of(thresholds or Thresholds(), *numbers))]
+
+
+def roles_of(
+    thresholds: Thresholds,
+    tv_argmax: Float[Tensor, "*any"],
+    tv_mean: Float[Tensor, "*any"],
+    tv_nearest: Float[Tensor, "*any"],
+    m: Num[Tensor, "*any"],
+) -> Int[Tensor, "*any"]:
+    """Apply the rule to many heads or rows at once, and return places in ``ROLES``."""
+    leaning = tv_mean / (tv_argmax + tv_mean)
+    role = torch.full(m.shape, ROLES.index("soft"), device=m.device)
+    # A later line takes precedence over those before.
+    role[leaning <= thresholds.mean_lean] = ROLES.index("mean-lean")
+    role[leaning >= thresholds.argmax_lean] = ROLES.index("argmax-lean")
+    role[(tv_nearest <= thresholds.near) & (m > 1)] = ROLES.index("subset")
+    role[tv_mean <= thresholds.near] = ROLES.index("mean")
+    role[tv_argmax <= thresholds.near] = ROLES.index("argmax")
+    return role
 
 
 def target_of(leaning: float, targets: Targets, thresholds: Thresholds | None = None) -> str:

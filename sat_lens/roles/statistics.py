@@ -23,7 +23,7 @@ from sat_lens.attention.engine import has_only_extreme_masks
 from sat_lens.attention.masks import EXTREME, mask_threshold
 from sat_lens.errors import NonFiniteError
 from sat_lens.roles.positions import NO_POSITION, RELATIONS, OneSequence, Positions
-from sat_lens.roles.rule import Thresholds
+from sat_lens.roles.rule import Thresholds, roles_of
 from sat_lens.roles.sums import (
     FARTHEST_OFFSET,
     M_BINS,
@@ -32,7 +32,6 @@ from sat_lens.roles.sums import (
     SAMPLE_SUMS,
     Sums,
 )
-from sat_lens.vocabulary import ROLES
 
 BLOCK_ELEMENTS = 2**18
 FUSED_BLOCK_ELEMENTS = 2**22
@@ -210,7 +209,7 @@ def measure_sample(
     }
     _spread(sums, SAMPLE_SUMS, _totals(rows, weight, SAMPLE_SUMS), sequence.resampling)
     m_bins = (soft.m.double().log2() * M_BINS_PER_OCTAVE).round().long().clamp(max=M_BINS - 1)
-    roles = _roles_of_rows(soft.tv_argmax, soft.tv_mean, soft.tv_nearest, soft.m, thresholds)
+    roles = roles_of(thresholds, soft.tv_argmax, soft.tv_mean, soft.tv_nearest, soft.m)
     _count(sums.histograms["m_keys"], m_bins, weight)
     _count(sums.histograms["row_roles"], roles, weight)
     if sequence.known["aligned_rows"]:
@@ -237,20 +236,6 @@ def _mass_by_offset(
     mass *= (at >= 0) & (at < n_places)
     rest = (1 - mass.sum(-1, keepdim=True)).clamp(min=0)
     return torch.cat([torch.zeros_like(rest), mass, rest], dim=-1)
-
-
-def _roles_of_rows(
-    tv_argmax: Tensor, tv_mean: Tensor, tv_nearest: Tensor, m: Tensor, t: Thresholds
-) -> Int[Tensor, "head row"]:
-    """Apply the rule of :func:`sat_lens.roles.rule.role_of` to single rows."""
-    leaning = tv_mean / (tv_argmax + tv_mean).clamp(min=1e-12)
-    role = torch.full_like(m, ROLES.index("soft"))
-    role[leaning <= t.mean_lean] = ROLES.index("mean-lean")
-    role[leaning >= t.argmax_lean] = ROLES.index("argmax-lean")
-    role[(tv_nearest <= t.near) & (m > 1)] = ROLES.index("subset")
-    role[tv_mean <= t.near] = ROLES.index("mean")
-    role[tv_argmax <= t.near] = ROLES.index("argmax")
-    return role
 
 
 def _totals(
