@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
+import itertools
 import json
 import numbers
 import os
@@ -166,32 +168,27 @@ class Result:
             raise ArgumentError("Needed at least one result to merge, and none was given.")
         if not cls._summed:
             raise ArgumentError(f"Results of kind {cls._kind!r} do not add up over data.")
-        first = parts[0]
-        apart = {*cls._summed, "provenance", "complete"}
-        settings = [f.name for f in dataclasses.fields(cls) if f.name not in apart]
-        for i, part in enumerate(parts):
-            for name in settings:
-                mine, theirs = getattr(first, name), getattr(part, name)
-                if not _same(mine, theirs):
-                    remedy = cls._remedies.get(name, "Measure all parts alike.")
-                    raise ArgumentError(
-                        f"Only results of one model and one setting can be merged; {name} differs "
-                        f"({shown(mine)} and {shown(theirs)}). {remedy}"
-                    )
-            for j, other in enumerate(parts[:i]):
-                # Different data do not give the same sums to the last bit.
-                if all(_same(getattr(part, name), getattr(other, name)) for name in cls._summed):
-                    raise ArgumentError(
-                        f"Parts {j + 1} and {i + 1} are the same, and each may be merged once only."
-                    )
-        merged: Any = first
-        for part in parts[1:]:
-            sums = {name: _sum(getattr(merged, name), getattr(part, name)) for name in cls._summed}
-            merged = dataclasses.replace(merged, **sums)
-        if hasattr(first, "complete"):
-            whole = all(part.complete for part in typing.cast("Sequence[Any]", parts))
-            merged = dataclasses.replace(merged, complete=whole)
-        return typing.cast("_Own", merged)
+        fields = [f.name for f in dataclasses.fields(cls)]
+        for name in (n for n in fields if n not in (*cls._summed, "provenance", "complete")):
+            mine, *theirs = (getattr(part, name) for part in parts)
+            others = [value for value in theirs if not _same(mine, value)]
+            if others:
+                remedy = cls._remedies.get(name, "Measure all parts alike.")
+                raise ArgumentError(
+                    f"Only results of one model and one setting can be merged; {name} differs "
+                    f"({shown(mine)} and {shown(others[0])}). {remedy}"
+                )
+        sums = [{name: getattr(part, name) for name in cls._summed} for part in parts]
+        for i, j in itertools.combinations(range(len(parts)), 2):
+            # Different data do not give the same sums to the last bit.
+            if _same(sums[i], sums[j]):
+                raise ArgumentError(
+                    f"Parts {i + 1} and {j + 1} are the same, and each may be merged once only."
+                )
+        merged = functools.reduce(_sum, sums)
+        if "complete" in fields:
+            merged["complete"] = all(getattr(part, "complete", True) for part in parts)
+        return dataclasses.replace(parts[0], **merged)
 
 
 def load(path: str | Path) -> Result:
@@ -437,15 +434,11 @@ def _safe_cell(cell: object) -> object:
     if cell is None or isinstance(cell, numbers.Number):
         return "" if cell is None else cell
     text = str(cell)
-    return f"'{text}" if text.startswith(_RISKY) and not _reads_as_number(text) else text
-
-
-def _reads_as_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
-        return False
-    return True
+        return f"'{text}" if text.startswith(_RISKY) else text
+    return text
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
