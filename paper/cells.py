@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from sat_lens.errors import ArgumentError
 
 Stack = dict[str, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
 # How many cells share a forward pass; it bounds the memory.
 AT_ONCE = 128
 
@@ -121,7 +121,7 @@ def cell(parameters: Stack, index: int) -> Stack:
 
 
 def losses_and_gradients(
-    model: nn.Module, parameters: Stack, tokens: Int[Tensor, "batch position"], loss: Loss
+    model: nn.Module, parameters: Stack, tokens: Int[Tensor, "batch position"], loss: TokenLoss
 ) -> tuple[Float[Tensor, " cell"], Stack]:
     """Return every cell's loss and its gradient."""
     losses: list[Tensor] = []
@@ -147,7 +147,7 @@ def train_cells(
     parameters: Stack,
     optimiser: Optimiser,
     batches: Iterable[Int[Tensor, "batch position"]],
-    loss: Loss,
+    loss: TokenLoss,
     *,
     total: int | None = None,
     progress: bool = True,

@@ -43,7 +43,8 @@ from sat_lens.sites import attention_sites
 Forward = Callable[[Any, Any], Any]
 SCALES = (1.0, 2.0**0.5, 2.0, 2.0**1.5, 4.0)
 PART_SCALES = tuple(2.0**k for k in range(7))
-TOLERANCE = 1e-6
+# The largest residual of a power law that counts as exact.
+HOMOGENEOUS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class Degree:
     @property
     def homogeneous(self) -> bool:
         """Whether a power law explains all but rounding (a residual of at most 1e-6)."""
-        return self.residual <= TOLERANCE
+        return self.residual <= HOMOGENEOUS
 
     def __float__(self) -> float:
         return self.value
@@ -274,7 +275,7 @@ def part_degrees(
     batch = next(iter(batches(model, data)))
     found: dict[str, Degree] = {}
 
-    def measure(name: str, part: str, at: str, saturated: bool) -> None:
+    def record(name: str, part: str, at: str, saturated: bool) -> None:
         found[name] = degree_of_homogeneity(
             model,
             batch,
@@ -289,15 +290,15 @@ def part_degrees(
     left_out = []
     for part in _parts(model, here[0].path):
         try:
-            measure(part, part, part, False)
+            record(part, part, part, False)
         except NotReachedError:
             left_out.append(part)
         if part in attention:
-            measure(f"{part}, saturated", part, part, True)
+            record(f"{part}, saturated", part, part, True)
     last = sites[-1].path.rpartition(".")[0]
     for name, at in (("residual stream", last), ("output", "")):
-        measure(name, "", at, False)
-        measure(f"{name}, saturated", "", at, True)
+        record(name, "", at, False)
+        record(f"{name}, saturated", "", at, True)
     return PartDegrees(Provenance(model_name(model)), found, tuple(left_out))
 
 

@@ -47,7 +47,7 @@ from sat_lens.figures import growth_figure
 from sat_lens.norms.measures import kept_random_state
 from sat_lens.results import Provenance, Result
 
-Loss = Callable[[Tensor], Tensor]
+OutputLoss = Callable[[Tensor], Tensor]
 _FLOW = ("measured", "gradient", "outputs", "step_term")
 _DESCENT = ("norm", "loss", "accuracy", "gradient", "outputs", "decay", "step_term", "stationary")
 # The search for where growth stops: powers of two of the present norm from the largest down, how
@@ -57,7 +57,7 @@ _TOP, _BOTTOM, _PER_OCTAVE, _HALVINGS = 12, -12, 2, 40
 
 def stationary_norm(
     outputs: Float[Tensor, "*outputs"],
-    loss: Loss,
+    loss: OutputLoss,
     *,
     norm: float,
     degree: float,
@@ -117,7 +117,7 @@ def stationary_norm(
     return 0.0
 
 
-def growth_rate(outputs: Tensor, loss: Loss, degree: float) -> float:
+def growth_rate(outputs: Tensor, loss: OutputLoss, degree: float) -> float:
     """Return d|theta|^2/dt of gradient flow from the outputs alone, -2 k sum_i (dL/df_i) f_i."""
     values = outputs.detach().requires_grad_()
     with torch.enable_grad():
@@ -183,7 +183,7 @@ class NormFlow(Result, kind="norm flow"):
 def norm_flow(
     model: nn.Module,
     inputs: Any,
-    loss: Loss,
+    loss: OutputLoss,
     *,
     time: float = 0.1,
     steps: Sequence[int] = (16, 32, 64, 128),
@@ -229,7 +229,13 @@ def norm_flow(
 
 
 def _walk(
-    model: nn.Module, inputs: Any, loss: Loss, run: Forward, size: float, steps: int, degree: float
+    model: nn.Module,
+    inputs: Any,
+    loss: OutputLoss,
+    run: Forward,
+    size: float,
+    steps: int,
+    degree: float,
 ) -> list[float]:
     walker = in_double(model).eval()
     parameters = trainable(walker)
@@ -327,7 +333,7 @@ class Descent(Result, kind="descent"):
 def descend(
     model: nn.Module,
     inputs: Any,
-    loss: Loss,
+    loss: OutputLoss,
     *,
     steps: int,
     learning_rate: float,
@@ -405,7 +411,7 @@ def _record(
     parameters: list[Tensor],
     gradients: list[Tensor],
     outputs: Tensor,
-    loss: Loss,
+    loss: OutputLoss,
     degree: float,
     weight_decay: float,
 ) -> dict[str, float]:

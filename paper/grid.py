@@ -33,7 +33,7 @@ from paper.network import (
     SmallTransformer,
     characters,
     new_network,
-    next_token_loss,
+    next_token_cross_entropy,
     saturation,
     windows,
 )
@@ -250,7 +250,7 @@ def growth_grid(
     start = stacked(model, len(rates))
     before = {"start_norm": _norms(start), "start_loss": _loss(model, held_out).expand(len(rates))}
     run = train_cells(
-        model, start, rule, _batches(size, steps, seed), next_token_loss,
+        model, start, rule, _batches(size, steps, seed), next_token_cross_entropy,
         total=steps, progress=progress, name=optimiser,
     )  # fmt: skip
     columns = {"lr": rates, "wd": decays} | before | _after(model, run, held_out)
@@ -297,7 +297,7 @@ def _measured(model: SmallTransformer, own: Stack, held_out: Tensor) -> dict[str
 
 @torch.no_grad()
 def _loss(model: SmallTransformer, held_out: Tensor) -> Float[Tensor, ""]:
-    return next_token_loss(model(held_out), held_out).double()
+    return next_token_cross_entropy(model(held_out), held_out).double()
 
 
 def _outcome(row: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from paper.network import (
     characters,
     masked,
     new_network,
-    next_token_loss,
+    next_token_cross_entropy,
     scores_of,
     windows,
 )
@@ -164,7 +164,7 @@ def trained_network(
     named = f"mask {mask}"
     for step in tqdm(range(setting.steps), desc=named, unit="step", disable=not progress):
         batch = windows(text, setting.shape.context, setting.batch, seed * 1_000_003 + step)
-        loss = next_token_loss(model(batch), batch)
+        loss = next_token_cross_entropy(model(batch), batch)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from paper.demo_training import Recipe, encode, new_model
-from paper.network import log_spaced_steps, next_token_loss, windows
+from paper.network import log_spaced_steps, next_token_cross_entropy, windows
 from sat_lens.demo.corpus import corpus_name, held_out_texts, training_texts
 from sat_lens.models import load_tokenizer
 from sat_lens.norms import NormGrowth, norm_growth
@@ -105,7 +105,7 @@ def train(setting: Setting, seed: int, progress: bool) -> LanguageRun:
     bar = tqdm(range(setting.steps), desc="training", unit="step", disable=not progress)
     for step in bar:
         tokens = windows(stream, setting.context, setting.batch, seed * 1_000_003 + step)
-        loss = next_token_loss(model(tokens, use_cache=False).logits, tokens)
+        loss = next_token_cross_entropy(model(tokens, use_cache=False).logits, tokens)
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimiser.step()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -19,11 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sat_lens._checks import check_count
-from sat_lens.attention import Limit, RandomKey, distances_to_saturated
+from sat_lens.attention import Limit, RandomKey, Transform, distances_to_saturated
 from sat_lens.caching import mean_cosine, normalised_similarity
 from sat_lens.errors import ArgumentError, DataError
 
-Transform = Callable[[Tensor], Tensor]
 Mask = Literal["multiplied", "infinite"]
 # Rows with fewer visible keys are not measured.
 MIN_KEYS = 8
@@ -155,7 +154,7 @@ def masked(
     return scores.masked_fill(~past, 0.0 if mask == "multiplied" else -math.inf)
 
 
-def next_token_loss(
+def next_token_cross_entropy(
     logits: Float[Tensor, "batch position vocabulary"], tokens: Int[Tensor, "batch position"]
 ) -> Float[Tensor, ""]:
     """Return the mean cross-entropy of the next token, in nats; works under ``torch.func``."""

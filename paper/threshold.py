@@ -31,7 +31,7 @@ from paper.network import (
     characters,
     log_spaced_steps,
     new_network,
-    next_token_loss,
+    next_token_cross_entropy,
     windows,
 )
 from sat_lens.demo.corpus import corpus_name, training_texts
@@ -190,7 +190,7 @@ def language_model_run(optimiser: str, plan: Plan, seed: int, progress: bool) ->
             rows.append({"panel": NATURAL, "run": optimiser, "seed": seed, "step": step, **state})
         batch = windows(stream, plan.shape.context, 16, seed + step)
         stepper.zero_grad()
-        torch.autograd.backward(next_token_loss(model(batch), batch))
+        torch.autograd.backward(next_token_cross_entropy(model(batch), batch))
         before = [p.detach().clone() for p in parameters]
         stepper.step()
         moves = torch._foreach_sub([p.detach() for p in parameters], before)
@@ -205,7 +205,7 @@ def _state(model: SmallTransformer, tokens: Tensor) -> dict[str, float]:
     norm = math.sqrt(squares(list(model.parameters())))
     return {
         "accuracy": float(right.double().mean()),
-        "loss": float(next_token_loss(logits, tokens)),
+        "loss": float(next_token_cross_entropy(logits, tokens)),
         "norm": norm,
         "threshold": norm * 2.0 ** least_on_ray(model, tokens),
     }
@@ -220,7 +220,7 @@ def least_on_ray(model: SmallTransformer, tokens: Tensor) -> float:
     losses = []
     for octave in _RAY:
         with scaled_parameters(model, 2.0**octave):
-            losses.append(float(next_token_loss(model(tokens), tokens)))
+            losses.append(float(next_token_cross_entropy(model(tokens), tokens)))
     least = losses.index(min(losses))
     if least in (0, len(losses) - 1):
         return math.nan

@@ -59,9 +59,8 @@ def majority(n_sequences: int = 256, length: int = 64, seed: int = 0) -> Task:
         >>> task.tokens.shape, task.n_answers
         (torch.Size([4, 8]), 3)
     """
-    check_count("n_sequences", n_sequences)
-    check_count("length", length, at_least=2)
-    tokens = _with_start(_draw((n_sequences, length - 1), 2, seed) + 1)
+    _check_size(n_sequences, length)
+    tokens = _drawn(n_sequences, length, 2, seed)
     lead = ((tokens == 2).long() - (tokens == 1).long()).cumsum(1)
     return _task("majority", tokens, lead.sign() + 1, n_tokens=3, n_answers=3, counts=True)
 
@@ -75,9 +74,8 @@ def token_count(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task
         >>> bool((task.answers[task.counted] >= 1).all())
         True
     """
-    check_count("n_sequences", n_sequences)
-    check_count("length", length, at_least=2)
-    tokens = _with_start(_draw((n_sequences, length - 1), 4, seed) + 1)
+    _check_size(n_sequences, length)
+    tokens = _drawn(n_sequences, length, 4, seed)
     same = tokens[:, :, None] == tokens[:, None, :]
     answers = same.tril().sum(-1)
     return _task("token count", tokens, answers, n_tokens=5, n_answers=length, counts=True)
@@ -91,8 +89,7 @@ def dyck_depth(n_sequences: int = 256, length: int = 32, seed: int = 0, deepest:
         >>> int(dyck_depth(8, 16).answers.max()) <= 6
         True
     """
-    check_count("n_sequences", n_sequences)
-    check_count("length", length, at_least=2)
+    _check_size(n_sequences, length)
     check_count("deepest", deepest)
     generator = torch.Generator().manual_seed(seed)
     depth = torch.zeros(n_sequences, dtype=torch.long)
@@ -120,8 +117,7 @@ def an_bn(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
         >>> sorted(set(task.answers[task.counted].tolist())) == [0, 1]
         True
     """
-    check_count("n_sequences", n_sequences)
-    check_count("length", length, at_least=6)
+    _check_size(n_sequences, length, at_least=6)
     generator = torch.Generator().manual_seed(seed)
     n = torch.randint(1, length // 3, (n_sequences, 1), generator=generator)
     noise = torch.rand(n_sequences, length - 1, generator=generator) < 0.3
@@ -141,9 +137,8 @@ def previous_token(n_sequences: int = 256, length: int = 32, seed: int = 0) -> T
         >>> bool((task.answers[:, 1:] == task.tokens[:, :-1]).all())
         True
     """
-    check_count("n_sequences", n_sequences)
-    check_count("length", length, at_least=2)
-    tokens = _with_start(_draw((n_sequences, length - 1), 8, seed) + 1)
+    _check_size(n_sequences, length)
+    tokens = _drawn(n_sequences, length, 8, seed)
     answers = tokens.roll(1, dims=1)
     return _task("previous token", tokens, answers, n_tokens=9, n_answers=9, counts=False)
 
@@ -157,8 +152,7 @@ def induction(n_sequences: int = 256, length: int = 32, seed: int = 0) -> Task:
         >>> bool((task.tokens[:, 1:5] == task.tokens[:, 5:]).all())
         True
     """
-    check_count("n_sequences", n_sequences)
-    check_count("length", length, at_least=5)
+    _check_size(n_sequences, length, at_least=5)
     half = (length - 1) // 2
     generator = torch.Generator().manual_seed(seed)
     first = torch.rand(n_sequences, 4 * half, generator=generator).argsort(1)[:, :half] + 1
@@ -236,11 +230,9 @@ def train_on(
             "(TransformerBridge.boot_native), and an older one is installed. Train a model of your "
             "own on task.tokens and task.answers."
         ) from error
-    check_count("n_layers", n_layers)
-    check_count("n_heads", n_heads)
-    check_count("d_model", d_model)
-    check_count("steps", steps)
-    check_count("batch", batch)
+    sizes = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model}
+    for name, size in (sizes | {"steps": steps, "batch": batch}).items():
+        check_count(name, size)
     if d_model % n_heads:
         raise ArgumentError(f"n_heads must divide d_model = {d_model}; found {n_heads}.")
     config = TransformerBridgeConfig(
@@ -280,13 +272,20 @@ def train_on(
 def _task(
     name: str, tokens: Tensor, answers: Tensor, n_tokens: int, n_answers: int, *, counts: bool
 ) -> Task:
-    counted = torch.ones_like(tokens, dtype=torch.bool)
-    counted[:, 0] = False
+    # The token that opens a sequence has no answer.
+    counted = (torch.arange(tokens.shape[1]) > 0).expand(tokens.shape)
     return Task(name, tokens, answers, counted, n_tokens, n_answers, counts)
 
 
-def _draw(shape: tuple[int, int], n: int, seed: int) -> Int[Tensor, "sequence position"]:
-    return torch.randint(n, shape, generator=torch.Generator().manual_seed(seed))
+def _check_size(n_sequences: int, length: int, at_least: int = 2) -> None:
+    check_count("n_sequences", n_sequences)
+    check_count("length", length, at_least)
+
+
+def _drawn(n_sequences: int, length: int, n: int, seed: int) -> Int[Tensor, "sequence position"]:
+    """Draw n tokens from 1 on, after the 0 that opens every sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    return _with_start(torch.randint(n, (n_sequences, length - 1), generator=generator) + 1)
 
 
 def _with_start(tokens: Tensor) -> Int[Tensor, "sequence position"]:

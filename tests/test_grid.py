@@ -16,7 +16,7 @@ from paper.cells import (
     train_cells,
 )
 from paper.grid import GrowthGrid, growth_grid
-from paper.network import Shape, new_network, next_token_loss
+from paper.network import Shape, new_network, next_token_cross_entropy
 from sat_lens.errors import ArgumentError, FileFormatError
 
 SHAPE = Shape(vocabulary=11, context=9, width=8, layers=2, heads=2)
@@ -36,7 +36,7 @@ def trained_alone(make, batches):
     optimiser = make(model.parameters())
     for tokens in batches:
         optimiser.zero_grad()
-        next_token_loss(model(tokens), tokens).backward()
+        next_token_cross_entropy(model(tokens), tokens).backward()
         optimiser.step()
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -44,7 +44,7 @@ def trained_alone(make, batches):
 def trained_together(rule, batches):
     model = new_network(SHAPE, seed=3)
     start = stacked(model, len(RATES))
-    return train_cells(model, start, rule, batches, next_token_loss, progress=False)
+    return train_cells(model, start, rule, batches, next_token_cross_entropy, progress=False)
 
 
 @pytest.mark.slow
@@ -76,8 +76,8 @@ def test_a_cell_is_the_model_trained_alone(rule, alone, batches):
 def test_more_cells_than_are_done_at_once_have_the_same_gradients(batches):
     model = new_network(SHAPE)
     many = stacked(model, AT_ONCE + 3)
-    losses, gradients = losses_and_gradients(model, many, batches[0], next_token_loss)
-    loss = next_token_loss(model(batches[0]), batches[0])
+    losses, gradients = losses_and_gradients(model, many, batches[0], next_token_cross_entropy)
+    loss = next_token_cross_entropy(model(batches[0]), batches[0])
     loss.backward()
     torch.testing.assert_close(losses, loss.detach().expand(AT_ONCE + 3))
     for name, parameter in model.named_parameters():
@@ -90,7 +90,9 @@ def test_a_cell_that_breaks_leaves_its_neighbours_alone(batches):
     rates = torch.tensor([1e-2, 1e30])
     model = new_network(SHAPE, seed=3)
     rule = SGD(rates, torch.zeros(2))
-    run = train_cells(model, stacked(model, 2), rule, batches, next_token_loss, progress=False)
+    run = train_cells(
+        model, stacked(model, 2), rule, batches, next_token_cross_entropy, progress=False
+    )
     alone = trained_alone(lambda p: torch.optim.SGD(p, lr=1e-2), batches)
     assert run.broke_at.tolist()[0] == 0
     assert 1 <= run.broke_at.tolist()[1] <= 3

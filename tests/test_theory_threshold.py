@@ -10,7 +10,7 @@ import torch
 
 from paper import threshold
 from paper.flow import squares
-from paper.network import Shape, new_network, next_token_loss, windows
+from paper.network import Shape, new_network, next_token_cross_entropy, windows
 from paper.threshold import (
     Plan,
     constructed_claims,
@@ -36,7 +36,7 @@ def trained():
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     for _ in range(60):
         optimiser.zero_grad()
-        next_token_loss(model(tokens), tokens).backward()
+        next_token_cross_entropy(model(tokens), tokens).backward()
         optimiser.step()
     return model, tokens
 
@@ -57,7 +57,7 @@ def test_the_least_loss_on_the_ray_moves_with_the_norm(trained):
 def test_at_the_least_loss_the_gradient_has_no_part_along_the_parameters(trained):
     model, tokens = trained
     with scaled_parameters(model, 2.0 ** least_on_ray(model, tokens)):
-        loss = next_token_loss(model(tokens), tokens)
+        loss = next_token_cross_entropy(model(tokens), tokens)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         pairs = list(zip(model.parameters(), gradients, strict=True))
         radial = sum(float((p.detach() * g).sum()) for p, g in pairs)

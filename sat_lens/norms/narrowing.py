@@ -181,8 +181,8 @@ def attention_narrowing(
     found = list_checkpoints(checkpoints)
     reader = _Reader(tokens, n_queries)
     bar = tqdm(found, desc="narrowing", unit="checkpoint", disable=not progress)
-    rows = [reader.measure(_pattern(as_model(c.located), tokens, layer)) for c in bar]
-    uniform_entropy, uniform = reader.measure(reader.uniform_pattern())
+    rows = [reader.entropy_and_masses(_pattern(as_model(c.located), tokens, layer)) for c in bar]
+    uniform_entropy, uniform = reader.entropy_and_masses(reader.uniform_pattern())
     steps = tuple(checkpoint.step for checkpoint in found)
     masses = torch.stack([mass for _, mass in rows])
     entropy = torch.tensor([value for value, _ in rows])
@@ -236,7 +236,7 @@ class _Reader:
         past = torch.ones(n, n, dtype=torch.float64).tril()
         return (past / past.sum(1, keepdim=True)).expand(len(self.tokens), 1, n, n)
 
-    def measure(
+    def entropy_and_masses(
         self, pattern: Float[Tensor, "sequence head query key"]
     ) -> tuple[float, Float[Tensor, "chosen token"]]:
         """Return the mean entropy over key tokens, and the mean masses by query token."""
