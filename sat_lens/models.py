@@ -41,15 +41,16 @@ HUB_TIMEOUT = 5.0
 GGUF = ".gguf"
 
 
-def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) -> Any:
+def load_model(name: str | Path = DEMO, *, device: str | None = None, **options: Any) -> Any:
     """Load a model as a ``TransformerBridge``, in float32 and evaluation mode.
 
     Args:
         name: ``"demo"`` (the bundled model), a local directory in Hugging Face format, a GGUF file
             or a directory that holds one, or a hub name such as ``"gpt2"``, optionally with a
             revision: ``"gpt2@main"``.
-        device: Where the model goes.
-        **options: Further arguments of ``TransformerBridge.boot_transformers``.
+        device: Where the model goes: to the CPU, if ``device_map`` does not say where either.
+        **options: Further arguments of ``TransformerBridge.boot_transformers``, such as
+            ``device_map`` for a model that is spread over devices or offloaded to the disk.
 
     Raises:
         ModelError: There is no such directory or hub model, the hub cannot be reached, the files
@@ -86,12 +87,20 @@ def load_model(name: str | Path = DEMO, *, device: str = "cpu", **options: Any) 
     if revision is not None:
         options["revision"] = revision
     options.setdefault("dtype", torch.float32)
+    placed = options.get("device_map")
+    if device is None and placed is None:
+        device = "cpu"
+    if isinstance(placed, (torch.device, int)):
+        options["device_map"] = {"": placed}
     with hub_or_cache(path), installing_nothing(), quiet_loading() as said:
         try:
             model = TransformerBridge.boot_transformers(path, device=device, **options)
         except Exception as error:
             raise load_error(name, error, said) from error
     check_complete(name, said)
+    if str(model.cfg.device) == "meta":
+        # Inputs go where accelerate brings the offloaded weights.
+        model.cfg.device = str(device_of(model))
     model.eval()
     return model
 
@@ -115,8 +124,17 @@ def model_name(model: Any) -> str:
 
 
 def device_of(model: Any) -> torch.device:
-    """Return the device of the model's first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Return the device on which the model takes its inputs.
+
+    It is that of the first parameter. Where accelerate keeps parameters elsewhere, its hooks know
+    the device to which each is brought when it is needed.
+    """
+    first = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if first.type != "meta":
+        return first
+    hooks = (getattr(module, "_hf_hook", None) for module in wrapped_model(model).modules())
+    found = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in found if device is not None), first))
 
 
 def wrapped_model(model: Any) -> Any:

@@ -9,6 +9,7 @@ throws away: an intervention never silently does nothing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -160,7 +161,19 @@ class _AttachedEdit(Uncopied, threading.local):
             return call.run()
         if not isinstance(self.edit, TransformEdit):
             raise UnsupportedModelError(f"{self.site.path} shows no scores: it runs fused.")
+        now = (call.query.device, call.query.dtype)
+        if now != self.site.runs_in:
+            self._check_kernel(self.edit, now)
         return rescaled_attention(call, self.edit.factors(self.site.n_heads))
+
+    def _check_kernel(self, edit: TransformEdit, now: tuple[torch.device, torch.dtype]) -> None:
+        why = edit.why_not_fused(dataclasses.replace(self.site, runs_in=now))
+        if why:
+            raise NotReachedError(
+                f"The fused attention of {self.site.path} ran in {now[1]} on {now[0]}, which it "
+                f"did not when it was looked at, and cannot serve there: {why}. Call "
+                "sat_lens.attention_sites(model, *your_inputs) to look again."
+            )
 
 
 @contextlib.contextmanager

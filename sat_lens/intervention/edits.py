@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -105,26 +104,24 @@ class TransformEdit:
             c[heads] = _inverse_temperature(transform)
         return c
 
-    def why_not_fused(self, model: Any, site: AttentionSite) -> str:
+    def why_not_fused(self, site: AttentionSite) -> str:
         """Return why a fused kernel cannot do this; empty if it can, or there is no kernel."""
-        if site.level != "kernel":
+        if site.runs_in is None:
             return ""
+        device, dtype = site.runs_in
         c = self.factors(site.n_heads)
         if bool(c.isnan().any()):
             return "ties other than exact ones, and transforms other than a factor, need the scores"
-        weight = next(model.get_submodule(site.path).parameters(), None)
-        if weight is None:
-            return site.why_not
-        has_own_kernel = c.isinf() & (limit_kernel(weight.device) is not None)
+        has_own_kernel = c.isinf() & (limit_kernel(device) is not None)
         rescaled = c[~has_own_kernel]
         if site.why_not and bool((rescaled != 1).any()):
             return site.why_not
         is_sharp = bool((rescaled > LARGE).any())
-        if is_sharp and weight.dtype != torch.float32:
-            return f"ties are judged in float32, and the kernel would judge them in {weight.dtype}"
+        if is_sharp and dtype != torch.float32:
+            return f"ties are judged in float32, and the kernel would judge them in {dtype}"
         if not is_sharp and not bool(has_own_kernel.any()):
             return ""
-        return "" if limit_is_exact(weight.device, weight.dtype) else "its kernel misses the limit"
+        return "" if limit_is_exact(device, dtype) else "its kernel misses the limit"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,7 +209,7 @@ def attach_transforms(
     for site in chosen.values():
         _check_reachable(site)
     edits = {path: TransformEdit.at(site, transforms[path]) for path, site in chosen.items()}
-    reasons = [edit.why_not_fused(model, chosen[path]) for path, edit in edits.items()]
+    reasons = [edit.why_not_fused(chosen[path]) for path, edit in edits.items()]
     why = next(filter(None, reasons), "")
     with contextlib.ExitStack() as stack:
         if why:

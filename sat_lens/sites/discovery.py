@@ -194,7 +194,9 @@ def _no_attention(model: Any) -> UnsupportedModelError:
 
 def _state(model: Any) -> object:
     config = getattr(wrapped_model(model), "config", None)
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
     return (
+        None if first is None else (first.device, first.dtype),
         # Parts can be in training mode while the whole is not.
         Counter(module.training for module in model.modules())[True],
         getattr(model, "compatibility_mode", None),

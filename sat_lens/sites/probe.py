@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sat_lens.attention import AttentionCall
 from sat_lens.errors import UnsupportedModelError
+from sat_lens.models import device_of
 from sat_lens.sites.interception import Interception
 from sat_lens.sites.site import (
     AttentionSite,
@@ -54,7 +55,8 @@ def probe(
         The attention modules that ran, those that ``paths`` did not name last; and the parts of the
         model that did not run.
     """
-    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    used = {device_of(model), *(p.device for p in model.parameters())}
+    devices = [device for device in used if device.type == "cuda"]
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices=devices),
@@ -295,9 +297,11 @@ def _could_attend(module: nn.Module) -> bool:
 
 def _site(place: Place, calls: list[Call], hint: int | None, *, plain: bool) -> AttentionSite:
     level: Level | None
+    runs_in = None
     if plain and all(len(call.fused) == 1 and not call.events for call in calls):
         (fused,) = calls[0].fused
         level, why_not, layout, n_heads = "kernel", _bias(fused), "b h q k", fused.query.shape[1]
+        runs_in = (fused.query.device, fused.query.dtype)
     else:
         why_not, layout, n_heads = heads_seen(calls, hint)
         level = "scores" if all(_scores_are_the_input(call) for call in calls) else "softmax"
@@ -314,6 +318,7 @@ def _site(place: Place, calls: list[Call], hint: int | None, *, plain: bool) -> 
         in_pieces=any(call.is_in_pieces for call in calls),
         pattern_is_true=all(_pattern_is_the_output(call) for call in calls),
         discarded=frozenset().union(*(_discarded(call) for call in calls)),
+        runs_in=runs_in,
     )
 
 

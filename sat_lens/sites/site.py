@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from einops import EinopsError, rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -52,6 +53,8 @@ class AttentionSite:
         pattern_is_true: Whether its pattern's hook shows all that the softmax gave, and edits act.
         discarded: Names of hook points whose edits this module throws away.
         dropout: Whether anything in the model was dropped out at random when it was looked at.
+        runs_in: For ``"kernel"``, the device and dtype of the queries that its fused attention
+            got. Those of its weights may be others, where these are offloaded or quantised.
     """
 
     path: str
@@ -66,6 +69,7 @@ class AttentionSite:
     pattern_is_true: bool = False
     discarded: frozenset[str] = frozenset()
     dropout: bool = False
+    runs_in: tuple[torch.device, torch.dtype] | None = None
 
     def label(self, head: int) -> str:
         """Return the label of a head."""

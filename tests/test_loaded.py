@@ -1,0 +1,224 @@
+"""Models as people load them: offloaded, quantised, adapted, wrapped, compiled.
+
+The oracle is the same model as it was before: whatever keeps or wraps the weights, saturation gives
+the numbers that it gives on the plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from everyday import everyday
+from torch import Tensor, nn
+
+import sat_lens as sl
+from sat_lens.sites import discovery
+
+TOKENS = tiny.tokens()
+WHAT: dict[str, dict[str, Any]] = {
+    "all": {},
+    "one head": {"heads": "L1H2"},
+    "c = 4": {"scale": 4.0},
+    "ties": {"ties": 0.1},
+}
+# The demo model's parts; the rotary embedding has no weights and yet a device.
+PARTS = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+LAYERS = [f"model.layers.{i}" for i in range(2)]
+
+
+def llama(attention: str = "sdpa", **changed: Any) -> Any:
+    config = transformers.LlamaConfig(**tiny.SIZE | changed)
+    return tiny.hf_model("LlamaForCausalLM", config, attention)
+
+
+def logits(model: Any, tokens: Tensor = TOKENS, **kwargs: Any) -> Tensor:
+    output = model(tokens, **kwargs)
+    return getattr(output, "logits", output).detach()
+
+
+def saturated(model: Any, tokens: Tensor = TOKENS, **what: Any) -> Tensor:
+    with torch.no_grad(), sl.saturate(model, **what):
+        return logits(model, tokens)
+
+
+def agree(model: Any, oracle: Any, **what: Any) -> None:
+    """Saturation does the same to both, and it does something."""
+    found, expected = saturated(model, **what), saturated(oracle, **what)
+    assert torch.equal(logits(model), logits(oracle))
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, logits(model), atol=1e-2)
+
+
+# Weights elsewhere.
+
+
+def offloaded_to_cpu(model: Any, _folder: Any) -> Any:
+    return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def offloaded_to_disk(model: Any, folder: Any) -> Any:
+    return disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+def dispatched(model: Any, folder: Any) -> Any:
+    places = dict.fromkeys([*PARTS, *LAYERS], "cpu") | {LAYERS[0]: "disk", "lm_head": "disk"}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+def mapped(model: Any, folder: Any) -> Any:
+    model.save_pretrained(folder / "model")
+    places = dict.fromkeys([*PARTS, *LAYERS], "cpu") | {PARTS[0]: "disk", LAYERS[1]: "disk"}
+    return type(model).from_pretrained(
+        folder / "model",
+        device_map=places,
+        offload_folder=folder,
+        attn_implementation=model.config._attn_implementation,
+    )
+
+
+OFFLOADED = [offloaded_to_cpu, offloaded_to_disk, dispatched, mapped]
+
+
+@pytest.mark.parametrize("what", everyday(WHAT, "all"))
+@pytest.mark.parametrize("attention", everyday(["sdpa", "eager"], "sdpa"))
+@pytest.mark.parametrize("offload", everyday(OFFLOADED, offloaded_to_disk))
+def test_offloaded(offload, attention, what, tmp_path):
+    oracle = llama(attention)
+    agree(offload(llama(attention), tmp_path), oracle, **WHAT[what])
+
+
+@pytest.mark.parametrize("offload", everyday(OFFLOADED, offloaded_to_cpu))
+def test_roles_of_an_offloaded_model(offload, tmp_path):
+    found, expected = (
+        sl.head_roles(model, [TOKENS], progress=False).frame()
+        for model in (offload(llama(), tmp_path), llama())
+    )
+    assert found.equals(expected)
+
+
+@pytest.mark.parametrize(
+    "place", everyday(["auto", {"": "cpu"}, torch.device("cpu"), {"": "disk"}], {"": "disk"})
+)
+def test_device_map(place, demo, tmp_path):
+    model = sl.load_model("demo", device_map=place, offload_folder=str(tmp_path))
+    text = "def f(x): return x + 1"
+    expected, found = (sl.run_with_saturation_cache(of, text) for of in (demo, model))
+    assert torch.equal(found.soft.logits, expected.soft.logits)
+    assert torch.equal(found.saturated.logits, expected.saturated.logits)
+
+
+def test_device_and_device_map_say_the_same_thing_twice():
+    with pytest.raises(sl.SatLensError, match="mutually exclusive"):
+        sl.load_model("demo", device="cpu", device_map="auto")
+
+
+# Weights in few bits. The library that packs them makes the same products as this stand-in.
+
+
+class Packed(nn.Module):
+    """A linear map whose weight is kept in eight bits, or two of four bits in one byte."""
+
+    def __init__(self, layer: nn.Linear, bits: int) -> None:
+        super().__init__()
+        most = 2 ** (bits - 1) - 1
+        self.step = float(layer.weight.detach().abs().max()) / most
+        whole = (layer.weight.detach() / self.step).round()
+        packed = whole.to(torch.int8)
+        if bits == 4:
+            nibbles = (whole + 8).to(torch.uint8)
+            packed = nibbles[:, ::2] * 16 + nibbles[:, 1::2]
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    @property
+    def unpacked(self) -> Tensor:
+        whole = self.weight
+        if whole.dtype == torch.uint8:
+            whole = torch.stack([whole // 16, whole % 16], dim=-1).flatten(-2).int() - 8
+        return whole.float() * self.step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.unpacked.to(x).mT
+
+
+def quantised(model: Any, bits: int) -> Any:
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name), bits))
+    return model
+
+
+def unpacked(model: Any) -> Any:
+    """The oracle: the same weights, rounded, in float32."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        for name, packed in list(layer.self_attn.named_children()):
+            if isinstance(packed, Packed):
+                weight = packed.unpacked
+                linear = nn.Linear(*weight.mT.shape, bias=False)
+                linear.weight.data = weight
+                setattr(layer.self_attn, name, linear)
+    return model
+
+
+@pytest.mark.parametrize("what", everyday(WHAT, "all"))
+@pytest.mark.parametrize("attention", everyday(["sdpa", "eager"], "sdpa"))
+@pytest.mark.parametrize("bits", everyday([8, 4], 8))
+def test_quantised(bits, attention, what):
+    model = quantised(llama(attention), bits)
+    agree(model, unpacked(model), **WHAT[what])
+
+
+def test_quantised_weights_are_no_reason_against_the_fused_kernel(caplog, monkeypatch):
+    monkeypatch.setattr(discovery, "_logged", set())
+    with caplog.at_level(logging.WARNING):
+        saturated(quantised(llama(), 8))
+    assert not caplog.records
+
+
+def test_quantised_weights_and_a_kernel_for_the_limit(monkeypatch):
+    """As on a GPU, where the device of the weights says whether there is such a kernel."""
+    asked = []
+
+    def kernel(device: torch.device) -> Any:
+        asked.append(device)
+        return lambda call: call.run()
+
+    monkeypatch.setattr("sat_lens.intervention.edits.limit_kernel", kernel)
+    saturated(quantised(llama(), 8))
+    assert set(asked) == {torch.device("cpu")}
+
+
+def test_attention_that_is_moved_to_half_precision_after_it_was_looked_at():
+    """The embedding tells nothing: only the attention has changed."""
+    config = transformers.GPT2Config(**tiny.GPT)
+    model = tiny.hf_model("GPT2LMHeadModel", config, "sdpa")
+    saturated(model)
+    for block in model.transformer.h:
+        block.attn.forward = _in_half(block.attn.forward)
+    with pytest.raises(sl.errors.NotReachedError, match=r"ran in torch\.bfloat16 .* look again"):
+        saturated(model)
+    sl.attention_sites(model, TOKENS)
+    saturated(model)
+
+
+def _in_half(forward: Any) -> Any:
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, *rest = forward(*args, **kwargs)
+        return (output.float(), *rest)
+
+    return halved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_moved_to_half_precision_is_looked_at_again(dtype):
+    model = llama()
+    saturated(model)
+    agree(model.to(dtype), llama().to(dtype))
