@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Said wherever a role is shown.
@@ -35,6 +35,7 @@ NEGATIVE, POSITIVE = "#0072B2", "#D55E00"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 
 MINUS, TIMES = "\u2212", "\u00d7"
+OFFSET_MARK = "±k"  # of all offsets together, in a legend
 TARGET_MARKS = {
     "previous": "←",
     "self": "•",
@@ -66,6 +67,17 @@ def target_mark(target: str) -> str:
     if target.startswith("offset "):
         return target.removeprefix("offset ").replace("-", MINUS)
     return TARGET_MARKS.get(target, target[:1].upper())
+
+
+def target_kinds(targets: Iterable[str]) -> list[str]:
+    """Return which kinds of targets occur, in the order of ``TARGET_WORDS``; offsets are one kind.
+
+    Example:
+        >>> target_kinds(["", "offset -3", "self", "offset +2"])
+        ['self', 'offset']
+    """
+    kinds = {target.partition(" ")[0] for target in targets}
+    return [name for name in TARGET_WORDS if name in kinds]
 
 
 def clarity(row: Mapping[str, Any]) -> float:

@@ -36,6 +36,7 @@ from sat_lens.vocabulary import (
     INK,
     LINES,
     NEGATIVE,
+    OFFSET_MARK,
     ON_BLUE,
     ON_COLOR,
     OTHER_COLOR,
@@ -48,6 +49,7 @@ from sat_lens.vocabulary import (
     TARGET_MARKS,
     TARGET_WORDS,
     clarity,
+    target_kinds,
     target_mark,
     visible,
 )
@@ -675,10 +677,9 @@ def _role_legend(figure: Figure, known: list[str], roles: set[str], targets: set
         )
         for role in known
     ]  # fmt: skip
-    kinds = {"offset" if t.startswith("offset ") else t for t in targets if t}
-    shown = [name for name in TARGET_WORDS if name in kinds][: len(known)]
+    shown = target_kinds(targets)[: len(known)]
     for name in shown:
-        words = f"{TARGET_MARKS.get(name, '±k')}  {name}: {TARGET_WORDS[name]}"
+        words = f"{TARGET_MARKS.get(name, OFFSET_MARK)}  {name}: {TARGET_WORDS[name]}"
         handles.append(Line2D([], [], ls="none", label=words))
     if shown:  # an even number in each of the two columns
         handles += [Line2D([], [], ls="none", label=" ")] * (len(known) - len(shown))

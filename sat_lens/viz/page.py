@@ -52,9 +52,7 @@ def circuitsvis_bundle() -> str:
 
 def asset(name: str, folder: Path | None = None) -> str:
     """Read a style sheet or a script: from a folder that has one of this name, or our own."""
-    if folder is not None and (folder / name).is_file():
-        return (folder / name).read_text("utf-8")
-    return (resources.files("sat_lens.viz") / "templates" / name).read_text("utf-8")
+    return _loader(folder).get_source(jinja2.Environment(), name)[0]
 
 
 def embedded_json(value: Any) -> Markup:
@@ -76,13 +74,9 @@ def embedded_json(value: Any) -> Markup:
 def inline_svg(figure: Figure, label: str) -> Markup:
     """Return a matplotlib figure as SVG to stand in a page, in the page's colours, light or dark.
 
-    The page's policy allows no inline styles, so they become attributes; the ground is left clear,
-    and inks become those of the page. The same figure gives the same text.
-
-    Args:
-        figure: The figure. Its strong colours are kept, pale ones have to be transparent.
-        label: What the drawing shows, for those who cannot see it; differs from those of other
-            drawings on the page.
+    The page's policy allows no inline styles, so they become attributes; the background is left
+    clear, and the colours of text and axes become those of the page. The same figure gives the same
+    text. ``label`` says what the drawing shows, and differs from those of others on the page.
     """
     label = visible(label)
     drawn = figures.figure_bytes(figure, "svg", salt=label, for_page=True)
@@ -101,28 +95,20 @@ def render(
     folder: Path | None = None,
     **context: Any,
 ) -> str:
-    """Fill a template with a context; everything in it that is not ours is escaped.
+    """Fill a template that extends ``base.html``; everything in the context is escaped.
 
-    Args:
-        template: The name of a template, which extends ``base.html``.
-        styles: Names of style sheets, in their order.
-        scripts: Names of scripts, in their order; circuitsvis goes before them.
-        folder: Where else to look for templates, style sheets and scripts, before our own.
-        **context: What the template reads; ``title`` is needed.
+    Templates, style sheets and scripts are looked for in ``folder`` first and then among our own.
+    circuitsvis stands before the scripts. Every template reads ``title``.
     """
     style = "\n".join(asset(name, folder) for name in styles)
     own = "\n".join(asset(name, folder) for name in scripts)
     sources = [circuitsvis_bundle(), own] if scripts else []
-    return (
-        _environment(folder)
-        .get_template(template)
-        .render(
-            csp=content_security_policy(style, sources),
-            style=Markup(style),
-            scripts=[Markup(source) for source in sources],
-            **context,
-        )
-    )
+    return _environment(folder).get_template(template).render(
+        csp=content_security_policy(style, sources),
+        style=Markup(style),
+        scripts=[Markup(source) for source in sources],
+        **context,
+    )  # fmt: skip
 
 
 def content_security_policy(style: str, scripts: list[str]) -> str:
@@ -134,12 +120,15 @@ def content_security_policy(style: str, scripts: list[str]) -> str:
     )
 
 
+def _loader(folder: Path | None) -> jinja2.BaseLoader:
+    own = Path(__file__).parent / "templates"
+    return jinja2.FileSystemLoader([own] if folder is None else [folder, own])
+
+
 @functools.cache
 def _environment(folder: Path | None) -> jinja2.Environment:
-    own: jinja2.BaseLoader = jinja2.PackageLoader("sat_lens.viz", "templates")
-    loaders = [own] if folder is None else [jinja2.FileSystemLoader(folder), own]
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
+        loader=_loader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -31,11 +31,12 @@ from sat_lens.viz.patterns import (
 from sat_lens.vocabulary import (
     CAUTION,
     DESCRIPTIONS,
-    MINUS,
+    OFFSET_MARK,
     TARGET_MARKS,
     TARGET_WORDS,
     TIMES,
     clarity,
+    target_kinds,
     target_mark,
 )
 
@@ -49,7 +50,6 @@ SHADES = 5  # of a role's colour, l1 to l5 in report.css
 # The name of every model that was built in memory, so that it tells nothing.
 _NAMELESS = ("", "external")
 _EFFECTS = ("effect", "random_effect", "random_spread")
-_MASSES = ("previous", "self", "next", "first", "special", "induction", "duplicate")
 
 
 def write_report(
@@ -119,7 +119,6 @@ def write_report(
         versions=roles.provenance.versions,
         complete=roles.complete,
         maps=maps,
-        wide=sum(each["heads"] for each in maps) > 16,
         legend=_legend(frame),
         caution=CAUTION,
         start=clearest(frame),
@@ -130,9 +129,8 @@ def write_report(
         data=_data(frame, found, tokens, pair, roles),
         csv=csv_text(frame.rename_axis("label")),
     )  # fmt: skip
-    target = Path(path)
-    write_whole(target, page.encode())
-    return target
+    write_whole(path, page.encode())
+    return Path(path)
 
 
 def _frame_of(name: str, result: Any) -> pd.DataFrame:
@@ -148,24 +146,27 @@ def _frame_of(name: str, result: Any) -> pd.DataFrame:
 
 def _check_same_heads(roles: HeadRoles, found: Sequence[Patterns], sweep: Any) -> None:
     """Raise an ArgumentError if the results are of models with other layers or heads."""
-    known = {(site.stack, site.layer): site.n_heads for site in roles.sites}
-    for patterns in found:
-        site = patterns.site
-        if known.get((site.stack, site.layer)) != site.n_heads:
-            raise ArgumentError(
-                f"The pair and the roles are of different models: the pair has {site.n_heads} "
-                f"heads in {site.path}, and the roles {_counted(known, site.stack)}. Measure both "
-                "on one model."
-            )
-    for stack, (layers, heads) in getattr(sweep, "shapes", {}).items():
-        of_stack = [(layer, n) for (name, layer), n in known.items() if name == stack]
-        size = max((n for _, n in of_stack), default=0)
-        if (layers, heads) != (max((n for n, _ in of_stack), default=-1) + 1, size):
-            raise ArgumentError(
-                f"The sweep and the roles are of different models: the sweep's has {layers} layers "
-                f"of {heads} heads, and the roles {_counted(known, stack)}. Measure both on one "
-                "model."
-            )
+    heads = {(site.stack, site.layer): site.n_heads for site in roles.sites}
+    shapes: dict[str, tuple[int, int]] = {}
+    for (stack, layer), count in heads.items():
+        layers, most = shapes.get(stack, (0, 0))
+        shapes[stack] = max(layers, layer + 1), max(most, count)
+    others = [
+        ("pair", f"{p.site.n_heads} heads in {p.site.path}")
+        for p in found
+        if heads.get((p.site.stack, p.site.layer)) != p.site.n_heads
+    ] + [
+        ("sweep", "{} layers of {} heads".format(*shape))
+        for stack, shape in getattr(sweep, "shapes", {}).items()
+        if shapes.get(stack) != shape
+    ]
+    for what, other in others:
+        own = ", ".join(f"{n} layers of {h} heads{stack and ' in the '}{stack}"
+                        for stack, (n, h) in shapes.items())  # fmt: skip
+        raise ArgumentError(
+            f"The {what} and the roles are of different models: the {what} has {other}, and the "
+            f"roles have {own}. Measure both on one model."
+        )
 
 
 def _names_that_differ(roles: HeadRoles, **results: Any) -> list[str]:
@@ -175,13 +176,12 @@ def _names_that_differ(roles: HeadRoles, **results: Any) -> list[str]:
     share theirs. So the reader of the page has to judge.
     """
     own = _plain_name(roles)
-    notes = []
-    for what, result in results.items():
-        name = _plain_name(result)
-        if own and name and name != own:
-            notes.append(
-                f"The roles were measured on a model called {own}, the {what} on one called {name}."
-            )
+    names = {what: _plain_name(result) for what, result in results.items()}
+    notes = [
+        f"The roles were measured on a model called {own}, the {what} on one called {name}."
+        for what, name in names.items()
+        if own and name and name != own
+    ]
     for note in notes:
         log.warning(note)
     return notes
@@ -191,11 +191,6 @@ def _plain_name(result: Any) -> str:
     """The last part of a model's name, or nothing where it tells nothing."""
     name = str(getattr(getattr(result, "provenance", None), "model", ""))
     return "" if name in _NAMELESS else PurePath(name).name
-
-
-def _counted(known: dict[tuple[str, int], int], stack: str) -> str:
-    heads = [n for (name, _), n in known.items() if name == stack]
-    return f"{len(heads)} layers of {max(heads, default=0)}"
 
 
 def _head_table(roles: HeadRoles, sweep: Any) -> pd.DataFrame:
@@ -297,7 +292,6 @@ def _one_line(
 
 def _legend(frame: pd.DataFrame) -> dict[str, Any]:
     counts = frame["role"].value_counts()
-    kinds = {"offset" if str(t).startswith("offset ") else str(t) for t in frame["target"] if t}
     return {
         "roles": [
             (role, words, int(counts.get(role, 0)))
@@ -305,9 +299,8 @@ def _legend(frame: pd.DataFrame) -> dict[str, Any]:
             if role or role in counts
         ],
         "targets": [
-            (TARGET_MARKS.get(name, f"{MINUS}k"), name, words)
-            for name, words in TARGET_WORDS.items()
-            if name in kinds
+            (TARGET_MARKS.get(name, OFFSET_MARK), name, TARGET_WORDS[name])
+            for name in target_kinds(frame["target"])
         ],
     }
 
@@ -397,8 +390,8 @@ def _data(
         sites.append(packed(patterns, range(patterns.site.n_heads), tokens, texts))
     return {
         "labels": [str(label) for label in frame.index],
-        "columns": {str(name): _column(frame[name]) for name in frame.columns},
-        "masses": [name for name in _MASSES if name in frame.columns],
+        "columns": frame.to_dict("list"),
+        "masses": list(TARGET_MARKS),
         "descriptions": DESCRIPTIONS,
         "targets": TARGET_WORDS,
         "where": [where.get(str(label)) for label in frame.index],
@@ -409,7 +402,3 @@ def _data(
         "ties": pair.provenance.ties,
         "provenance": dataclasses.asdict(roles.provenance),
     }
-
-
-def _column(column: Any) -> list[Any]:
-    return [value.item() if hasattr(value, "item") else value for value in column.tolist()]
