@@ -15,7 +15,6 @@ import sat_lens as sl
 from sat_lens.attention import RandomKey
 from sat_lens.errors import ArgumentError
 from sat_lens.patching import HeadSweep, sweep_heads
-from sat_lens.patching.result import _as_grid
 
 QUIET: dict[str, Any] = {"progress": False}
 HEADS = ["L0H1", "L1H2"]
@@ -180,6 +179,8 @@ def test_nothing_of_a_sweep_is_nan_where_it_was_measured() -> None:
 
 
 def test_a_grid_holds_nan_where_there_is_no_head() -> None:
-    grid = _as_grid(torch.tensor([1.0, 2.0]), 2, 2, [(0, 1), (1, 0)])
-    expected = torch.tensor([[math.nan, 1.0], [2.0, math.nan]])
-    torch.testing.assert_close(grid, expected, equal_nan=True)
+    sweep = swept()
+    assert isinstance(sweep.values, torch.Tensor)
+    expected = torch.full((2, 4), math.nan)
+    expected[0, 1], expected[1, 2] = sweep.item_values
+    torch.testing.assert_close(sweep.values, expected, rtol=0, atol=0, equal_nan=True)

@@ -3,8 +3,7 @@
 One pass over the base run records what every block returned. A patched head then costs what comes
 after it: blocks below return what they returned, several heads run side by side as copies in the
 batch, and the patched attention module, where its output is the output projection of z, computes no
-more than that. Nothing is supposed of how a block is made but that it stands in a list of blocks
-and runs once.
+more than that. Nothing is assumed of a block but that it stands in a list of blocks and runs once.
 
 Nothing is taken on trust either. A run from the last block without a patch has to give the base
 run's logits, patches in one layer of every kind and a random twentieth of the others are computed
@@ -32,18 +31,18 @@ from sat_lens.caching.activations import with_heads
 from sat_lens.caching.prefix import block_path, computed_by
 from sat_lens.errors import SatLensError, UnsupportedModelError
 from sat_lens.models import unembedding
-from sat_lens.patching.baselines import Record
-from sat_lens.patching.items import Entry, Item, Spot
-from sat_lens.patching.patches import (
+from sat_lens.patching.arguments import Entry, Item, Spot
+from sat_lens.patching.result import Checks
+from sat_lens.patching.runs import (
     Experiment,
     FromRun,
     Local,
     Patch,
+    Record,
     local_activations,
     patched_logits,
     repeated,
 )
-from sat_lens.patching.result import Checks
 
 SHARE_CHECKED = 1 / 20
 # With fewer values, recording and proving cost more than they save.
@@ -56,30 +55,12 @@ TOKENS_AT_ONCE_CPU = 512
 MOST_TOKENS_AT_ONCE = 16_384
 # A larger chunk must be faster by so much, per head, to be worth its memory.
 GAIN = 0.05
-
-Forwards = dict[nn.Module, Callable[..., Any]]
 # Rows that start on a processor's cache line are stored faster; 16 float32 fill one.
 FLOATS_A_LINE = 16
 
+Forwards = dict[nn.Module, Callable[..., Any]]
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """A table of values, and how they came about; what is not done (yet) is NaN.
-
-    Attributes:
-        values: ``[item, position?, prompt?]``.
-        confirmed: ``[item]``: whether its values are exact.
-        checks: How they were computed.
-        complete: False after an interrupt.
-    """
-
-    values: Tensor
-    confirmed: Tensor
-    checks: Checks = dataclasses.field(default_factory=Checks)
-    complete: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +88,25 @@ class Work:
 
     def empty(self) -> Tensor:
         """A table of NaN: one value per item, position (if any) and prompt (if kept)."""
-        readout = self.experiment.readout
-        prompts = (readout.n_prompts,) if readout.per_prompt else ()
-        return torch.full((*self.shape, *prompts), math.nan)
+        n_prompts = self.experiment.readout.n_prompts
+        return torch.full((*self.shape, *(() if n_prompts is None else (n_prompts,))), math.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A table of values, and how they came about; what is not done is NaN.
+
+    Attributes:
+        values: ``[item, position?, prompt?]``.
+        confirmed: ``[item]``: whether an item is computed exactly.
+        checks: How the values were computed.
+        complete: False after an interrupt.
+    """
+
+    values: Tensor
+    confirmed: Tensor
+    checks: Checks = dataclasses.field(default_factory=Checks)
+    complete: bool = True
 
 
 def evaluate(work: Work, patch: Patch, record: Record | None, name: str) -> Evaluated:
@@ -119,15 +116,19 @@ def evaluate(work: Work, patch: Patch, record: Record | None, name: str) -> Eval
     work; what is done by then is kept, and the result says that the rest is missing.
     """
     values, checks, complete = work.empty(), Checks(), True
+    readout = work.experiment.readout
     bar = tqdm(total=len(work.entries), desc=name, unit="patch", disable=not work.progress)
     with torch.no_grad(), bar:
         try:
             try:
                 checks = _by_engine(work, patch, record, values, bar)
-            except (_EngineFailedError, torch.OutOfMemoryError):
+            except Exception:  # noqa: BLE001 - whole forward passes will do or say better
                 values.fill_(math.nan)
                 bar.reset()
-                _by_whole_passes(work, patch, values, bar)
+                for entry in work.entries:
+                    (logits,) = patched_logits(work.experiment, patch, [entry.spot])
+                    values[entry.index] = readout.value_at(logits)
+                    bar.update()
         except KeyboardInterrupt:
             if bool(values.isnan().all()):
                 raise
@@ -136,40 +137,34 @@ def evaluate(work: Work, patch: Patch, record: Record | None, name: str) -> Eval
     return Evaluated(values, confirmed, checks, complete)
 
 
-def _by_whole_passes(work: Work, patch: Patch, values: Tensor, bar: Any) -> None:
-    for entry in work.entries:
-        (logits,) = patched_logits(work.experiment, patch, [entry.spot])
-        values[entry.index] = work.experiment.readout.value_at(logits)
-        bar.update()
-
-
-class _EngineFailedError(Exception):
-    """The engine cannot serve, or did not give what whole forward passes give."""
-
-
 def _by_engine(work: Work, patch: Patch, record: Record | None, values: Tensor, bar: Any) -> Checks:
+    """Fill the table; any error means that the engine cannot serve, or is not to be trusted."""
     if record is None or len(work.entries) < LEAST_REPLAYED:
-        raise _EngineFailedError
-    with _failing_on_errors():
-        engine = Engine(work.experiment, patch, record, [entry.item for entry in work.entries])
-        engine.prove_unpatched()
-        proof, rest, checked = _plan(engine, work)
-    errors = []
-    for run in (*proof, *rest):
+        raise UnsupportedModelError("Too little to do, or nothing recorded.")
+    engine = Engine(work.experiment, patch, record, [entry.item for entry in work.entries])
+    engine.prove_unpatched()
+    runs, checked = _plan(engine, work)
+    errors: list[float] = []
+    for run in runs:
         for chunk, found in engine.pace.chunks(run, engine.logits, engine.depth(run[0])):
-            pairs = list(zip(chunk, found, strict=True))
-            for entry, logits in pairs:
-                with _failing_on_errors():
-                    values[entry.index] = work.experiment.readout.value_at(logits)
+            for entry, logits in zip(chunk, found, strict=True):
+                values[entry.index] = work.experiment.readout.value_at(logits)
+            pairs = zip(chunk, found, strict=True)
             to_check = [(entry, logits) for entry, logits in pairs if entry.index in checked]
-            errors += _checked_errors(engine, to_check, values)
+            for some, whole in engine.pace.chunks(to_check, engine.whole_passes):
+                for (entry, logits), expected in zip(some, whole, strict=True):
+                    # Of logits too: a metric of small numbers shows no difference.
+                    engine.require_equal(logits, expected)
+                    exact = work.experiment.readout.value_at(expected)
+                    errors.append(float((exact - values[entry.index]).abs().max()))
+                    values[entry.index] = exact
+            if errors and not max(errors) <= engine.tolerance:
+                raise UnsupportedModelError(f"Values differ by {max(errors)}.")
             bar.update(len(chunk))
     return Checks("replay", len(errors), max(errors))
 
 
-def _plan(
-    engine: Engine, work: Work
-) -> tuple[list[list[Entry]], list[list[Entry]], set[tuple[int, ...]]]:
+def _plan(engine: Engine, work: Work) -> tuple[list[list[Entry]], set[tuple[int, ...]]]:
     """Cut the work into runs of entries that can stand side by side: first those that prove the
     engine, one of every kind of layer, then the rest; and draw which of them are to be checked."""
     runs = [list(some) for _, some in itertools.groupby(work.entries, key=engine.key)]
@@ -182,41 +177,7 @@ def _plan(
     checked = proven.union(random.Random(work.seed).sample(others, n_drawn))
     early = {entry.index for run in proof.values() for entry in run}
     rest = [[entry for entry in run if entry.index not in early] for run in runs]
-    return [*proof.values()], [run for run in rest if run], checked
-
-
-def _checked_errors(
-    engine: Engine, found: list[tuple[Entry, Tensor]], values: Tensor
-) -> list[float]:
-    """Compute entries by whole forward passes, and put the results in the place of the engine's.
-
-    The logits are compared, not only the metric: a metric of small numbers shows no difference.
-    """
-
-    def whole(some: Sequence[tuple[Entry, Tensor]]) -> list[Tensor]:
-        with _failing_on_errors():
-            spots = [entry.spot for entry, _ in some]
-            return patched_logits(engine.experiment, engine.patch, spots)
-
-    errors = []
-    for some, expected in engine.pace.chunks(found, whole):
-        for (entry, logits), sure in zip(some, expected, strict=True):
-            exact = engine.experiment.readout.value_at(sure)
-            errors.append(float((exact - values[entry.index]).abs().max()))
-            if not (engine.agree(logits, sure) and errors[-1] <= engine.tolerance):
-                raise _EngineFailedError
-            values[entry.index] = exact
-    return errors
-
-
-@contextlib.contextmanager
-def _failing_on_errors() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:  # fewer heads side by side may still fit
-        raise
-    except Exception as error:  # whatever it is, whole forward passes will do or say better
-        raise _EngineFailedError from error
+    return [*proof.values(), *filter(None, rest)], checked
 
 
 class Engine:
@@ -263,26 +224,23 @@ class Engine:
     def logits(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Return the logits of each entry's patch; all are of one key."""
         item = entries[0].item
-        with _failing_on_errors():
-            spots = [entry.spot for entry in entries]
-            return self._run(spots, self._start(item), self._shortcut(item))
+        spots = [entry.spot for entry in entries]
+        return self._run(spots, self._start(item), self._shortcut(item))
+
+    def whole_passes(self, found: Sequence[tuple[Entry, Tensor]]) -> list[Tensor]:
+        """Return the logits of the same patches from whole forward passes."""
+        return patched_logits(self.experiment, self.patch, [entry.spot for entry, _ in found])
 
     def prove_unpatched(self) -> None:
-        """Run the last block alone, without a patch.
-
-        Raises:
-            _EngineFailedError: That does not give the base run's logits.
-        """
+        """Run the last block alone, without a patch, which has to give the base run's logits."""
         (logits,) = self._run([(Item("nothing", (), {}), None)], len(self.record.order) - 1, None)
-        if not self.agree(logits[:, -1], self.record.logits):
-            raise _EngineFailedError
+        self.require_equal(logits[:, -1], self.record.logits)
 
-    def agree(self, logits: Tensor, expected: Tensor | None) -> bool:
-        """Whether two routes gave the same logits, up to rounding."""
-        return expected is not None and all(
-            torch.allclose(mine, theirs, rtol=TOLERANCE, atol=self.tolerance)
-            for mine, theirs in zip(logits, expected, strict=True)
-        )
+    def require_equal(self, logits: Tensor, expected: Any) -> None:
+        """Raise an UnsupportedModelError unless two routes gave the same logits, up to rounding."""
+        for mine, theirs in zip(logits, expected, strict=True):
+            if not torch.allclose(mine, theirs, rtol=TOLERANCE, atol=self.tolerance):
+                raise UnsupportedModelError("Whole forward passes give other logits.")
 
     def _run(self, spots: Sequence[Spot], start: int, shortcut: str | None) -> list[Tensor]:
         """Run the blocks from ``start`` on; the module at ``shortcut`` projects patched z."""
@@ -320,10 +278,9 @@ class Engine:
         if not isinstance(source, Local):
             return source.activations if source.component == "z" else {}
         single = [item for item in items if self._is_projected(item)]
-        if not single:
-            return {}
         with contextlib.suppress(SatLensError):
-            return local_activations(self.experiment, self.patch, single, self.record.z)
+            if single:
+                return local_activations(self.experiment, self.patch, single, self.record.z)
         return {}
 
     def _is_projected(self, item: Item) -> bool:
@@ -337,6 +294,7 @@ class Engine:
         return min(self.record.order.index(block_path(path)) for path in item.selection)
 
     def _quick_forwards(self, items: Sequence[Item]) -> Forwards:
+        """Return what gives the same in less time, or less of it: all that no one will read."""
         blocks, read = self.record.blocks, self.experiment.readout.positions
         found: Forwards = {}
         if self.patch.base is None:  # where rounding cannot decide which key wins
@@ -344,21 +302,21 @@ class Engine:
         unembed = unembedding(self.experiment.model)
         if unembed is not None:
             found |= aligned_unembedding(unembed)
-        if read is not None:
-            for module in self._last_modules(items):
-                found[module] = functools.partial(_at_positions, module.forward, read)
-        return found
-
-    def _last_modules(self, items: Sequence[Item]) -> list[nn.Module]:
-        """Return modules of the last block after which positions do not meet any more."""
+        if read is None:
+            return found
+        # In the last block these are the modules after which positions do not meet any more.
         last, source = self.record.order[-1], self.patch.source
-        found = [getattr(self.record.blocks[last], "mlp", None)]
+        ends = [getattr(blocks[last], "mlp", None)]
         is_put_in = isinstance(source, FromRun) and source.component == "z"
         if not is_put_in or all(self._shortcut(item) for item in items):
             paths = [s.path for s in self.experiment.sites if block_path(s.path) == last]
-            modules = [self.experiment.model.get_submodule(path) for path in paths]
-            found += [getattr(module, "o", None) for module in modules]
-        return [module for module in found if isinstance(module, nn.Module)]
+            attention = [self.experiment.model.get_submodule(path) for path in paths]
+            ends += [getattr(module, "o", None) for module in attention]
+        return found | {
+            module: functools.partial(_at_positions, module.forward, read)
+            for module in ends
+            if isinstance(module, nn.Module)
+        }
 
 
 def _returning(output: Any) -> Callable[..., Any]:
@@ -386,24 +344,17 @@ def quick_gelus(modules: Iterable[nn.Module]) -> Forwards:
 def aligned_unembedding(unembed: nn.Module) -> Forwards:
     """Return unembeddings whose rows start on cache lines: GPT-2's vocabulary has 50,257 tokens.
 
-    At 512 positions that saves a quarter of the product's time on a CPU. The bias is left out where
-    it is the zero that TransformerLens puts there.
+    At 512 positions that saves a quarter of the product's time on a CPU.
     """
     return {
         module: functools.partial(_aligned, module)
         for module in unembed.modules()
-        if isinstance(module, nn.Linear) and _is_misaligned(module)
+        if type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+        and module.out_features % FLOATS_A_LINE > 0
     }
-
-
-def _is_misaligned(linear: nn.Linear) -> bool:
-    return (
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
-        and linear.weight.device.type == "cpu"
-        and linear.weight.dtype == torch.float32
-        and linear.out_features % FLOATS_A_LINE > 0
-    )
 
 
 def _aligned(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -411,6 +362,7 @@ def _aligned(linear: nn.Linear, x: Tensor) -> Tensor:
     width = math.ceil(linear.out_features / FLOATS_A_LINE) * FLOATS_A_LINE
     y = x.new_empty(len(rows), width)[:, : linear.out_features]
     torch.mm(rows, linear.weight.T, out=y)
+    # TransformerLens puts a bias of zeros where a model has none.
     if linear.bias is not None and bool(linear.bias.any()):
         y += linear.bias
     return y.unflatten(0, x.shape[:-1])
@@ -452,7 +404,7 @@ class Pace:
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
-                self._settle(len(chunk) // 2)
+                self.size = self._most = len(chunk) // 2
                 continue
             if cost is not None and len(chunk) == self.size < self._most:
                 self._learn(seconds / (len(chunk) * cost))
@@ -462,13 +414,10 @@ class Pace:
     def _learn(self, seconds: float) -> None:
         """Go on to twice the size, or back to the best one."""
         if self._best is not None and seconds > (1 - GAIN) * self._best[0]:
-            self._settle(self._best[1])
+            self.size = self._most = self._best[1]
             return
         self._best = (seconds, self.size)
         self.size = min(2 * self.size, self._most)
-
-    def _settle(self, size: int) -> None:
-        self.size = self._most = size
 
     def _now(self) -> float:
         if self._device.type != "cpu":

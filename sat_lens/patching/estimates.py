@@ -1,9 +1,10 @@
 """First-order estimates of all patches at once, and screens that confirm the largest exactly.
 
-The estimate is attribution patching: the change of each head's z times the gradient of the metric
-there, in the run that is patched. It is exact only for small changes, and saturation is not one:
-use it to rank heads, never as a value. Towards denoising it is poorer still, because no gradient
-passes through the patterns of a saturated run.
+The estimate is attribution patching (Nanda, 2023; Syed, Rager and Conmy, "Attribution Patching
+Outperforms Automated Circuit Discovery", arXiv 2310.10348): the change of each head's z times the
+gradient of the metric there, in the run that is patched. It is exact only for small changes, and
+saturation is not one: use it to rank heads, never as a value. Towards denoising it is poorer still,
+because no gradient passes through the patterns of a saturated run.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from torch import Tensor
 
 from sat_lens.caching.activations import Activations, captured, of_heads, replaced
 from sat_lens.errors import ArgumentError
-from sat_lens.patching.baselines import Baseline
+from sat_lens.patching.arguments import Item
 from sat_lens.patching.engine import Evaluated, Work, evaluate
-from sat_lens.patching.items import Entry, Item
-from sat_lens.patching.patches import Experiment, Local, Patch, everywhere, local_activations
 from sat_lens.patching.result import Checks
+from sat_lens.patching.runs import Baseline, Experiment, Local, Patch, everywhere, local_activations
 
 Method = Literal["exact", "attribution", "screen"]
 
@@ -58,19 +58,19 @@ def values_of(
     if method == "attribution":
         unconfirmed = torch.zeros(len(estimates), dtype=torch.bool)
         return Evaluated(estimates, unconfirmed, Checks("estimate"))
-    if like is not None:
+    if like is None:
+        exact = screen(work, patch, base, estimates, confirm)
+    else:
         confirmed = set(like.confirmed.nonzero().flatten().tolist())
-        return _mixed(evaluate(work.of_items(confirmed), patch, base.record, name), estimates)
-    return screen(work, patch, base, estimates, confirm)
+        exact = evaluate(work.of_items(confirmed), patch, base.record, name)
+    is_exact = exact.confirmed.view(-1, *[1] * (estimates.dim() - 1))
+    return dataclasses.replace(exact, values=exact.values.where(is_exact, estimates))
 
 
 def estimate(work: Work, patch: Patch, base: Tensor) -> Tensor:
     """Estimate all entries from two forward passes and one backward pass.
 
-    Args:
-        work: What is wanted.
-        patch: What is patched into what.
-        base: The metric of the run that is patched; estimates are this plus an effect.
+    An estimate is ``base``, the metric of the run that is patched, plus an effect.
 
     Raises:
         ArgumentError: The metric has no gradient.
@@ -83,13 +83,49 @@ def estimate(work: Work, patch: Patch, base: Tensor) -> Tensor:
             new_z = local_activations(experiment, patch, items, base_z)
         else:
             new_z = dict(patch.source.activations)
-        effects = {
-            site.path: _products(new_z, base_z, gradients, site.path, site.n_heads)
-            for site in experiment.sites_of(items)
-        }
+        effects: dict[str, Float[Tensor, "batch position head"]] = {}
+        for site in experiment.sites_of(items):
+            product = (new_z[site.path] - base_z[site.path]) * gradients[site.path]
+            effects[site.path] = of_heads(product, site.n_heads).sum(-1).float().cpu()
         for entry in work.entries:
-            values[entry.index] = base + _effect(effects, entry, experiment.readout.per_prompt)
+            item, position = entry.spot
+            parts = [effects[path][:, :, heads].sum(-1) for path, heads in item.selection.items()]
+            at = [part.sum(1) if position is None else part[:, position] for part in parts]
+            by_prompt = torch.stack(at).sum(0)
+            apart = experiment.readout.n_prompts is not None
+            values[entry.index] = base + (by_prompt if apart else by_prompt.sum())
     return values
+
+
+def _gradients(
+    experiment: Experiment, patch: Patch, items: list[Item]
+) -> tuple[Activations, Activations]:
+    """Run the base, and return z and the gradient of the metric at z, by path."""
+    sites = experiment.sites_of(items)
+    added: Activations = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(everywhere(experiment, patch.base))
+        found = stack.enter_context(captured(experiment.model, sites, "z"))
+        for site in sites:
+
+            def edit(z: Tensor, path: str = site.path) -> Tensor:
+                added[path] = torch.zeros_like(z, requires_grad=True)
+                return z + added[path]
+
+            stack.enter_context(replaced(experiment.model, site, "z", edit))
+        stack.enter_context(experiment.unembedding_read())
+        value = experiment.readout.with_gradient_at(patch.batch.run(experiment.model))
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            raise ArgumentError(
+                "An estimate needs a metric with a gradient, and there is none through "
+                f'{experiment.readout.metric!r}. Use method="exact".'
+            )
+        # Prompts do not meet in the model, so the gradient of their sum keeps them apart.
+        gradients = torch.autograd.grad(
+            value.sum(), list(added.values()), allow_unused=True, materialize_grads=True
+        )
+    return found, dict(zip(added, gradients, strict=True))
 
 
 def screen(
@@ -97,12 +133,7 @@ def screen(
 ) -> Evaluated:
     """Compute the items of largest estimated effect exactly, and some others, to tell the recall.
 
-    Args:
-        work: What is wanted.
-        patch: What is patched into what.
-        base: The run that is patched.
-        estimates: The values by :func:`estimate`.
-        confirm: The share of items to be confirmed.
+    ``confirm`` is the share of the items that is computed.
     """
     n_picked = max(round(confirm * len(estimates)), 1)
     order = _size(estimates, base.value).argsort(descending=True, stable=True).tolist()
@@ -110,18 +141,20 @@ def screen(
     n_drawn = min(max(round(RECALL_SHARE * n_picked), LEAST_RECALL_SAMPLE), len(rest))
     drawn = random.Random(work.seed).sample(rest, n_drawn)
     exact = evaluate(work.of_items({*picked, *drawn}), patch, base.record, "screen")
-    if exact.complete:
-        size = _size(exact.values, base.value)
-        recall = _recall(size[picked], size[drawn], len(rest), n_top=max(n_picked // 2, 1))
-        checks = dataclasses.replace(exact.checks, recall=recall, recall_sample=n_drawn)
-        exact = dataclasses.replace(exact, checks=checks)
-    return _mixed(exact, estimates)
+    if not exact.complete:
+        return exact
+    size = _size(exact.values, base.value)
+    recall = _recall(size[picked], size[drawn], len(rest), n_top=max(n_picked // 2, 1))
+    checks = dataclasses.replace(exact.checks, recall=recall, recall_sample=n_drawn)
+    return dataclasses.replace(exact, checks=checks)
 
 
-def _mixed(exact: Evaluated, estimates: Tensor) -> Evaluated:
-    """Exact values where there are some, estimates elsewhere."""
-    confirmed = exact.confirmed.view(-1, *[1] * (estimates.dim() - 1))
-    return dataclasses.replace(exact, values=exact.values.where(confirmed, estimates))
+def _size(values: Tensor, base: Tensor) -> Float[Tensor, " item"]:
+    """The largest absolute effect of each item over positions; prompts are averaged first."""
+    effects = values - base
+    if base.dim():
+        effects = effects.mean(-1)
+    return effects.abs().reshape(len(effects), -1).nan_to_num(-1.0).amax(1)
 
 
 def _recall(picked: Tensor, drawn: Tensor, n_rest: int, n_top: int) -> float:
@@ -136,64 +169,3 @@ def _recall(picked: Tensor, drawn: Tensor, n_rest: int, n_top: int) -> float:
     order = sizes.argsort(descending=True, stable=True)
     taken = weights[order].cumsum(0).clamp(max=n_top).diff(prepend=torch.zeros(1))
     return float(taken[order < len(picked)].sum() / n_top)
-
-
-def _size(values: Tensor, base: Tensor) -> Float[Tensor, " item"]:
-    """The largest absolute effect of each item over positions; prompts are averaged first."""
-    effects = values - (base if base.dim() == 0 else base.view(*[1] * (values.dim() - 1), -1))
-    if base.dim():
-        effects = effects.mean(-1)
-    return effects.abs().reshape(len(effects), -1).nan_to_num(-1.0).amax(1)
-
-
-def _gradients(
-    experiment: Experiment, patch: Patch, items: list[Item]
-) -> tuple[Activations, dict[str, Tensor]]:
-    """Run the base, and give z and the gradient of the metric at z, by path."""
-    sites = experiment.sites_of(items)
-    added: dict[str, Tensor] = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(everywhere(experiment, patch.base))
-        found = stack.enter_context(captured(experiment.model, sites, "z"))
-        for site in sites:
-
-            def edit(z: Tensor, path: str = site.path) -> Tensor:
-                added[path] = torch.zeros_like(z, requires_grad=True)
-                return z + added[path]
-
-            stack.enter_context(replaced(experiment.model, site, "z", edit))
-        stack.enter_context(experiment.unembedding_read())
-        logits = patch.batch.run(experiment.model)
-        value = experiment.readout.raw_at(logits)
-        if not isinstance(value, Tensor) or not value.requires_grad:
-            raise ArgumentError(
-                "An estimate needs a metric with a gradient, and there is none through "
-                f'{experiment.readout.metric!r}. Use method="exact".'
-            )
-        paths = list(added)
-        # Prompts do not meet in the model, so the gradient of their sum keeps them apart.
-        gradients = torch.autograd.grad(
-            value.sum(), [added[path] for path in paths], allow_unused=True
-        )
-    at_zero = {
-        path: torch.zeros_like(added[path]) if gradient is None else gradient
-        for path, gradient in zip(paths, gradients, strict=True)
-    }
-    return found, at_zero
-
-
-def _products(
-    new_z: Activations, base_z: Activations, gradients: dict[str, Tensor], path: str, n_heads: int
-) -> Float[Tensor, "batch position head"]:
-    product = (new_z[path] - base_z[path]) * gradients[path]
-    return of_heads(product, n_heads).sum(-1).float().cpu()
-
-
-def _effect(effects: dict[str, Tensor], entry: Entry, per_prompt: bool) -> Tensor:
-    parts = [effects[path][:, :, heads].sum(-1) for path, heads in entry.item.selection.items()]
-    by_prompt = sum(
-        (part.sum(1) if entry.position is None else part[:, entry.position] for part in parts),
-        start=torch.zeros(len(parts[0])),
-    )
-    return by_prompt if per_prompt else by_prompt.sum()

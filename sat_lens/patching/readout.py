@@ -7,7 +7,6 @@ there; it has been tried before on logits whose other positions were hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,25 +18,22 @@ from sat_lens.metrics import Metric, call_metric, positions_read, read_metric
 
 
 class Readout:
-    """How a metric is read in one sweep: of which positions, and prompt by prompt or not.
+    """How a metric is read in one sweep: off which positions, and prompt by prompt or not.
 
-    ``named`` are the positions that the metric says it reads; ``positions`` those at which logits
-    are computed, None for all.
+    Attributes:
+        n_prompts: How many values are read; None for one over all prompts.
+        named: The positions that the metric says it reads.
+        positions: Those at which logits are computed; None is all.
     """
 
-    def __init__(self, metric: Metric, per_prompt: bool, n_prompts: int) -> None:
+    def __init__(self, metric: Metric, n_prompts: int | None) -> None:
         self.metric = metric
-        self.per_prompt = per_prompt
         self.n_prompts = n_prompts
         self.tried = False
         self.named: list[int] | None = None
         self.positions: list[int] | None = None
         self._n_positions = 0
         self._whole: Tensor | None = None
-
-    def raw(self, logits: Any) -> Tensor:
-        """Call the metric, with its gradient if there is one."""
-        return call_metric(self.metric, logits, self.n_prompts if self.per_prompt else None)
 
     def value(self, logits: Any) -> Tensor:
         """Read the metric off logits of all positions: a scalar, or one value per prompt.
@@ -46,15 +42,15 @@ class Readout:
             ArgumentError: It gives something else.
             NonFiniteError: A value is NaN or infinite.
         """
-        return read_metric(self.metric, logits, self.n_prompts if self.per_prompt else None)
-
-    def raw_at(self, logits: Tensor) -> Any:
-        """Call the metric on logits of ``positions`` alone, ``[batch, len(positions), vocab]``."""
-        return self.raw(self._as_whole(logits))
+        return read_metric(self.metric, logits, self.n_prompts)
 
     def value_at(self, logits: Any) -> Tensor:
-        """Read the metric off logits of ``positions`` alone."""
+        """Read the metric off logits of ``positions`` alone, ``[batch, len(positions), vocab]``."""
         return self.value(self._as_whole(logits))
+
+    def with_gradient_at(self, logits: Any) -> Any:
+        """Call the metric on logits of ``positions`` alone, with its gradient if there is one."""
+        return call_metric(self.metric, self._as_whole(logits), self.n_prompts)
 
     def narrow(self, logits: Any, before_unembed: Tensor | None, unembed: nn.Module | None) -> None:
         """Find out from one whole run whether logits may be left out from now on.
@@ -75,7 +71,8 @@ class Readout:
         self._n_positions = logits.shape[1]
         hidden = torch.full_like(logits, math.nan)
         hidden[:, positions] = logits[:, positions]
-        if not _agree(self.raw(hidden), self.raw(logits)):
+        alone, whole = (call_metric(self.metric, x, self.n_prompts) for x in (hidden, logits))
+        if not torch.allclose(alone, whole, rtol=1e-5, atol=1e-6):
             raise ArgumentError(
                 f"The metric {self.metric!r} says in .positions that it reads the positions "
                 f"{positions} of {self._n_positions}, and gives another value when all others are "
@@ -85,10 +82,8 @@ class Readout:
             return
         if before_unembed.shape[:2] != logits.shape[:2]:
             return
-        alone = unembed(before_unembed[:, positions])
-        if isinstance(alone, Tensor) and torch.allclose(
-            alone, logits[:, positions], rtol=1e-4, atol=1e-4
-        ):
+        few, expected = unembed(before_unembed[:, positions]), logits[:, positions]
+        if isinstance(few, Tensor) and torch.allclose(few, expected, rtol=1e-4, atol=1e-4):
             self.positions = positions
 
     def _as_whole(self, logits: Any) -> Any:
@@ -107,30 +102,25 @@ class Readout:
         return self._whole
 
 
-def check_not_padding(positions: list[int] | None, batch: Batch) -> None:
-    """Raise an ArgumentError if the metric reads a position at which a prompt is padded."""
-    mask = batch.output_non_padding
-    if positions is None or mask is None or max(positions) >= mask.shape[1]:
-        return
-    padded = [p for p in positions if not bool(mask[:, p].all())]
-    if padded:
-        raise ArgumentError(
-            f"The metric reads the positions {padded}, at which some prompts are padded. Give "
-            "prompts of equal length, pad on the left (a dict of input and attention_mask), or "
-            "read each prompt at its own last token."
-        )
-
-
-def check_depends(
-    readout: Readout, soft: Tensor, saturated: Tensor, logits_of: Callable[[], Any]
+def check_readable(
+    readout: Readout, model: Any, batch: Batch, soft: Tensor, saturated: Tensor
 ) -> None:
-    """Raise an ArgumentError if the metric is the same whatever the logits are.
+    """Raise an ArgumentError if the metric reads padding, or does not depend on the logits.
 
-    It is not if the soft and the saturated run differ in it; otherwise other logits are tried.
+    It does if the soft and the saturated run differ in it; otherwise other logits are tried.
     """
+    positions, mask = readout.named, batch.output_non_padding
+    if positions is not None and mask is not None and max(positions) < mask.shape[1]:
+        padded = [p for p in positions if not bool(mask[:, p].all())]
+        if padded:
+            raise ArgumentError(
+                f"The metric reads the positions {padded}, at which some prompts are padded. Give "
+                "prompts of equal length, pad on the left (a dict of input and attention_mask), or "
+                "read each prompt at its own last token."
+            )
     if not torch.equal(soft, saturated):
         return
-    logits = logits_of()
+    logits = batch.run(model)
     if not isinstance(logits, Tensor):
         return
     generator = torch.Generator().manual_seed(0)
@@ -145,10 +135,4 @@ def check_depends(
         f"The metric {readout.metric!r} gives {soft.tolist()} for the soft run, the saturated run "
         "and for arbitrary other logits, so it does not depend on the output. Give a function of "
         "the logits."
-    )
-
-
-def _agree(first: Any, second: Any) -> bool:
-    return bool(
-        torch.allclose(torch.as_tensor(first), torch.as_tensor(second), rtol=1e-5, atol=1e-6)
     )

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from sat_lens import figures
 from sat_lens._checks import check_choice
 from sat_lens.errors import ArgumentError
-from sat_lens.patching.items import Item
+from sat_lens.patching.arguments import Item
 from sat_lens.results import Result, largest
 
 if TYPE_CHECKING:
@@ -168,20 +167,20 @@ class HeadSweep(Result, kind="head sweep"):
     @property
     def item_effects(self) -> Tensor:
         """``effect`` in the shape of ``item_values``."""
-        return self.item_values - _aligned(self.base, self.item_values)
+        return self.item_values - self.base
 
     @property
     def random_effects(self) -> Tensor | None:
         """The effect of every draw of random keys, in the shape of ``random_values``."""
         values = self.random_values
-        return None if values is None else values - _aligned(self.base, values)
+        return None if values is None else values - self.base
 
     @property
     def corruption_effects(self) -> Tensor | None:
         """``corruption_effect`` in the shape of ``item_values``."""
         base = self.soft if self.direction == "noising" else self.corrupted_soft
         values = self.corruption_values
-        return None if values is None or base is None else values - _aligned(base, values)
+        return None if values is None or base is None else values - base
 
     @property
     def mean_normalised(self) -> Tensor:
@@ -192,7 +191,20 @@ class HeadSweep(Result, kind="head sweep"):
     @property
     def notes(self) -> list[str]:
         """What a reader must know before trusting the numbers, in sentences; often nothing."""
-        return _notes_of(self)
+        notes = []
+        gap = float((self.saturated - self.soft).mean())
+        if not bool(self.mean_normalised.isfinite().any()) and self.item_effects.isfinite().any():
+            notes.append(
+                f"normalised is not given: the soft and the saturated run differ by {gap:.2g} in "
+                "the metric, too little to divide by."
+            )
+        if self.method == "attribution":
+            notes.append("All effects are first-order estimates: they rank heads, at best.")
+        elif not bool(self.confirmed.all()):
+            notes.append("Effects that are not confirmed are first-order estimates.")
+        if not self.complete:
+            notes.append("The sweep was interrupted; what is missing is NaN.")
+        return notes
 
     def frame(self) -> pd.DataFrame:
         """Return one row per head (and position), indexed by label; prompts are averaged.
@@ -204,7 +216,38 @@ class HeadSweep(Result, kind="head sweep"):
         ``method`` and ``confirmed``: where that is False, the row is a first-order estimate;
         ``stack``, ``layer``, ``head`` (-1 for groups).
         """
-        return _table_of(self)
+        places = self.positions or (None,)
+        items = [item for item in self.items for _ in places]
+        table: dict[str, Any] = {}
+        if self.positions is not None:
+            table["position"] = [*self.positions] * len(self.items)
+        # What a narrow screen cuts off stands in the middle, so the effects come first.
+        for name, values in self._columns().items():
+            table[name] = math.nan if values is None else values.flatten().tolist()
+        table["method"] = self.method
+        table["confirmed"] = self.confirmed.repeat_interleave(len(places)).tolist()
+        for name in ("stack", "layer", "head"):
+            table[name] = [getattr(item, name) for item in items]
+        return pd.DataFrame(table, index=pd.Index([item.label for item in items], name="label"))
+
+    def _columns(self) -> dict[str, Tensor | None]:
+        """Every number of a row; None is one that was asked for and not reached."""
+        columns: dict[str, Tensor | None] = {"effect": self._mean(self.item_effects)}
+        if self.soft.dim():
+            n_prompts = self.item_effects.shape[-1]
+            columns["effect_se"] = _spread(self.item_effects.movedim(-1, 0)) / math.sqrt(n_prompts)
+        columns["normalised"] = self.mean_normalised
+        if self.arguments["baseline"] == "random":
+            draws = self._mean(self.random_effects)
+            columns["random_effect"] = None if draws is None else draws.nanmean(0)
+            columns["random_spread"] = None if draws is None else _spread(draws)
+        if self.corrupted is not None:
+            columns["corruption_effect"] = self._mean(self.corruption_effects)
+        return columns | {"value": self._mean(self.item_values)}
+
+    def _mean(self, values: Tensor | None) -> Tensor | None:
+        """Average over prompts, where they are apart."""
+        return values if values is None or not self.soft.dim() else values.mean(-1)
 
     def plot(self, quantity: str = "effect", title: str | None = None) -> Figure:
         """Draw a map of heads: layers down, heads across, colours centred on 0.
@@ -232,25 +275,47 @@ class HeadSweep(Result, kind="head sweep"):
         if self.soft.dim():
             grid = grid.mean(-1)
         if self.positions is not None:
-            largest = grid.nan_to_num().abs().argmax(-1, keepdim=True)
-            grid = grid.gather(-1, largest).squeeze(-1)
+            peak = grid.nan_to_num().abs().argmax(-1, keepdim=True)
+            grid = grid.gather(-1, peak).squeeze(-1)
             what = f"{what}, of {len(self.positions)} positions the largest in absolute value"
         if not bool(grid.isfinite().any()):
             raise ArgumentError(f"No {what} is finite. {' '.join(self.notes)}")
         if not bool(self.confirmed.all()):
             what += f", {self.method}: approximate where not confirmed"
-        reference = _random_size(self) if quantity == "effect" else None
-        return figures.sweep_figure(grid, title or _title_of(self), what, reference=reference)
+        reference = self._random_size if quantity == "effect" else None
+        return figures.sweep_figure(grid, title or self._title, what, reference=reference)
+
+    @property
+    def _random_size(self) -> float | None:
+        """The root mean square of all random effects: what mere disturbance does to the metric."""
+        draws = self.random_effects
+        return None if draws is None else float(draws.square().nanmean().sqrt())
+
+    @property
+    def _title(self) -> str:
+        """What was done to which model."""
+        given, done = self.arguments, _transformed(self.arguments["transform"])
+        what = "one group of heads" if self.items[0].is_group else "one head"
+        noising = self.direction == "noising"
+        if given["source"] == "run":
+            start, end = (done, "soft") if noising else ("soft", done)
+            change = (
+                f"{given['component']} of {what} at a time, from the {start} run into the {end} run"
+            )
+        elif noising:
+            change = f"{what} at a time {done}, all others soft"
+        else:
+            change = f"{what} at a time soft, all others {done}"
+        return f"{self.provenance.model}: {change}"
 
     def _lines(self) -> list[str]:
-        effects = self.frame()["effect"]
+        frame = self.frame()
+        effects = frame["effect"]
         if self.positions is not None:
-            places = [str(p) for _ in self.items for p in self.positions]
-            labels = zip(effects.index, places, strict=True)
-            effects = effects.set_axis([f"{label} at {place}" for label, place in labels])
-        size = _random_size(self)
+            effects = effects.set_axis([f"{at} at {p}" for at, p in frame["position"].items()])
+        size = self._random_size
         return [
-            _title_of(self).partition(": ")[2],
+            self._title.partition(": ")[2],
             f"metric: soft {float(self.soft.mean()):.4g}, saturated "
             f"{float(self.saturated.mean()):.4g}",
             f"largest effects: {largest(effects)}",
@@ -302,31 +367,22 @@ class HeadSweep(Result, kind="head sweep"):
         return self.saturated if self.direction == "noising" else self.soft
 
     def _grid(self, values: Tensor) -> Grid:
+        """Lay ``[item, ...]`` out as ``[layer, head, ...]``, by stack where there are several."""
         if self.items[0].is_group:
             return values
         grids = {
-            stack: self._grid_of(stack, values)
-            for stack in dict.fromkeys(item.stack for item in self.items)
+            item.stack: values.new_full((*self.shapes[item.stack], *values.shape[1:]), math.nan)
+            for item in self.items
         }
+        for item, value in zip(self.items, values, strict=True):
+            grids[item.stack][item.layer, item.head] = value
         return grids if len(self.shapes) > 1 else next(iter(grids.values()))
-
-    def _grid_of(self, stack: str, values: Tensor) -> Float[Tensor, "layer head *rest"]:
-        chosen = [i for i, item in enumerate(self.items) if item.stack == stack]
-        layers, heads = self.shapes[stack]
-        places = [(self.items[i].layer, self.items[i].head) for i in chosen]
-        return _as_grid(values[chosen], layers, heads, places)
 
 
 def _share(effects: Tensor, base: Tensor, other: Tensor) -> Tensor:
-    base, other = _aligned(base, effects), _aligned(other, effects)
     room = other - base
     least = (LEAST_GAP * base.abs().maximum(other.abs())).clamp(min=LEAST_DIFFERENCE)
     return (effects / room).masked_fill(room.abs() < least, math.nan)
-
-
-def _aligned(base: Tensor, values: Tensor) -> Tensor:
-    """Return one number, or one per prompt, with the axes of the values."""
-    return base if base.dim() == 0 else base.view(*[1] * (values.dim() - 1), -1)
 
 
 def _measured(values: Tensor | None, needed: str) -> Tensor:
@@ -335,68 +391,11 @@ def _measured(values: Tensor | None, needed: str) -> Tensor:
     return values
 
 
-def _table_of(sweep: HeadSweep) -> pd.DataFrame:
-    """One row a head (and position), indexed by label, prompts averaged."""
-    columns = _columns(sweep)
-    rows = []
-    for i, item in enumerate(sweep.items):
-        for j, position in enumerate(sweep.positions or [None]):
-            at = (i,) if position is None else (i, j)
-            row: dict[str, Any] = {"label": item.label}
-            if position is not None:
-                row["position"] = position
-            # What a screen cuts off stands in the middle, so the effects come first.
-            row |= {name: _mean(values, at) for name, values in columns.items()}
-            row |= {"method": sweep.method, "confirmed": bool(sweep.confirmed[i])}
-            row |= {"stack": item.stack, "layer": item.layer, "head": item.head}
-            rows.append(row)
-    return pd.DataFrame(rows).set_index("label")
-
-
-def _columns(sweep: HeadSweep) -> dict[str, Tensor | None]:
-    """Every number of a row; None is one that was asked for and not reached."""
-    columns: dict[str, Tensor | None] = {"effect": sweep.item_effects}
-    if sweep.soft.dim():
-        columns["effect_se"] = _standard_error(sweep.item_effects)
-    columns["normalised"] = sweep.mean_normalised
-    if sweep.arguments.get("baseline") == "random":
-        draws = sweep.random_effects
-        means = draws if draws is None or not sweep.soft.dim() else draws.mean(-1)
-        columns["random_effect"] = None if means is None else means.nanmean(0)
-        columns["random_spread"] = None if means is None else _spread(means)
-    if sweep.corrupted is not None:
-        columns["corruption_effect"] = sweep.corruption_effects
-    return columns | {"value": sweep.item_values}
-
-
 def _spread(draws: Tensor) -> Tensor:
     """The standard deviation over the first axis, of what is not NaN there."""
     count = draws.isfinite().sum(0)
     squares = (draws - draws.nanmean(0)).square().nansum(0)
     return (squares / (count - 1)).masked_fill(count < 2, math.nan).sqrt()
-
-
-def _random_size(sweep: HeadSweep) -> float | None:
-    """The root mean square of all random effects: what mere disturbance does to the metric."""
-    draws = sweep.random_effects
-    return None if draws is None else float(draws.square().nanmean().sqrt())
-
-
-def _title_of(sweep: HeadSweep) -> str:
-    """What was done to which model, in a sentence."""
-    given = sweep.arguments
-    what = "one group of heads" if sweep.items[0].is_group else "one head"
-    done = _transformed(given["transform"])
-    noising = sweep.direction == "noising"
-    if given["source"] == "run":
-        runs = (f"the {done} run", "the soft run")
-        start, end = runs if noising else runs[::-1]
-        change = f"{given['component']} of {what} at a time, from {start} into {end}"
-    elif noising:
-        change = f"{what} at a time {done}, all others soft"
-    else:
-        change = f"{what} at a time soft, all others {done}"
-    return f"{sweep.provenance.model}: {change}"
 
 
 def _transformed(transform: str | None) -> str:
@@ -408,40 +407,3 @@ def _transformed(transform: str | None) -> str:
         return f"at c = {float(rest.removeprefix('c=').removesuffix(')')):g}"
     plain = {"Uniform": "uniform", "RandomKey": "at random keys"}
     return plain.get(name, f"put through {transform}")
-
-
-def _notes_of(sweep: HeadSweep) -> list[str]:
-    """What a reader must know before trusting the numbers."""
-    notes = []
-    gap = float((sweep.saturated - sweep.soft).mean())
-    if not bool(sweep.mean_normalised.isfinite().any()) and sweep.item_effects.isfinite().any():
-        notes.append(
-            f"normalised is not given: the soft and the saturated run differ by {gap:.2g} in the "
-            "metric, too little to divide by."
-        )
-    if sweep.method == "attribution":
-        notes.append("All effects are first-order estimates: they rank heads, at best.")
-    elif not bool(sweep.confirmed.all()):
-        notes.append("Effects that are not confirmed are first-order estimates.")
-    if not sweep.complete:
-        notes.append("The sweep was interrupted; what is missing is NaN.")
-    return notes
-
-
-def _mean(values: Tensor | None, at: tuple[int, ...]) -> float:
-    return math.nan if values is None else float(values[at].mean())
-
-
-def _standard_error(effects: Tensor) -> Tensor:
-    prompts = effects.shape[-1]
-    if prompts < 2:
-        return effects.new_full(effects.shape[:-1], math.nan)
-    return effects.std(-1) / math.sqrt(prompts)
-
-
-def _as_grid(values: Tensor, layers: int, heads: int, places: list[tuple[int, int]]) -> Tensor:
-    """One value per head as a tensor ``[layer, head, ...]``, NaN where there is no head."""
-    grid = torch.full((layers, heads, *values.shape[1:]), float("nan"), dtype=values.dtype)
-    for value, (layer, head) in zip(values, places, strict=True):
-        grid[layer, head] = value
-    return grid

@@ -23,25 +23,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sat_lens import figures
-from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
+from sat_lens._checks import check_choice, check_count, check_number
 from sat_lens.attention import Limit, Transform
 from sat_lens.data import Data
 from sat_lens.errors import ArgumentError, FileFormatError
-from sat_lens.metrics import Metric, check_metric
+from sat_lens.metrics import Metric
 from sat_lens.models import model_name
-from sat_lens.patching.arguments import (
-    check_tolerance,
-    name_of,
-    provenance_of,
-    read_batch,
-)
-from sat_lens.patching.baselines import Record, make_baseline
+from sat_lens.patching.arguments import Item, entries_of, name_of, provenance_of
 from sat_lens.patching.engine import Work, evaluate
-from sat_lens.patching.items import Item, entries_of, read_items
-from sat_lens.patching.patches import Experiment, Local, Patch, patched_logits
-from sat_lens.patching.readout import Readout, check_depends, check_not_padding
+from sat_lens.patching.readout import check_readable
+from sat_lens.patching.runs import (
+    Experiment,
+    Local,
+    Patch,
+    Record,
+    make_baseline,
+    patched_logits,
+)
 from sat_lens.results import Result, write_whole
-from sat_lens.sites import Heads, attention_sites
+from sat_lens.sites import Heads
 from sat_lens.vocabulary import POSITIVE, QUIET, RULE
 
 if TYPE_CHECKING:
@@ -102,23 +102,18 @@ def saturable_heads(
         ['L0H0', 'L0H1']
     """
     check_choice("direction", direction, ("noising", "denoising"))
-    check_metric(metric)
-    check_tolerance(tolerance, candidates)
-    require_lens_model(model, "saturable_heads")
-    sites = attention_sites(model)
-    check_evaluation_mode(sites)
-    items = read_items(sites, heads)
+    check_number("tolerance, in the metric's units,", tolerance, at_least=0)
+    if candidates is not None:
+        check_count("candidates", candidates)
+    experiment, items, batch = Experiment.of("saturable_heads", model, inputs, metric, heads)
     if items[0].is_group:
         raise ArgumentError("saturable_heads chooses among single heads; groups were given.")
-    batch = read_batch(model, inputs, "inputs")
-    experiment = Experiment(model, sites, Readout(metric, False, batch.size))
     new = Limit() if transform is None else transform
     noising = direction == "noising"
     with torch.no_grad():
         soft = make_baseline(experiment, batch, None, items, record=noising)
         saturated = make_baseline(experiment, batch, new, items, record=not noising)
-        check_not_padding(experiment.readout.named, batch)
-        check_depends(experiment.readout, soft.value, saturated.value, lambda: batch.run(model))
+        check_readable(experiment.readout, model, batch, soft.value, saturated.value)
     asked = {
         "model": model_name(model),
         "direction": direction,

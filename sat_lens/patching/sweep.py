@@ -24,42 +24,38 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
+from sat_lens._checks import check_choice, check_count, is_integer
 from sat_lens.attention import Limit, RandomKey, Transform
 from sat_lens.caching.activations import COMPONENTS, Component
 from sat_lens.data import Batch, Data
-from sat_lens.metrics import Metric, check_metric
+from sat_lens.errors import ArgumentError
+from sat_lens.metrics import Metric
 from sat_lens.patching.arguments import (
+    HeadGroups,
+    PatchedPositions,
     check_combination,
-    check_draws,
+    check_positions,
     check_same_shape,
-    heads_argument,
+    entries_of,
     name_of,
     provenance_of,
     read_batch,
-    shapes_of,
 )
-from sat_lens.patching.baselines import Baseline, make_baseline
 from sat_lens.patching.engine import Evaluated, Work
 from sat_lens.patching.estimates import Method, values_of
-from sat_lens.patching.items import (
-    HeadGroups,
-    PatchedPositions,
-    check_positions,
-    entries_of,
-    read_items,
-)
-from sat_lens.patching.patches import (
+from sat_lens.patching.readout import check_readable
+from sat_lens.patching.result import HeadSweep
+from sat_lens.patching.runs import (
+    Baseline,
     Experiment,
     FromRun,
     Local,
     Patch,
     activations_of,
+    make_baseline,
     sequence_lengths,
 )
-from sat_lens.patching.readout import Readout, check_depends, check_not_padding
-from sat_lens.patching.result import HeadSweep
-from sat_lens.sites import Heads, attention_sites
+from sat_lens.sites import Heads
 
 Direction = Literal["noising", "denoising"]
 Source = Literal["local", "run"]
@@ -149,22 +145,21 @@ def sweep_heads(
     check_choice("reduce", reduce, ("mean", None))
     check_choice("baseline", baseline, ("random", None))
     check_combination(source, component, method, transform, confirm)
-    check_metric(metric)
-    check_draws(controls, seed)
+    check_count("controls", controls)
+    if not is_integer(seed):
+        raise ArgumentError(f"seed is an integer; {seed!r} was given.")
     check_positions(positions)
-    require_lens_model(model, "sweep_heads")
     new = Limit() if transform is None else transform
     noising, from_run = direction == "noising", source == "run"
     n_draws = controls if baseline == "random" else 0
 
     # 1. Read what is swept over.
-    sites = attention_sites(model)
-    check_evaluation_mode(sites)
-    items = read_items(sites, heads)
-    batch = read_batch(model, inputs, "inputs")
+    experiment, items, batch = Experiment.of(
+        "sweep_heads", model, inputs, metric, heads, per_prompt=reduce is None
+    )
     other = None if corrupted is None else read_batch(model, corrupted, "corrupted")
-    check_same_shape(batch, other)
-    experiment = Experiment(model, sites, Readout(metric, reduce is None, batch.size))
+    if other is not None:
+        check_same_shape(batch, other)
 
     with torch.no_grad():
         # 2. Run the model without a patch: record the run that is patched, take from the other.
@@ -176,8 +171,7 @@ def sweep_heads(
         soft = unpatched(batch, None, noising)
         saturated = unpatched(batch, new, not noising)
         base, giving = (soft, saturated) if noising else (saturated, soft)
-        check_not_padding(experiment.readout.named, batch)
-        check_depends(experiment.readout, soft.value, saturated.value, lambda: batch.run(model))
+        check_readable(experiment.readout, model, batch, soft.value, saturated.value)
         other_soft = None if other is None else unpatched(other, None, not noising)
 
         # 3. List the patches: the sweep itself, then what it is compared with.
@@ -210,7 +204,9 @@ def sweep_heads(
     return HeadSweep(
         provenance=provenance_of(model, new),
         arguments={
-            "heads": heads_argument(items),
+            "heads": {item.label: list(item.heads) for item in items}
+            if items[0].is_group
+            else [item.label for item in items],
             "direction": direction,
             "source": source,
             "component": component,
@@ -227,8 +223,8 @@ def sweep_heads(
         inputs={"input": batch.inputs, **batch.kwargs},
         corrupted=None if other is None else {"input": other.inputs, **other.kwargs},
         items=tuple(items),
-        shapes=shapes_of(sites),
-        positions=_shown_positions(positions, shape),
+        shapes=experiment.shapes,
+        positions=tuple(range(shape[1]) if positions == "each" else positions or ()) or None,
         soft=soft.value,
         saturated=saturated.value,
         item_values=tables[0].values,
@@ -257,9 +253,3 @@ def _computed(
             raise
         return tables, False
     return tables, True
-
-
-def _shown_positions(positions: PatchedPositions, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    if positions is None:
-        return None
-    return tuple(range(shape[1])) if isinstance(positions, str) else tuple(positions)

@@ -1,4 +1,4 @@
-"""One forward pass with something patched in, exact on every architecture.
+"""The forward passes of a sweep: without a patch, and with one, exact on every architecture.
 
 A patch says which run it goes into (the base: soft, or with every head transformed), and where the
 patched-in values come from: computed in that very run (:class:`Local`), or taken from another one
@@ -14,25 +14,30 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sat_lens._checks import check_evaluation_mode, require_lens_model
 from sat_lens.attention import Transform
 from sat_lens.caching.activations import (
     Activations,
     Component,
     captured,
+    hook_point,
     n_heads_of,
     replaced,
     unembedding_only,
     with_heads,
 )
-from sat_lens.data import Batch
+from sat_lens.caching.prefix import computed_by, stacked_blocks
+from sat_lens.data import Batch, Data
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.intervention import Edit, NewScores, attach_edits, attach_transforms
-from sat_lens.intervention.edits import TransformEdit
-from sat_lens.patching.items import Item, Spot
+from sat_lens.intervention.edits import TransformEdit, put
+from sat_lens.metrics import Metric, check_metric
+from sat_lens.models import unembedding
+from sat_lens.patching.arguments import HeadGroups, Item, Spot, read_batch, read_items
 from sat_lens.patching.readout import Readout
-from sat_lens.sites import AttentionSite
+from sat_lens.sites import AttentionSite, Heads, attention_sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,34 @@ class Experiment:
     sites: list[AttentionSite]
     readout: Readout
 
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        model: Any,
+        inputs: Data | Mapping[str, Any],
+        metric: Metric,
+        heads: Heads | HeadGroups,
+        per_prompt: bool = False,
+    ) -> tuple[Experiment, list[Item], Batch]:
+        """Read what ``what`` was asked to run: the model and metric, the heads, the prompts."""
+        check_metric(metric)
+        require_lens_model(model, what)
+        sites = attention_sites(model)
+        check_evaluation_mode(sites)
+        items = read_items(sites, heads)
+        batch = read_batch(model, inputs, "inputs")
+        return cls(model, sites, Readout(metric, batch.size if per_prompt else None)), items, batch
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The numbers of layers and of heads of each stack."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for site in self.sites:
+            layers, heads = shapes.get(site.stack, (0, 0))
+            shapes[site.stack] = max(layers, site.layer + 1), max(heads, site.n_heads)
+        return shapes
+
     def sites_of(self, items: Collection[Item]) -> list[AttentionSite]:
         """The attention modules in which the items have heads."""
         paths = {path for item in items for path in item.selection}
@@ -87,6 +120,141 @@ def everywhere(
     return attach_transforms(experiment.model, experiment.sites, groups)
 
 
+@dataclasses.dataclass
+class Record:
+    """What one run of a model left behind, for patches into it.
+
+    Attributes:
+        blocks: The model's blocks, by path.
+        order: Their paths, in the order in which they ran.
+        outputs: What each of them returned, by path.
+        beside: By path, what attention modules returned beside the output projection of z; those
+            that return something else are left out.
+        z: By path of the attention module.
+        logits: Of the last position that is read.
+    """
+
+    blocks: dict[str, nn.Module]
+    order: list[str] = dataclasses.field(default_factory=list)
+    outputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    beside: dict[str, tuple[Any, ...] | None] = dataclasses.field(default_factory=dict)
+    z: Activations = dataclasses.field(default_factory=dict)
+    logits: Tensor | None = None
+
+    @contextlib.contextmanager
+    def of_run(self, experiment: Experiment, items: Sequence[Item]) -> Iterator[None]:
+        """Record a run that is made in the block."""
+        forwards = {block: self._block(path, block.forward) for path, block in self.blocks.items()}
+        with contextlib.ExitStack() as stack:
+            for site in experiment.sites_of(items):
+                module = experiment.model.get_submodule(site.path)
+                projection = getattr(module, "o", None)
+                if isinstance(projection, nn.Module):
+                    forwards |= self._attention(site.path, module, projection)
+                with contextlib.suppress(UnsupportedModelError):
+                    point = hook_point(experiment.model, site, "z")
+                    stack.callback(point.register_forward_hook(self._z(site.path)).remove)
+            stack.enter_context(computed_by(forwards))
+            yield
+
+    def _block(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.outputs[path] = forward(*args, **kwargs)
+            self.order.append(path)
+            return self.outputs[path]
+
+        return run
+
+    def _attention(
+        self, path: str, module: nn.Module, projection: nn.Module
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        forward, project = module.forward, projection.forward
+        projected: list[Any] = []
+
+        def run_projection(*args: Any, **kwargs: Any) -> Any:
+            projected[:] = [project(*args, **kwargs)]
+            return projected[0]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            both = [first, *projected]
+            if len(both) == 2 and all(isinstance(x, Tensor) for x in both) and torch.equal(*both):
+                kept = tuple(None if _is_pattern(part) else part for part in rest)
+                self.beside[path] = kept if isinstance(output, tuple) else None
+            projected.clear()
+            return output
+
+        return {module: run, projection: run_projection}
+
+    def _z(self, path: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self.z[path] = output.detach()
+
+        return keep
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether this is an attention pattern, which is large, and which no block reads."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return False
+    return bool(((value.sum(-1) - 1).abs() < 0.01).all())
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """One run without a patch.
+
+    Attributes:
+        value: The metric: a scalar, or one value per prompt.
+        record: What patches into this run start from.
+        taken: A component of its heads, for patches into other runs.
+    """
+
+    value: Tensor
+    record: Record | None
+    taken: Mapping[str, Tensor]
+
+
+def make_baseline(
+    experiment: Experiment,
+    batch: Batch,
+    transform: Transform | None,
+    items: list[Item],
+    *,
+    record: bool = False,
+    take: Component | None = None,
+) -> Baseline:
+    """Run the model, with every head transformed or soft for None, and read the metric.
+
+    The first run of an experiment has the logits of all positions, and shows which can be left out.
+
+    Raises:
+        ArgumentError, NonFiniteError: The metric cannot be read.
+    """
+    readout, unembed = experiment.readout, unembedding(experiment.model)
+    first = not readout.tried
+    kept = Record(stacked_blocks(experiment.model, experiment.sites) if record else {})
+    seen: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(everywhere(experiment, transform))
+        stack.enter_context(kept.of_run(experiment, items if kept.blocks else []))
+        taken = stack.enter_context(taking(experiment, items, take)) if take else {}
+        if first and unembed is not None:
+            handle = unembed.register_forward_pre_hook(lambda _m, args: seen.extend(args[:1]))
+            stack.callback(handle.remove)
+        if not first:
+            stack.enter_context(experiment.unembedding_read())
+        logits = batch.run(experiment.model)
+    value = readout.value(logits) if first else readout.value_at(logits)
+    if first:
+        readout.narrow(logits, seen[0] if len(seen) == 1 else None, unembed)
+    if isinstance(logits, Tensor):
+        at = readout.positions[-1] if first and readout.positions else -1
+        kept.logits = logits[:, at].clone()
+    return Baseline(value, kept if kept.blocks else None, taken)
+
+
 def patched_logits(
     experiment: Experiment,
     patch: Patch,
@@ -95,16 +263,8 @@ def patched_logits(
 ) -> list[Any]:
     """Run the model once, on a copy of the prompts for each spot, and patch one spot in each.
 
-    Args:
-        experiment: The model, and which logits are read.
-        patch: What is patched into what. Into a transformed run only one spot goes at a time: a
-            larger batch is rounded differently, and the smallest difference can decide which key
-            wins.
-        spots: What is patched in each copy.
-        skipped: Paths of attention modules that do not run.
-
-    Returns:
-        The logits that the readout reads, copy by copy.
+    Attention modules at the paths in ``skipped`` do not run. Returns the logits that the readout
+    reads, copy by copy.
     """
     size = patch.batch.size
     running = [site for site in experiment.sites if site.path not in skipped]
@@ -145,7 +305,11 @@ def taking(
     sites = experiment.sites_of(items)
     if component != "pattern":
         return captured(experiment.model, sites, component)
-    return _seen(experiment, sites, _wide_copy)
+    return _seen(
+        experiment,
+        sites,
+        lambda scores: scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True),
+    )
 
 
 def local_activations(
@@ -184,12 +348,7 @@ def sequence_lengths(
 ) -> dict[str, int]:
     """Return how many positions can be patched one by one in the items' attention modules, by path.
 
-    Args:
-        experiment: The model.
-        batch: What it is run on.
-        items: The heads or groups.
-        source: What is patched, if it comes from another run: k and v have the positions of keys,
-            all else those of queries.
+    From another run (``source``), k and v have the positions of keys, all else those of queries.
 
     Raises:
         UnsupportedModelError: A module cuts its queries into blocks, or its activations do not
@@ -249,28 +408,15 @@ def _edit_of(site: AttentionSite, patch: Patch, spots: Sequence[Spot]) -> Edit |
 def _edit_in_copy(
     site: AttentionSite, patch: Patch, base: Edit | None, item: Item, position: int | None
 ) -> Edit | None:
-    source, heads = patch.source, item.selection.get(site.path)
-    if heads is None:
-        return base
-    if isinstance(source, Local):
-        if source.transform is None:
-            return _one_edit(base, lambda scores: scores[:, heads], heads, position)
-        new = TransformEdit.at(site, [(heads, source.transform)])
-        return _one_edit(base, lambda scores: new(scores).scores, heads, position)
-    if source.component == "pattern":
-        given = source.activations[site.path][:, heads]
-        return _one_edit(base, lambda scores: given.to(scores.device), heads, position)
-    return base
-
-
-def _one_edit(
-    base: Edit | None, new: Callable[[Tensor], Tensor], heads: list[int], position: int | None
-) -> Edit:
-    """Return an edit: new scores for the chosen heads in the chosen row, the base run's elsewhere.
+    """Return new scores for the chosen heads in the chosen row, the base run's elsewhere.
 
     Soft scores go through as they are, not rounded anew by a transform: in a saturated run the
     smallest difference can decide which key wins.
     """
+    heads = item.selection.get(site.path)
+    new = None if heads is None else _new_scores(site, patch.source, heads)
+    if heads is None or new is None:
+        return base
 
     def edit(scores: Tensor) -> NewScores:
         wide = torch.promote_types(scores.dtype, torch.float32)
@@ -283,10 +429,24 @@ def _one_edit(
             chosen[:, :, position] = row
         if base is None:
             return NewScores(heads, chosen)
-        index = torch.tensor(heads, device=scores.device)
-        return NewScores(list(range(scores.shape[1])), whole.index_copy(1, index, chosen))
+        return NewScores(list(range(scores.shape[1])), put(whole, heads, chosen))
 
     return edit
+
+
+def _new_scores(
+    site: AttentionSite, source: Local | FromRun, heads: list[int]
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes the scores that are patched in; None if something else is patched."""
+    if isinstance(source, Local):
+        if source.transform is None:
+            return lambda scores: scores[:, heads]
+        transformed = TransformEdit.at(site, [(heads, source.transform)])
+        return lambda scores: transformed(scores).scores
+    if source.component != "pattern":
+        return None
+    given = source.activations[site.path][:, heads]
+    return lambda scores: given.to(scores.device)
 
 
 def _side_by_side(edits: list[Edit | None], size: int) -> Edit | None:
@@ -342,10 +502,6 @@ def _seen(
 
     with attach_edits(experiment.model, sites, {site.path: watching(site.path) for site in sites}):
         yield found
-
-
-def _wide_copy(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
 
 
 def _keep_and_restore(found: Activations, path: str, base_z: Tensor) -> Callable[[Tensor], Tensor]:
