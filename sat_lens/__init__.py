@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sat_lens.roles import HeadRoles, head_roles
     from sat_lens.sites import attention_sites
     from sat_lens.spectrum import scaling_curve
+    from sat_lens.temperature import temperature_gradient
     from sat_lens.training import SaturationTracker
     from sat_lens.viz import write_report
 
@@ -44,8 +45,9 @@ _PLACES = {
     "saturation_hooks": "sat_lens.intervention",
     "scaled_parameters": "sat_lens.norms",
     "scaling_curve": "sat_lens.spectrum",
-    "transforms": "sat_lens.attention",
     "sweep_heads": "sat_lens.patching",
+    "temperature_gradient": "sat_lens.temperature",
+    "transforms": "sat_lens.attention",
     "write_report": "sat_lens.viz",
 }
 _ROOMS = ("metrics", "norms", "patching", "roles", "tasks", "training", "viz")
@@ -73,6 +75,7 @@ __all__ = [
     "scaling_curve",
     "sweep_heads",
     "tasks",
+    "temperature_gradient",
     "training",
     "transforms",
     "viz",

@@ -28,7 +28,7 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import constants
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from sat_lens._checks import is_integer, is_lens_model
@@ -135,6 +135,12 @@ def device_of(model: Any) -> torch.device:
     hooks = (getattr(module, "_hf_hook", None) for module in wrapped_model(model).modules())
     found = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((device for device in found if device is not None), first))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in what a forward pass gave: a tensor, a tuple or a Hugging Face output."""
+    found = getattr(output, "logits", output)
+    return found if isinstance(found, Tensor) else found[0]
 
 
 def wrapped_model(model: Any) -> Any:

@@ -55,6 +55,7 @@ _HOMES = {
     "rescaling share": "sat_lens.norms",
     "saturable heads": "sat_lens.patching",
     "scaling curve": "sat_lens.spectrum",
+    "temperature gradient": "sat_lens.temperature",
 }
 _Own = TypeVar("_Own", bound="Result")
 

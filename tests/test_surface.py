@@ -39,6 +39,7 @@ ROOMS = [
     ["figures"],
     ["caching"],
     ["spectrum"],
+    ["temperature"],
     ["roles"],
     ["patching"],
     ["norms"],

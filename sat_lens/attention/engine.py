@@ -77,8 +77,9 @@ def transform_scores(
 
 
 def _is_blockwise(transform: Transform) -> TypeGuard[Blockwise]:
-    # The exact type: a subclass may look across rows.
-    return type(transform) in (Limit, Scale, Uniform)
+    # The exact type: a subclass may look across rows. A tensor of scales tells rows apart by head.
+    own = type(transform) in (Limit, Scale, Uniform)
+    return own and not isinstance(getattr(transform, "c", None), Tensor)
 
 
 def _is_differentiated(scores: Tensor) -> bool:

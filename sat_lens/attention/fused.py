@@ -104,15 +104,15 @@ class AttentionCall:
 
 
 def rescaled_attention(
-    call: AttentionCall, c: Float[Tensor, " n_heads"]
+    call: AttentionCall, c: Float[Tensor, "*batch n_heads"]
 ) -> Float[Tensor, "batch head query dv"]:
     """Run fused attention with each head's scores multiplied by an inverse temperature.
 
     Args:
         call: The attention to run.
-        c: One number per head of the query: 1 leaves a head as it is, ``inf`` is the limit. Heads
-            may stand in the place of queries, in groups that share a key, as when one token is
-            generated.
+        c: One number per head of the query, or one for each prompt as well: 1 leaves a head as it
+            is, ``inf`` is the limit. Heads may stand in the place of queries, in groups that share
+            a key, as when one token is generated. Finite numbers may have a gradient.
 
     Raises:
         UnsupportedModelError: The number of heads differs, or something but a mask is added to
@@ -128,13 +128,13 @@ def rescaled_attention(
         True
     """
     n_axes, n_rows = call.query.shape[1:3]
-    if len(c) not in (n_axes, n_axes * n_rows):
+    if c.shape[-1] not in (n_axes, n_axes * n_rows):
         raise UnsupportedModelError(
-            f"Needed fused attention of {len(c)} heads, found queries of shape "
+            f"Needed fused attention of {c.shape[-1]} heads, found queries of shape "
             f"{list(call.query.shape)}. If the model has changed, call "
             "sat_lens.attention_sites(model, *your_inputs) to look at it again."
         )
-    c = c.to(call.query.device).view(n_axes, -1, 1)
+    c = c.to(call.query.device).reshape(*c.shape[:-1], n_axes, -1, 1)
     saturated = c == math.inf
     limit = limit_kernel(call.query.device)
     if limit is None or not bool(saturated.any()):
@@ -180,10 +180,10 @@ def _in_triton(call: AttentionCall) -> Float[Tensor, "batch head query dv"]:
 
 
 def by_queries(
-    call: AttentionCall, c: Float[Tensor, "head row 1"]
+    call: AttentionCall, c: Float[Tensor, "*batch head row 1"]
 ) -> Float[Tensor, "batch head query dv"]:
     """Rescale by factors on the queries, whatever else might serve the limit on this device."""
-    if bool((c == 1).all()):
+    if not c.requires_grad and bool((c == 1).all()):
         return call.run()
     visible = call.visible()
     # In half precision, a factor that is no power of two would be rounded to three digits.
@@ -199,10 +199,11 @@ def by_queries(
 
 
 def _with_factors(
-    call: AttentionCall, c: Float[Tensor, "head row 1"]
+    call: AttentionCall, c: Float[Tensor, "*batch head row 1"]
 ) -> Float[Tensor, "batch head query dv"]:
     limit_factor = _limit_factor(call)
-    factor = torch.minimum(c, limit_factor).where(c != 1, 1.0)
+    # Where the two are equal, the gradient is that of c.
+    factor = torch.where(c <= limit_factor, c, limit_factor)
     rescaled = dataclasses.replace(call, query=call.query * factor)
     if not torch.is_grad_enabled() or not (call.query.requires_grad or call.key.requires_grad):
         return rescaled.run()

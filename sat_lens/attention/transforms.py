@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sat_lens._checks import is_number
+from sat_lens._checks import is_number, shown
 from sat_lens.attention.distances import nearest_saturated
 from sat_lens.errors import ArgumentError
 
@@ -39,11 +39,14 @@ class Transform(Protocol):
 class Scale:
     """Multiply scores by an inverse temperature ``c``: 0 is uniform, infinity is the limit.
 
-    Differentiable in the scores for finite ``c``. The row's maximum is subtracted first, so that
-    no product overflows; softmax does not see the difference.
+    Differentiable in the scores for finite ``c``, and in ``c`` where that is a tensor: one finite
+    number for each head that the transform gets, ``[head]``, or one for each prompt as well,
+    ``[batch, head]``. The row's maximum is subtracted first, so that no product overflows; softmax
+    does not see the difference.
 
     Raises:
-        ArgumentError: ``c`` is negative or not a number.
+        ArgumentError: ``c`` is negative or not a number, or a tensor of another shape, or one that
+            is not finite.
 
     Example:
         >>> import torch
@@ -53,15 +56,29 @@ class Scale:
         True
     """
 
-    c: float
+    c: float | Float[Tensor, "*batch head"]
 
     def __post_init__(self) -> None:
-        check_scale(self.c)
+        if isinstance(self.c, Tensor):
+            check_scale_tensor(self.c)
+        else:
+            check_scale(self.c)
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
         """Return ``c`` times the scores, shifted so that each row's maximum is 0."""
         limit = self.limit
-        return (scores - _row_max(scores)).mul_(self.c) if limit is None else limit(scores)
+        if limit is not None:
+            return limit(scores)
+        gaps = scores - _row_max(scores)
+        if not isinstance(self.c, Tensor):
+            return gaps.mul_(self.c)
+        # Products with -inf would be NaN for c = 0, and so would the gradient of any c.
+        hidden = gaps == -math.inf
+        c = self.c.to(scores.device, scores.dtype)
+        if c.dim() > 1 and len(c) != len(scores):
+            # Queries cut into blocks: those of one prompt stand together on the first axis.
+            c = c.repeat_interleave(len(scores) // len(c), 0)
+        return (gaps.masked_fill(hidden, 0.0) * c[..., None, None]).masked_fill(hidden, -math.inf)
 
     @property
     def limit(self) -> Limit | Uniform | None:
@@ -69,6 +86,8 @@ class Scale:
 
         The factor itself would round to 0 or infinity, and its product with -inf or 0 be NaN.
         """
+        if isinstance(self.c, Tensor):
+            return None
         if self.c < _FLOAT32.tiny:
             return Uniform()
         return Limit() if self.c > _FLOAT32.max else None
@@ -187,6 +206,17 @@ def check_scale(c: float) -> None:
         raise ArgumentError(
             f"The inverse temperature c must be a number >= 0 or math.inf, and {c!r} was given. "
             "Use 0 for uniform attention and math.inf for the saturated limit."
+        )
+
+
+def check_scale_tensor(c: Tensor) -> None:
+    """Raise an ArgumentError unless a tensor holds a finite inverse temperature for each head."""
+    shaped = c.is_floating_point() and c.dim() in (1, 2) and c.numel() > 0
+    if not shaped or not bool((c.isfinite() & (c >= 0)).all()):
+        raise ArgumentError(
+            "Inverse temperatures in a tensor must be finite numbers >= 0 of a floating dtype, "
+            f"[head] or [batch, head]; found {shown(c)}. The limit has no gradient in c: use "
+            "Limit() for its heads."
         )
 
 

@@ -5,7 +5,7 @@ same forms and refuses the same mistakes.
 """
 
 from sat_lens.data.batch import Batch, non_padding_masks, predicts_next
-from sat_lens.data.reading import INPUT_NAMES, Data, batch_sizes, batches, repeatable
+from sat_lens.data.reading import INPUT_NAMES, Data, batch_sizes, batches, read_batch, repeatable
 from sat_lens.data.texts import text_windows
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "batches",
     "non_padding_masks",
     "predicts_next",
+    "read_batch",
     "repeatable",
     "text_windows",
 ]

@@ -74,6 +74,36 @@ def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
         raise DataError("The data is empty: at least one sequence is needed.")
 
 
+def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str = "inputs") -> Batch:
+    """Read what is to be run as one batch: a batch alone, or data that fit into one.
+
+    Args:
+        model: The model that will run.
+        inputs: Data as for :func:`batches`, or one dict of the model's own arguments.
+        name: What messages call it.
+
+    Raises:
+        DataError: It is empty, or more than one batch.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.data import read_batch
+        >>> read_batch(sl.load_model("demo"), ["import os", "x = 1"]).size
+        2
+    """
+    data: Any = [inputs] if isinstance(inputs, Mapping) else inputs
+    if isinstance(data, Tensor) and data.numel() == 0:
+        raise DataError(f"{name} holds nothing: its shape is {list(data.shape)}.")
+    size = len(data) if isinstance(data, (list, tuple, Tensor)) else 1
+    found = list(batches(model, data, batch_size=max(size, 1)))
+    if len(found) != 1:
+        raise DataError(
+            f"Needed one batch of prompts, and {name} holds {len(found)}. Put them into one tensor "
+            "or dict, or take one after the other."
+        )
+    return found[0]
+
+
 def batch_sizes(data: Any, batch_size: int) -> list[int] | None:
     """Return the sizes of the batches that :func:`sat_lens.data.batches` will make of data.
 

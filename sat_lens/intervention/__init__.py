@@ -7,7 +7,7 @@ To compare soft and saturated activations, :func:`sat_lens.run_with_saturation_c
 in one call; to try one head after the other, :func:`sat_lens.sweep_heads` is faster.
 """
 
-from sat_lens.intervention.attach import attach_edits
+from sat_lens.intervention.attach import attach_edits, edits_on
 from sat_lens.intervention.edits import (
     Edit,
     NewScores,
@@ -32,6 +32,7 @@ __all__ = [
     "attach_edits",
     "attach_transforms",
     "bind_transform",
+    "edits_on",
     "observe_attention",
     "replace_attention",
     "saturate",

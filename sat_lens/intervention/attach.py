@@ -24,7 +24,7 @@ from sat_lens.errors import NotReachedError, UnsupportedModelError
 from sat_lens.intervention.edits import Edit, Observation, TransformEdit, put
 from sat_lens.sites import AttentionSite
 from sat_lens.sites.discovery import parts_not_probed
-from sat_lens.sites.interception import Interception, Uncopied, wrap_forward
+from sat_lens.sites.interception import Interception, Uncopied, surrounding, wrap_forward
 from sat_lens.sites.site import as_heads, from_heads
 
 
@@ -58,6 +58,21 @@ def _attached(model: Any, site: AttentionSite, edit: Edit) -> Iterator[None]:
         stack.enter_context(_refusing_a_layer_without_attention(attached, model))
         stack.enter_context(wrap_forward(module, attached.one_call))
         yield
+
+
+def edits_on(module: nn.Module) -> list[Edit]:
+    """Return the edits that are attached to an attention module now, the last one first.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.intervention import edits_on
+        >>> model = sl.load_model("demo")
+        >>> with sl.saturate(model):
+        ...     edits_on(model.blocks[0].attn)
+        [TransformEdit(groups=[([0, 1, 2, 3, 4, 5, 6, 7], Limit(ties='exact'))])]
+    """
+    owners = [getattr(around, "__self__", None) for around in surrounding(module)]
+    return [owner.edit for owner in owners if isinstance(owner, _AttachedEdit)]
 
 
 class _AttachedEdit(Uncopied, threading.local):

@@ -97,11 +97,16 @@ class TransformEdit:
             if new is not scores:
                 scores.index_copy_(1, torch.tensor(heads, device=scores.device), new)
 
-    def factors(self, n_heads: int) -> Float[Tensor, " head"]:
+    def factors(self, n_heads: int) -> Float[Tensor, "*batch head"]:
         """Return the inverse temperature of each head; NaN where a transform is more than that."""
         c = torch.ones(n_heads)
         for heads, transform in self.groups:
-            c[heads] = _inverse_temperature(transform)
+            own = _inverse_temperature(transform)
+            if isinstance(own, Tensor):
+                # For each prompt too, if one of them is.
+                batch = torch.broadcast_shapes(c.shape[:-1], own.shape[:-1])
+                c = c.to(own).expand(*batch, n_heads).clone()
+            c[..., heads] = own
         return c
 
     def why_not_fused(self, site: AttentionSite) -> str:
@@ -114,7 +119,7 @@ class TransformEdit:
             return "ties other than exact ones, and transforms other than a factor, need the scores"
         has_own_kernel = c.isinf() & (limit_kernel(device) is not None)
         rescaled = c[~has_own_kernel]
-        if site.why_not and bool((rescaled != 1).any()):
+        if site.why_not and (c.requires_grad or bool((rescaled != 1).any())):
             return site.why_not
         is_sharp = bool((rescaled > LARGE).any())
         if is_sharp and dtype != torch.float32:
@@ -142,7 +147,7 @@ class Observation:
             self.of_calls(self.site, call)
 
 
-def _inverse_temperature(transform: Transform) -> float:
+def _inverse_temperature(transform: Transform) -> float | Tensor:
     if type(transform) is Scale:
         return transform.c if transform.limit is None else _inverse_temperature(transform.limit)
     if type(transform) is Uniform:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sat_lens._checks import check_evaluation_mode, require_lens_model
-from sat_lens.attention import AttentionCall, Transform
+from sat_lens.attention import AttentionCall, Scale, Transform
 from sat_lens.attention.transforms import Ties, check_ties
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.intervention.attach import attach_edits, refusing_attention_not_probed
@@ -28,6 +28,7 @@ from sat_lens.sites import (
     AttentionSite,
     Heads,
     ScaleLike,
+    ScaleOfHead,
     attention_sites,
     select_heads,
     select_with_scales,
@@ -51,7 +52,8 @@ def saturate(
         heads: Which heads; None is all. See :func:`sat_lens.attention_sites` for labels.
         scale: The inverse temperature c >= 0: a number, a tensor ``[layer, head]``, a mapping from
             heads to numbers, or a callable ``(layer, head) -> c``, a schedule through the forward
-            pass. ``math.inf`` is the exact limit, 0 uniform over the visible keys.
+            pass. ``math.inf`` is the exact limit, 0 uniform over the visible keys. A tensor that
+            requires a gradient gets one; its entries must be finite.
         ties: Which keys share a row in the limit: ``"exact"``, a number d >= 0 (keys within d of
             the maximum), or ``"nearest"`` (the saturated row nearest to the soft row).
 
@@ -76,6 +78,8 @@ def saturate(
     sites = attention_sites(model)
     scales = select_with_scales(sites, heads, scale)
     transforms = {path: _by_scale(chosen, ties) for path, chosen in scales.items()}
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        transforms = _with_gradients(sites, scales, scale)
     with attach_transforms(model, sites, transforms):
         yield model
 
@@ -250,6 +254,16 @@ def _by_scale(scale_of_head: Mapping[int, float], ties: Ties) -> TransformOfHead
     for head, c in scale_of_head.items():
         heads_of.setdefault(c, []).append(head)
     return [(heads, transform_for(c, ties)) for c, heads in heads_of.items()]
+
+
+def _with_gradients(
+    sites: list[AttentionSite], scales: ScaleOfHead, c: Tensor
+) -> dict[str, TransformOfHeads]:
+    transforms: dict[str, TransformOfHeads] = {}
+    for path, chosen in scales.items():
+        own = c if c.dim() == 0 else c[_site_at(sites, path).layer, list(chosen)]
+        transforms[path] = [(list(chosen), Scale(own.expand(len(chosen))))]
+    return transforms
 
 
 def _site_at(sites: list[AttentionSite], path: str) -> AttentionSite:

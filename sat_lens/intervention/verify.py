@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sat_lens.attention import RandomKey
 from sat_lens.intervention.managers import replace_attention
+from sat_lens.models import logits_of
 from sat_lens.sites import AttentionSite, attention_sites
 from sat_lens.sites.discovery import on_made_up_inputs
 
@@ -59,7 +60,7 @@ def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[SiteTrial]:
     """
 
     def run(args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[Any, ...]:
-        return args, extra, _logits(model(*args, **extra))
+        return args, extra, logits_of(model(*args, **extra))
 
     sites = attention_sites(model, *inputs, **kwargs)
     with torch.no_grad():
@@ -74,10 +75,5 @@ def _change(
     if site.level is None:
         return 0.0
     with replace_attention(model, RandomKey(), heads=lambda other, _head: other.path == site.path):
-        after = _logits(model(*args, **kwargs))
+        after = logits_of(model(*args, **kwargs))
     return float((after - before).abs().max())
-
-
-def _logits(output: Any) -> Tensor:
-    found = getattr(output, "logits", output)
-    return found if isinstance(found, Tensor) else found[0]

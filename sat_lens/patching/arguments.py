@@ -7,37 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-from torch import Tensor
-
 from sat_lens._checks import check_share, is_integer
 from sat_lens.attention import Limit, Scale, Transform
-from sat_lens.data import Batch, Data, batches
-from sat_lens.errors import ArgumentError, DataError, HeadSelectionError
+from sat_lens.data import Batch
+from sat_lens.errors import ArgumentError, HeadSelectionError
 from sat_lens.models import model_name
 from sat_lens.results import Provenance
 from sat_lens.sites import AttentionSite, Heads, Selection, labels_of, select_heads
 
 HeadGroups = Sequence[Sequence[Any]] | Mapping[str, Heads]
 PatchedPositions = None | Literal["each"] | Sequence[int]
-
-
-def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str) -> Batch:
-    """Read what is to be run as one batch.
-
-    Raises:
-        DataError: It is empty, or more than one batch.
-    """
-    data: Any = [inputs] if isinstance(inputs, Mapping) else inputs
-    if isinstance(data, Tensor) and data.numel() == 0:
-        raise DataError(f"{name} holds nothing: its shape is {list(data.shape)}.")
-    size = len(data) if isinstance(data, (list, tuple, Tensor)) else 1
-    found = list(batches(model, data, batch_size=max(size, 1)))
-    if len(found) != 1:
-        raise DataError(
-            f"A sweep runs on one batch of prompts, and {name} holds {len(found)}. Put them into "
-            "one tensor or dict, or sweep one after the other."
-        )
-    return found[0]
 
 
 def check_same_shape(batch: Batch, other: Batch) -> None:

@@ -29,13 +29,13 @@ from sat_lens.caching.activations import (
     with_heads,
 )
 from sat_lens.caching.prefix import computed_by, stacked_blocks
-from sat_lens.data import Batch, Data
+from sat_lens.data import Batch, Data, read_batch
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.intervention import Edit, NewScores, attach_edits, attach_transforms
 from sat_lens.intervention.edits import TransformEdit, put
 from sat_lens.metrics import Metric, check_metric
 from sat_lens.models import unembedding
-from sat_lens.patching.arguments import HeadGroups, Item, Spot, read_batch, read_items
+from sat_lens.patching.arguments import HeadGroups, Item, Spot, read_items
 from sat_lens.patching.readout import Readout
 from sat_lens.sites import AttentionSite, Heads, attention_sites
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from sat_lens._checks import check_choice, check_count, is_integer
 from sat_lens.attention import Limit, RandomKey, Transform
 from sat_lens.caching.activations import COMPONENTS, Component
-from sat_lens.data import Batch, Data
+from sat_lens.data import Batch, Data, read_batch
 from sat_lens.errors import ArgumentError
 from sat_lens.metrics import Metric
 from sat_lens.patching.arguments import (
@@ -39,7 +39,6 @@ from sat_lens.patching.arguments import (
     entries_of,
     name_of,
     provenance_of,
-    read_batch,
 )
 from sat_lens.patching.engine import Evaluated, Work
 from sat_lens.patching.estimates import Method, values_of

@@ -8,6 +8,7 @@ from sat_lens.sites.discovery import attention_sites, has_several_stacks
 from sat_lens.sites.selection import (
     Heads,
     ScaleLike,
+    ScaleOfHead,
     Selection,
     labels_of,
     select_heads,
@@ -20,6 +21,7 @@ __all__ = [
     "Heads",
     "Place",
     "ScaleLike",
+    "ScaleOfHead",
     "Selection",
     "attention_sites",
     "has_several_stacks",

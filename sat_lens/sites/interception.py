@@ -157,6 +157,15 @@ class _WrappedForward(Uncopied):
             return self.forward(*args, **kwargs)
 
 
+def surrounding(module: nn.Module) -> Iterator[Callable[[], Any]]:
+    """What runs around every run of a module, from the outside in."""
+    forward = module.__dict__.get("forward")
+    while isinstance(forward, _WrappedForward):
+        if not forward.ended:
+            yield forward.around
+        forward = forward.below
+
+
 def _remove_ended(module: nn.Module) -> None:
     """Take off what has ended from the outside in; blocks need not end in the order they began."""
     outermost = module.__dict__.get("forward")

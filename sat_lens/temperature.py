@@ -1,0 +1,333 @@
+"""Temperature as an instrument: the gradient of a metric in each head's inverse temperature.
+
+The inverse temperature c_h multiplies the scores s of head h. By the chain rule
+
+    d metric / d log c_h = sum over rows and keys of (d metric / d s'_k) s'_k,   s' = c_h s,
+
+so that one forward and one backward pass give it for all heads: how much the metric would rise if
+a head were a little sharper, everything after it included.
+
+When not to use it: to predict what the limit does. A gradient speaks of small changes, and
+saturation is none; :func:`sat_lens.sweep_heads` measures it, and :func:`sat_lens.scaling_curve`
+shows what lies between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sat_lens import figures
+from sat_lens._checks import shown
+from sat_lens.attention import Limit, RandomKey, Scale, Uniform
+from sat_lens.data import Batch, Data, read_batch
+from sat_lens.errors import ArgumentError, NonFiniteError, UnsupportedModelError
+from sat_lens.intervention import TransformOfHeads, attach_transforms, edits_on
+from sat_lens.intervention.edits import TransformEdit
+from sat_lens.metrics import Metric, call_metric, metric_of, read_metric
+from sat_lens.models import logits_of, model_name
+from sat_lens.results import Provenance, Result, largest
+from sat_lens.sites import (
+    AttentionSite,
+    Heads,
+    ScaleLike,
+    attention_sites,
+    select_with_scales,
+)
+from sat_lens.sites.site import parse_label
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Grid = Tensor | dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TemperatureGradient(Result, kind="temperature gradient"):
+    """d metric / d log c for each head; made by :func:`temperature_gradient`.
+
+    Attributes:
+        provenance: The model and the versions.
+        labels: The labels of the heads.
+        scales: ``[head]``, the inverse temperatures at which the gradient was taken.
+        gradients: ``[head]``, or ``[head, prompt]`` where it was asked for by prompt, in units of
+            the metric for each e-fold of c.
+        metric: The metric there: a scalar, or ``[prompt]``.
+    """
+
+    labels: tuple[str, ...]
+    scales: Float[Tensor, " head"]
+    gradients: Float[Tensor, "head *prompt"]
+    metric: Float[Tensor, "*prompt"]
+
+    @property
+    def values(self) -> Grid:
+        """The gradients as ``[layer, head]`` (then prompt), NaN where no head was asked for.
+
+        A dict of these by stack where the model has several.
+        """
+        return _head_grid(self.labels, self.gradients)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a head, indexed by label.
+
+        Columns: ``gradient``, in units of the metric for each e-fold of c (the mean over prompts,
+        and ``gradient_se`` its standard error, where it was asked for by prompt), and ``scale``.
+        """
+        columns = {"gradient": self.gradients.double()}
+        if self.gradients.dim() > 1:
+            n_prompts = self.gradients.shape[1]
+            columns["gradient"] = self.gradients.double().mean(1)
+            columns["gradient_se"] = self.gradients.double().std(1) / n_prompts**0.5
+        columns["scale"] = self.scales
+        lists = {name: column.tolist() for name, column in columns.items()}
+        return pd.DataFrame(lists, index=pd.Index(self.labels, name="label"))
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw a map of heads, of the mean over prompts: layers down, heads across.
+
+        Raises:
+            ArgumentError: The model has several stacks (select the heads of one).
+        """
+        grid = _head_grid(self.labels, torch.tensor(self.frame()["gradient"].to_numpy()))
+        what = "change of the metric for each e-fold of c"
+        return figures.sweep_map(_one_stack(grid), title or str(self.provenance), what)
+
+    def _lines(self) -> list[str]:
+        return [
+            f"metric: {float(self.metric.mean()):.4g}",
+            f"largest d metric / d log c: {largest(self.frame()['gradient'])}",
+        ]
+
+    def _check(self) -> None:
+        _check_heads(self.labels, scales=self.scales, gradients=self.gradients)
+
+
+def temperature_gradient(
+    model: Any,
+    inputs: Data | Mapping[str, Any],
+    metric: Metric | str,
+    heads: Heads = None,
+    *,
+    scale: ScaleLike = 1.0,
+    per_prompt: bool = False,
+) -> TemperatureGradient:
+    """Differentiate a metric in the logarithm of each head's inverse temperature.
+
+    One forward and one backward pass serve all heads. Weights get no gradients and stay as they
+    are; they may be frozen.
+
+    Args:
+        model: A TransformerLens model or a plain Hugging Face model in evaluation mode.
+        inputs: One prompt, a list of prompts, tokens ``[batch, position]``, or a dict of the
+            model's own arguments.
+        metric: A function of the logits that gives a scalar with a gradient, or ``"loss"``, the
+            next-token loss.
+        heads: Which heads; None is all.
+        scale: The inverse temperatures at which the gradient is taken, in any form that
+            :func:`sat_lens.saturate` takes; positive and finite.
+        per_prompt: Whether to keep one gradient for each prompt, which needs a metric with
+            ``.per_prompt``, as those of :mod:`sat_lens.metrics` have.
+
+    Returns:
+        A :class:`TemperatureGradient`: ``.values`` as ``[layer, head]``, ``.frame()``, ``.plot()``.
+
+    Raises:
+        ArgumentError: The metric has no gradient or gives no scalar, or a scale is 0 or infinite,
+            where there is no gradient in log c.
+        NonFiniteError: The metric or a gradient is NaN or infinite.
+        HeadSelectionError: A head does not exist, or none is selected.
+        UnsupportedModelError: A head cannot be reached, a block around the call has made its
+            pattern hard, so that it passes no gradient, or the model switches gradients off itself.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> found = sl.temperature_gradient(model, ["import os, sys", "def f(x):"], "loss")
+        >>> found.values.shape
+        torch.Size([4, 8])
+    """
+    batch = read_batch(model, inputs)
+    chosen_metric = metric_of(metric, batch)
+    sites = attention_sites(model)
+    scales = select_with_scales(sites, heads, scale)
+    _check_between(sites, scales)
+    _refuse_hard_blocks(model, sites, scales)
+    n_prompts = batch.size if per_prompt else None
+    log_c = {
+        path: _log_of(list(of_head.values()), n_prompts, model) for path, of_head in scales.items()
+    }
+    with (
+        torch.enable_grad(),
+        _refusing_detached_runs(model, sites, scales),
+        _attached(model, sites, scales, log_c),
+    ):
+        value = _metric_with_gradient(chosen_metric, batch, logits_of(batch.run(model)), n_prompts)
+        # Prompts do not meet in a model, so the gradient of their sum keeps them apart.
+        found = torch.autograd.grad(value.sum(), list(log_c.values()), allow_unused=True)
+    parts = [
+        torch.zeros_like(of_site) if gradient is None else gradient
+        for of_site, gradient in zip(log_c.values(), found, strict=True)
+    ]
+    labels = tuple(s.label(head) for s in sites for head in scales.get(s.path, ()))
+    gradients = torch.cat([part.detach().cpu().movedim(-1, 0) for part in parts])
+    _check_gradients(labels, gradients)
+    return TemperatureGradient(
+        Provenance(model_name(model)),
+        labels,
+        torch.tensor([c for of_head in scales.values() for c in of_head.values()]),
+        gradients,
+        value.detach().cpu().float(),
+    )
+
+
+def _attached(
+    model: Any,
+    sites: list[AttentionSite],
+    heads: Mapping[str, Mapping[int, Any]],
+    log_c: Mapping[str, Float[Tensor, "*batch head"]],
+) -> contextlib.AbstractContextManager[None]:
+    groups: dict[str, TransformOfHeads] = {
+        path: [(list(heads[path]), Scale(each.exp()))] for path, each in log_c.items()
+    }
+    return attach_transforms(model, sites, groups)
+
+
+def _log_of(scales: list[float], n_prompts: int | None, model: Any) -> Tensor:
+    device = next((p.device for p in model.parameters()), None)
+    log_c = torch.tensor(scales, device=device).log()
+    shape = log_c.shape if n_prompts is None else (n_prompts, len(scales))
+    return log_c.expand(shape).clone().requires_grad_()
+
+
+def _metric_with_gradient(
+    metric: Metric, batch: Batch, logits: Tensor, n_prompts: int | None
+) -> Tensor:
+    if n_prompts is not None and not hasattr(metric, "per_prompt"):
+        raise ArgumentError(
+            f"per_prompt=True needs a metric with .per_prompt(logits), and {shown(metric)} has "
+            "none. Use one of sat_lens.metrics, or leave per_prompt out."
+        )
+    value = call_metric(metric, logits, n_prompts)
+    read_metric(lambda _logits: value, logits, n_prompts)
+    if not value.requires_grad:
+        raise ArgumentError(
+            f"A temperature gradient needs a metric with a gradient, and there is none through "
+            f"{shown(metric)} on {batch.size} prompts. It must give a tensor that depends on the "
+            "logits by differentiable operations (no argmax, .item() or .detach()), outside of "
+            "torch.inference_mode()."
+        )
+    return value
+
+
+def _check_between(sites: list[AttentionSite], scales: Mapping[str, Mapping[int, float]]) -> None:
+    for site in sites:
+        for head, c in scales.get(site.path, {}).items():
+            if not 0 < c < math.inf:
+                what = "The limit passes no gradient" if c else "log c has no value at 0"
+                raise ArgumentError(
+                    f"A temperature gradient is taken at 0 < c < infinity; for {site.label(head)} "
+                    f"c = {c:g} was given. {what}. Take it at a large or a small c."
+                )
+
+
+def _refuse_hard_blocks(
+    model: Any, sites: list[AttentionSite], scales: Mapping[str, Mapping[int, float]]
+) -> None:
+    for site in sites:
+        for edit in edits_on(model.get_submodule(site.path)):
+            if not isinstance(edit, TransformEdit) or site.path not in scales:
+                continue
+            hard = [
+                site.label(head)
+                for heads, transform in edit.groups
+                if isinstance(transform, (Limit, RandomKey, Uniform))
+                for head in heads
+                if head in scales[site.path]
+            ]
+            if hard:
+                raise UnsupportedModelError(
+                    f"A block around this call has made the pattern of {', '.join(hard[:8])} hard, "
+                    "and a hard pattern passes no gradient of the scores. Leave these heads out, "
+                    "or call it outside of the block."
+                )
+
+
+@contextlib.contextmanager
+def _refusing_detached_runs(
+    model: Any, sites: list[AttentionSite], scales: Mapping[str, Mapping[int, float]]
+) -> Iterator[None]:
+    """Raise if a model switches gradients off for a layer that chosen heads have an effect on.
+
+    HRM does so in early cycles. What passes through that run would be missing from the gradient.
+    """
+    reached = False
+
+    def check(module: nn.Module, _args: Any) -> None:
+        nonlocal reached
+        reached = reached or module in chosen
+        if reached and not torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"{type(model).__name__} runs some of its attention under torch.no_grad(), so "
+                "that a gradient would leave out a part of the effect. Take differences of runs "
+                "under sat_lens.saturate(model, head, c) instead."
+            )
+
+    modules = {site.path: model.get_submodule(site.path) for site in sites}
+    chosen = [module for path, module in modules.items() if path in scales]
+    handles = [module.register_forward_pre_hook(check) for module in modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_gradients(labels: tuple[str, ...], gradients: Float[Tensor, "head *prompt"]) -> None:
+    bad = [label for label, row in zip(labels, gradients, strict=True) if not row.isfinite().all()]
+    if bad:
+        raise NonFiniteError(
+            f"The gradient of {', '.join(bad[:8])} is NaN or infinite, though the metric is "
+            "finite. Look for a square root or logarithm of 0 in the metric, or run the model in "
+            "float32."
+        )
+
+
+# Numbers of heads, by label.
+
+
+def _head_grid(labels: tuple[str, ...], values: Float[Tensor, "head *rest"]) -> Grid:
+    # [layer, head, ...], NaN where no head is; by stack where there are several.
+    places = [parse_label(label) or ("", 0, 0) for label in labels]
+    grids: dict[str, Tensor] = {}
+    for stack in dict.fromkeys(stack for stack, _, _ in places):
+        rows = [i for i, place in enumerate(places) if place[0] == stack]
+        layers, heads = (torch.tensor([places[i][axis] for i in rows]) for axis in (1, 2))
+        shape = (int(layers.max()) + 1, int(heads.max()) + 1, *values.shape[1:])
+        grids[stack] = values.new_full(shape, math.nan).index_put((layers, heads), values[rows])
+    return next(iter(grids.values())) if len(grids) == 1 else grids
+
+
+def _one_stack(grid: Grid) -> Tensor:
+    if isinstance(grid, Tensor):
+        return grid
+    raise ArgumentError(
+        f"A map of heads needs heads of one stack; found {', '.join(grid)}. Choose such heads, or "
+        "draw .frame() as you like."
+    )
+
+
+def _check_heads(labels: tuple[str, ...], **columns: Tensor) -> None:
+    if not labels or any(parse_label(label) is None for label in labels):
+        raise ValueError(f"these are no labels of heads: {', '.join(labels) or 'none'}")
+    for name, column in columns.items():
+        if column.shape[:1] != (len(labels),):
+            raise ValueError(f"{name} has the shape {list(column.shape)}, for {len(labels)} heads")
