@@ -32,7 +32,7 @@ from sat_lens.data import Batch, Data, read_batch
 from sat_lens.errors import ArgumentError, NonFiniteError, UnsupportedModelError
 from sat_lens.intervention import TransformOfHeads, attach_transforms, edits_on
 from sat_lens.intervention.edits import TransformEdit
-from sat_lens.metrics import Metric, call_metric, metric_of, read_metric
+from sat_lens.metrics import Metric, call_metric, metric_of
 from sat_lens.models import logits_of, model_name
 from sat_lens.results import Provenance, Result, largest
 from sat_lens.sites import (
@@ -99,7 +99,7 @@ class TemperatureGradient(Result, kind="temperature gradient"):
         """
         grid = _head_grid(self.labels, torch.tensor(self.frame()["gradient"].to_numpy()))
         what = "change of the metric for each e-fold of c"
-        return figures.sweep_map(_one_stack(grid), title or str(self.provenance), what)
+        return figures.sweep_figure(_one_stack(grid), title or str(self.provenance), what)
 
     def _lines(self) -> list[str]:
         return [
@@ -217,7 +217,10 @@ def _metric_with_gradient(
             "none. Use one of sat_lens.metrics, or leave per_prompt out."
         )
     value = call_metric(metric, logits, n_prompts)
-    read_metric(lambda _logits: value, logits, n_prompts)
+    if not bool(value.isfinite().all()):
+        raise NonFiniteError(
+            f"The metric {shown(metric)} gave {value.tolist()}. Check what it divides by."
+        )
     if not value.requires_grad:
         raise ArgumentError(
             f"A temperature gradient needs a metric with a gradient, and there is none through "
