@@ -23,7 +23,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-gpu notebooks paper report smollm2 test test-all test-notebooks test-browser \
-	test-kernels test-old test-resolve test-wheel constraints docs lint types review clean pictures
+	test-real test-kernels test-old test-resolve test-wheel constraints docs lint types review clean pictures
 
 help: ## List the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -84,6 +84,9 @@ test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
 
 test-browser: $(VENV)/.installed-dev ## Open the report in a real browser (needs Debian's chromium).
 	$(BIN)/python -m pytest -q -m browser --check-types tests/browser
+
+test-real: $(VENV)/.installed-dev smollm2 ## Test on a real language model, SmolLM2 (needs chromium).
+	$(BIN)/python -m pytest -q tests/real
 
 test-kernels: $(VENV)/.installed-dev ## Test the Triton kernel, on a GPU or in Triton's interpreter.
 	@$(PIP) triton

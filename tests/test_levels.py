@@ -17,6 +17,8 @@ from transformer_lens import patching
 
 import sat_lens as sl
 from sat_lens.errors import NotReachedError
+from sat_lens.intervention import verify_sites
+from sat_lens.sites.discovery import on_made_up_inputs
 
 # At the level `scores`: gpt2, llama, hrm_text. At `softmax`: all others, one for each layout.
 BOTH_LEVELS = ["gpt2", "llama", "hrm_text", "gpt_oss_sink", "bert", "xglm", "longt5_local", "led"]
@@ -410,3 +412,44 @@ def test_scores_that_change_between_their_hook_and_the_softmax(monkeypatch):
             expected = model(tiny.tokens())
     assert torch.equal(found, expected)
     assert not torch.allclose(found, soft)
+
+
+# Trials of every module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_tried_together_change_what_they_change_alone(kind):
+    model = zoo.model_of(kind)
+    trials = verify_sites(model)
+    assert [trial.site for trial in trials] == sl.attention_sites(model)
+
+    def run(args, kwargs):
+        return args, kwargs, logits_of(model(*args, **kwargs)).detach()
+
+    args, kwargs, soft = on_made_up_inputs(model, run)
+    for trial in trials:
+        here = lambda site, _head, path=trial.site.path: site.path == path  # noqa: E731
+        with sl.replace_attention(model, sl.transforms.RandomKey(), heads=here):
+            alone = float((run(args, kwargs)[-1] - soft).abs().max())
+        assert trial.change == pytest.approx(alone, rel=1e-3, abs=1e-6)
+        assert trial.ok == (alone > 0)
+
+
+def logits_of(output):
+    found = getattr(output, "logits", output)
+    return found if isinstance(found, torch.Tensor) else found[0]
+
+
+def test_all_modules_are_tried_in_two_passes_and_one_without_effect_is_found(demo):
+    passes = []
+    sl.attention_sites(demo)
+    counting = demo.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        assert [trial.ok for trial in verify_sites(demo)] == [True] * 4
+        assert len(passes) == 2
+        with demo.hooks([("blocks.2.attn.hook_out", lambda value, hook: value * 0)]):
+            trials = verify_sites(demo)
+        assert [trial.ok for trial in trials] == [True, True, False, True]
+        assert trials[2].change == 0
+    finally:
+        counting.remove()

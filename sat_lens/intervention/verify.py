@@ -3,6 +3,9 @@
 The level of a module is found by watching one run. This goes one step further: all heads of one
 module attend to random keys, and the output must change. There is no need to do so before every
 run, because interventions check themselves while they run.
+
+Modules are tried side by side: a few made-up tokens stand many times in one batch, and each copy
+has another module changed. What does not clearly change its copy is tried again, alone.
 """
 
 from __future__ import annotations
@@ -14,10 +17,17 @@ import torch
 from torch import Tensor
 
 from sat_lens.attention import RandomKey
+from sat_lens.intervention.attach import attach_edits
+from sat_lens.intervention.edits import Edit, NewScores, TransformEdit
 from sat_lens.intervention.managers import replace_attention
 from sat_lens.models import logits_of
 from sat_lens.sites import AttentionSite, attention_sites
 from sat_lens.sites.discovery import on_made_up_inputs
+
+# Modules that are tried in one pass, each in a copy of its own.
+TOGETHER = 64
+# Copies of one prompt differ by rounding; a change has to be so many times larger.
+CLEARLY = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +76,57 @@ def verify_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[SiteTrial]:
     with torch.no_grad():
         given = inputs or kwargs
         args, extra, before = run(inputs, kwargs) if given else on_made_up_inputs(model, run)
-        return [SiteTrial(site, _change(model, site, before, args, extra)) for site in sites]
+        changes: dict[str, float] = {}
+        is_text = not extra and len(args) == 1 and not args[0].is_floating_point()
+        if not given and is_text:
+            within_reach = [site for site in sites if site.level is not None]
+            for start in range(0, len(within_reach), TOGETHER):
+                some = within_reach[start : start + TOGETHER]
+                changes |= _side_by_side(model, sites, some, args[0], before)
+        return [
+            SiteTrial(site, changes.get(site.path) or _alone(model, site, before, args, extra))
+            for site in sites
+        ]
 
 
-def _change(
+def _side_by_side(
+    model: Any,
+    sites: list[AttentionSite],
+    some: list[AttentionSite],
+    tokens: Tensor,
+    before: Tensor,
+) -> dict[str, float]:
+    """Return the change by path, of those modules that clearly change their own copy."""
+    n_copies = len(some) + 2
+    edits = {site.path: _in_copy(site, i, n_copies) for i, site in enumerate(some, start=1)}
+    try:
+        with attach_edits(model, sites, edits):
+            logits = _logits(model(tokens.repeat(n_copies, 1)))
+        changes = (logits - before).abs().flatten(1).amax(1).tolist()
+    except Exception:  # noqa: BLE001 - alone, each module says better what is wrong
+        return {}
+    # The first and the last copy are as they were.
+    least = CLEARLY * max(changes[0], changes[-1])
+    found = zip(some, changes[1:-1], strict=True)
+    return {site.path: change for site, change in found if change > least}
+
+
+def _in_copy(site: AttentionSite, copy: int, n_copies: int) -> Edit:
+    """Return the edit that sends all heads to random keys in one copy."""
+    heads = list(range(site.n_heads))
+    random_keys = TransformEdit.at(site, [(heads, RandomKey())])
+
+    def edit(scores: Tensor) -> NewScores:
+        if len(scores) != n_copies:
+            raise ValueError("The scores do not keep the copies apart.")
+        whole = scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
+        whole[copy] = random_keys(scores[copy, None]).scores[0].to(whole.dtype)
+        return NewScores(heads, whole)
+
+    return edit
+
+
+def _alone(
     model: Any, site: AttentionSite, before: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> float:
     if site.level is None:
