@@ -47,7 +47,8 @@ from sat_lens.vocabulary import POSITIVE, QUIET, RULE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STATE = "sat_lens search"
+# What a file with the state of a search says that it is.
+_KIND = "sat_lens search"
 
 
 def saturable_heads(
@@ -114,24 +115,24 @@ def saturable_heads(
         soft = make_baseline(experiment, batch, None, items, record=noising)
         saturated = make_baseline(experiment, batch, new, items, record=not noising)
         check_readable(experiment.readout, model, batch, soft.value, saturated.value)
+    start = float(soft.value)
     asked = {
         "model": model_name(model),
         "direction": direction,
         "transform": name_of(new),
         "heads": [item.label for item in items],
         "candidates": candidates,
-        "soft": float(soft.value),
+        "soft": start,
         "saturated": float(saturated.value),
     }
-    kept = SearchState.open(state, asked)
+    kept = _State.open(state, asked)
     patch = Patch(batch, None, Local(new)) if noising else Patch(batch, new, Local(None))
-    search = _Search(experiment, patch, items, float(soft.value), tolerance, candidates, kept)
+    search = _Search(experiment, patch, items, start, tolerance, candidates, kept)
+    complete = True
     try:
         if not kept.known:
-            base = soft if noising else saturated
-            search.try_single(base.record, progress)
-        search.go_on(noising, full_curve, progress)
-        complete = True
+            search.try_single((soft if noising else saturated).record, progress)
+        search.go_on(full_curve, progress)
     except KeyboardInterrupt:
         complete = False
     finally:
@@ -140,7 +141,7 @@ def saturable_heads(
         provenance=provenance_of(model, new),
         direction=direction,
         tolerance=tolerance,
-        soft=float(soft.value),
+        soft=start,
         saturated=float(saturated.value),
         order=tuple(label for label, _ in kept.steps),
         values=torch.tensor([value for _, value in kept.steps]),
@@ -180,18 +181,16 @@ class SaturableHeads(Result, kind="saturable heads"):
     def heads(self) -> tuple[str, ...]:
         """Noising: the largest set found that can be saturated. Denoising: the smallest found that
         must stay soft; all that were restored, if the tolerance was not met."""
-        start = self.soft if self.direction == "noising" else self.saturated
-        values = [start, *self.values.tolist()]
-        within = [i for i, v in enumerate(values) if abs(v - self.soft) <= self.tolerance]
-        if self.direction == "noising":
-            return self.order[: within[-1]]
-        return self.order[: within[0]] if within else self.order
+        within = self.frame()["within"]
+        counts = within.index[within]
+        if not len(counts):
+            return self.order
+        return self.order[: counts.max() if self.direction == "noising" else counts.min()]
 
     @property
     def found(self) -> bool:
         """Whether the tolerance was met."""
-        start = self.soft if self.direction == "noising" else self.saturated
-        return any(abs(v - self.soft) <= self.tolerance for v in (start, *self.values.tolist()))
+        return bool(self.frame()["within"].any())
 
     def frame(self) -> pd.DataFrame:
         """Return the curve: one row a step, indexed by the number of heads added.
@@ -203,12 +202,11 @@ class SaturableHeads(Result, kind="saturable heads"):
         frame = pd.DataFrame({"label": ["", *self.order], "metric": [start, *self.values.tolist()]})
         frame["change"] = frame["metric"] - self.soft
         frame["within"] = frame["change"].abs() <= self.tolerance
-        frame.index.name = "n_heads"
-        return frame
+        return frame.rename_axis(index="n_heads")
 
     def plot(self, title: str | None = None) -> Figure:
         """Draw the metric against the number of heads, with the tolerance as a band."""
-        done = "saturated" if self.direction == "noising" else "restored"
+        done = self._done
         named = title or f"Heads {done} together: {self.provenance}"
         figure, (axes,) = figures.panels(1, named)
         band = (self.soft - self.tolerance, self.soft + self.tolerance)
@@ -220,12 +218,15 @@ class SaturableHeads(Result, kind="saturable heads"):
         )
         return figure
 
+    @property
+    def _done(self) -> str:
+        return "saturated" if self.direction == "noising" else "restored"
+
     def _lines(self) -> list[str]:
-        done = "saturated" if self.direction == "noising" else "restored"
         listed = ", ".join(self.heads[:5]) + (", ..." if len(self.heads) > 5 else "")
         met = "" if self.found else " (the tolerance was not met)"
         return [
-            f"{len(self.heads)} of {self.n_heads} heads {done}{met}: {listed or 'none'}",
+            f"{len(self.heads)} of {self.n_heads} heads {self._done}{met}: {listed or 'none'}",
             f"metric: soft {self.soft:.4g}, saturated {self.saturated:.4g}, tolerance "
             f"{self.tolerance:.4g}",
         ]
@@ -245,7 +246,7 @@ class _Search:
     soft: float
     tolerance: float
     candidates: int | None
-    state: SearchState
+    state: _State
 
     def try_single(self, record: Record | None, progress: bool) -> None:
         """Measure every head by itself."""
@@ -254,55 +255,50 @@ class _Search:
         done = evaluate(work, self.patch, record, "single heads")
         if not done.complete:
             raise KeyboardInterrupt
-        for item, value in zip(self.items, done.values.tolist(), strict=True):
-            self.state.known[item.label] = value
+        labels = [item.label for item in self.items]
+        self.state.known.update(zip(labels, done.values.tolist(), strict=True))
 
-    def go_on(self, noising: bool, full_curve: bool, progress: bool) -> None:
+    def go_on(self, full_curve: bool, progress: bool) -> None:
         """Add heads one after the other, until the tolerance has decided or none is left."""
         by_label = {item.label: item for item in self.items}
+        steps, noising = self.state.steps, self.patch.base is None
         bar = tqdm(
             total=len(by_label),
-            initial=len(self.state.steps),
+            initial=len(steps),
             desc="saturable heads" if noising else "heads that stay soft",
             unit="head",
             disable=not progress,
         )
         with bar, torch.no_grad():
-            while len(self.state.steps) < len(by_label):
-                if not full_curve and self._decided(noising):
+            while len(steps) < len(by_label):
+                restored = not noising and bool(steps) and self._is_within(steps[-1][1])
+                if restored and not full_curve:
                     return
                 label, value = self._best(by_label)
-                if noising and not full_curve and self._distance(value) > self.tolerance:
+                if noising and not full_curve and not self._is_within(value):
                     return
-                self.state.add(label, value)
+                steps.append((label, value))
+                self.state.write()
                 bar.update()
-
-    def _decided(self, noising: bool) -> bool:
-        steps = self.state.steps
-        return bool(steps) and not noising and self._distance(steps[-1][1]) <= self.tolerance
 
     def _best(self, by_label: Mapping[str, Item]) -> tuple[str, float]:
         """Find the head to add next, among those that moved the metric least when last tried."""
-        chosen = {label for label, _ in self.state.steps}
+        steps, known = self.state.steps, self.state.known
+        chosen = sorted(label for label, _ in steps)
         left = [label for label in by_label if label not in chosen]
-        left.sort(key=lambda label: self._distance(self.state.known[label]))
-        if not chosen:
-            return left[0], self.state.known[left[0]]
-        n_first = len(left) if self.candidates is None else min(self.candidates, len(left))
+        left.sort(key=lambda label: self._distance(known[label]))
+        if not steps:
+            return left[0], known[left[0]]
+        n_first = len(left) if self.candidates is None else self.candidates
         # Before a set of saturated heads is called the largest, every head has been tried with it.
-        last = self.state.steps[-1][1]
-        search_on = self.patch.base is None and self._distance(last) <= self.tolerance
+        search_on = self.patch.base is None and self._is_within(steps[-1][1])
         tried: dict[str, float] = {}
         for i, label in enumerate(left):
-            if i >= n_first and not (search_on and self._all_outside(tried)):
+            if i >= n_first and not (search_on and not any(map(self._is_within, tried.values()))):
                 break
-            tried[label] = self._measure([by_label[name] for name in (*sorted(chosen), label)])
-            self.state.known[label] = tried[label]
+            known[label] = tried[label] = self._measure([by_label[x] for x in (*chosen, label)])
         best = min(tried, key=lambda label: self._distance(tried[label]))
         return best, tried[best]
-
-    def _all_outside(self, tried: Mapping[str, float]) -> bool:
-        return all(self._distance(value) > self.tolerance for value in tried.values())
 
     def _measure(self, items: list[Item]) -> float:
         selection: dict[str, list[int]] = {}
@@ -311,15 +307,17 @@ class _Search:
                 selection[path] = sorted([*selection.get(path, []), *heads])
         together = Item("set", tuple(item.label for item in items), selection)
         (logits,) = patched_logits(self.experiment, self.patch, [(together, None)])
-        value: Tensor = self.experiment.readout.value_at(logits)
-        return float(value)
+        return float(self.experiment.readout.value_at(logits))
 
     def _distance(self, value: float) -> float:
         return abs(value - self.soft)
 
+    def _is_within(self, value: float) -> bool:
+        return self._distance(value) <= self.tolerance
+
 
 @dataclasses.dataclass
-class SearchState:
+class _State:
     """What a search has found so far.
 
     Attributes:
@@ -335,7 +333,7 @@ class SearchState:
     known: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: str | Path | None, asked: Mapping[str, Any]) -> SearchState:
+    def open(cls, path: str | Path | None, asked: Mapping[str, Any]) -> _State:
         """Read the file if there is one, and start afresh if not.
 
         Raises:
@@ -353,26 +351,29 @@ class SearchState:
             return fresh
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            if found["kind"] != _STATE:
+            if found["kind"] != _KIND:
                 raise KeyError("kind")
-            kept = dict(found["asked"])
+            before = dict(found["asked"])
             steps = [(str(label), float(value)) for label, value in found["steps"]]
             known = {str(label): float(value) for label, value in found["known"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise FileFormatError(f"{file} holds no search of sat_lens ({error}).") from error
-        differing = [name for name in asked if not _same(asked[name], kept.get(name))]
+        differing = [name for name in asked if not _same(asked[name], before.get(name))]
         if differing:
             raise ArgumentError(
                 f"{file} belongs to another search: it differs in {', '.join(differing)}. Name "
                 "another file, or remove this one."
             )
-        _check_heads(file, asked["heads"], steps, known)
+        added = {label for label, _ in steps}
+        finite = all(math.isfinite(value) for _, value in (*steps, *known.items()))
+        # All heads are tried before one is added.
+        tried = known.keys() == set(asked["heads"]) or not (known or steps)
+        if not (finite and tried and len(added) == len(steps) and added <= known.keys()):
+            raise FileFormatError(
+                f"The heads listed in {file} are inconsistent; the file was edited. Remove it, and "
+                "search anew."
+            )
         return cls(file, asked, steps, known)
-
-    def add(self, label: str, value: float) -> None:
-        """Add a head, and write the file."""
-        self.steps.append((label, value))
-        self.write()
 
     def write(self) -> None:
         """Write the file, if there is one.
@@ -380,29 +381,9 @@ class SearchState:
         Raises:
             FileFormatError: It cannot be written.
         """
-        if self.path is None:
-            return
-        content = {
-            "kind": _STATE,
-            "asked": dict(self.asked),
-            "steps": self.steps,
-            "known": self.known,
-        }
-        write_whole(self.path, json.dumps(content, indent=1).encode())
-
-
-def _check_heads(
-    file: Path, heads: list[str], steps: list[tuple[str, float]], known: Mapping[str, float]
-) -> None:
-    """Heads that were added are different ones of those asked for, and all were tried before."""
-    chosen = {label for label, _ in steps}
-    finite = all(math.isfinite(value) for _, value in (*steps, *known.items()))
-    tried = set(known) == set(heads) if known or steps else True
-    if not (finite and tried and len(chosen) == len(steps) and chosen <= set(heads)):
-        raise FileFormatError(
-            f"{file} is a search whose heads do not fit together, so somebody changed it. Remove "
-            "it, and search anew."
-        )
+        if self.path is not None:
+            found = {"asked": dict(self.asked), "steps": self.steps, "known": self.known}
+            write_whole(self.path, json.dumps({"kind": _KIND, **found}, indent=1).encode())
 
 
 def _same(first: Any, second: Any) -> bool:
