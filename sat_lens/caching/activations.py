@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -58,16 +59,13 @@ def captured(model: Any, sites: list[AttentionSite], component: str) -> Iterator
     """
     found: Activations = {}
 
-    def keeping(path: str) -> Callable[[Tensor], Tensor]:
-        def keep(activation: Tensor) -> Tensor:
-            found[path] = activation.detach()
-            return activation
-
-        return keep
+    def keep(path: str, activation: Tensor) -> Tensor:
+        found[path] = activation.detach()
+        return activation
 
     with contextlib.ExitStack() as stack:
         for site in sites:
-            stack.enter_context(replaced(model, site, component, keeping(site.path)))
+            stack.enter_context(replaced(model, site, component, partial(keep, site.path)))
         yield found
 
 

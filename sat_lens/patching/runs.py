@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ from sat_lens.caching.activations import (
     Activations,
     Component,
     captured,
-    hook_point,
     n_heads_of,
     replaced,
     unembedding_only,
@@ -32,7 +32,7 @@ from sat_lens.caching.prefix import computed_by, stacked_blocks
 from sat_lens.data import Batch, Data, read_batch
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.intervention import Edit, NewScores, attach_edits, attach_transforms
-from sat_lens.intervention.edits import TransformEdit, put
+from sat_lens.intervention.edits import TransformEdit, TransformOfHeads, put
 from sat_lens.metrics import Metric, check_metric
 from sat_lens.models import unembedding
 from sat_lens.patching.arguments import HeadGroups, Item, Spot, read_items
@@ -130,7 +130,7 @@ class Record:
         outputs: What each of them returned, by path.
         beside: By path, what attention modules returned beside the output projection of z; those
             that return something else are left out.
-        z: By path of the attention module.
+        z: What went into these projections, by path of the attention module.
         logits: Of the last position that is read.
     """
 
@@ -145,16 +145,12 @@ class Record:
     def of_run(self, experiment: Experiment, items: Sequence[Item]) -> Iterator[None]:
         """Record a run that is made in the block."""
         forwards = {block: self._block(path, block.forward) for path, block in self.blocks.items()}
-        with contextlib.ExitStack() as stack:
-            for site in experiment.sites_of(items):
-                module = experiment.model.get_submodule(site.path)
-                projection = getattr(module, "o", None)
-                if isinstance(projection, nn.Module):
-                    forwards |= self._attention(site.path, module, projection)
-                with contextlib.suppress(UnsupportedModelError):
-                    point = hook_point(experiment.model, site, "z")
-                    stack.callback(point.register_forward_hook(self._z(site.path)).remove)
-            stack.enter_context(computed_by(forwards))
+        for site in experiment.sites_of(items):
+            module = experiment.model.get_submodule(site.path)
+            projection = getattr(module, "o", None)
+            if isinstance(projection, nn.Module):
+                forwards |= self._attention(site.path, module, projection)
+        with computed_by(forwards):
             yield
 
     def _block(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,8 +167,9 @@ class Record:
         forward, project = module.forward, projection.forward
         projected: list[Any] = []
 
-        def run_projection(*args: Any, **kwargs: Any) -> Any:
-            projected[:] = [project(*args, **kwargs)]
+        def run_projection(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.z[path] = z
+            projected[:] = [project(z, *args, **kwargs)]
             return projected[0]
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -186,12 +183,6 @@ class Record:
             return output
 
         return {module: run, projection: run_projection}
-
-    def _z(self, path: str) -> Callable[..., None]:
-        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.z[path] = output.detach()
-
-        return keep
 
 
 def _is_pattern(value: Any) -> bool:
@@ -305,11 +296,7 @@ def taking(
     sites = experiment.sites_of(items)
     if component != "pattern":
         return captured(experiment.model, sites, component)
-    return _seen(
-        experiment,
-        sites,
-        lambda scores: scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True),
-    )
+    return _seen(experiment, sites, lambda scores: _wide(scores, copy=True))
 
 
 def local_activations(
@@ -322,22 +309,26 @@ def local_activations(
     """
     assert isinstance(patch.source, Local)
     new = patch.source.transform
-    found: Activations = {}
     chosen = experiment.sites_of(items)
-    groups = {}
+    groups: dict[str, TransformOfHeads] = {}
     for site in experiment.sites:
-        if site in chosen:
-            # One group a head: a transform sees what it would see in a run of its own.
-            heads = sorted({h for item in items for h in item.selection.get(site.path, [])})
-            groups[site.path] = [([head], new) for head in heads if new is not None]
-        elif patch.base is not None:
+        if site not in chosen and patch.base is not None:
             groups[site.path] = [(list(range(site.n_heads)), patch.base)]
+        elif site in chosen and new is not None:
+            # One group a head: a transform sees what it would see in a run of its own.
+            heads = {h for item in items for h in item.selection.get(site.path, [])}
+            groups[site.path] = [([head], new) for head in sorted(heads)]
+    found: Activations = {}
+
+    def keep_and_restore(path: str, z: Tensor) -> Tensor:
+        found[path] = z.detach()
+        return base_z[path]
+
     with contextlib.ExitStack() as stack:
-        wanted = {path: of_site for path, of_site in groups.items() if of_site}
-        stack.enter_context(attach_transforms(experiment.model, experiment.sites, wanted))
+        stack.enter_context(attach_transforms(experiment.model, experiment.sites, groups))
         for site in chosen:
-            keep = _keep_and_restore(found, site.path, base_z[site.path])
-            stack.enter_context(replaced(experiment.model, site, "z", keep))
+            edit = functools.partial(keep_and_restore, site.path)
+            stack.enter_context(replaced(experiment.model, site, "z", edit))
         stack.enter_context(experiment.unembedding_read())
         patch.batch.run(experiment.model)
     return found
@@ -419,10 +410,9 @@ def _edit_in_copy(
         return base
 
     def edit(scores: Tensor) -> NewScores:
-        wide = torch.promote_types(scores.dtype, torch.float32)
         changed = None if base is None else base(scores)
-        whole = scores.to(wide) if changed is None else changed.scores.to(wide)
-        chosen = new(scores).to(wide)
+        whole = _wide(scores if changed is None else changed.scores)
+        chosen = _wide(new(scores))
         if position is not None:
             row = chosen[:, :, position]
             chosen = whole[:, heads]
@@ -454,7 +444,7 @@ def _side_by_side(edits: list[Edit | None], size: int) -> Edit | None:
         return None
 
     def edit(scores: Tensor) -> NewScores:
-        whole = scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
+        whole = _wide(scores, copy=True)
         for part, target, one in zip(scores.split(size), whole.split(size), edits, strict=True):
             changed = None if one is None else one(part)
             if changed is not None:
@@ -475,7 +465,7 @@ def _put_in(
     given = source.activations[site.path]
     n_heads = n_heads_of(experiment.model, site, source.component)
 
-    def put(activation: Tensor) -> Tensor:
+    def with_source(activation: Tensor) -> Tensor:
         parts = [activation] if len(spots) == 1 else list(activation.split(size))
         for i, (item, position) in enumerate(spots):
             heads = item.selection.get(site.path)
@@ -484,7 +474,7 @@ def _put_in(
                 parts[i] = with_heads(parts[i], given, n_heads, shared, position)
         return parts[0] if len(spots) == 1 else torch.cat(parts)
 
-    return replaced(experiment.model, site, source.component, put)
+    return replaced(experiment.model, site, source.component, with_source)
 
 
 @contextlib.contextmanager
@@ -494,19 +484,13 @@ def _seen(
     """Keep what every softmax received, which gives its pattern without loss."""
     found: Activations = {}
 
-    def watching(path: str) -> Edit:
-        def edit(scores: Tensor) -> None:
-            found[path] = keep(scores.detach())
+    def watch(path: str, scores: Tensor) -> None:
+        found[path] = keep(scores.detach())
 
-        return edit
-
-    with attach_edits(experiment.model, sites, {site.path: watching(site.path) for site in sites}):
+    edits: dict[str, Edit] = {site.path: functools.partial(watch, site.path) for site in sites}
+    with attach_edits(experiment.model, sites, edits):
         yield found
 
 
-def _keep_and_restore(found: Activations, path: str, base_z: Tensor) -> Callable[[Tensor], Tensor]:
-    def edit(z: Tensor) -> Tensor:
-        found[path] = z.detach()
-        return base_z
-
-    return edit
+def _wide(scores: Tensor, copy: bool = False) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=copy)
