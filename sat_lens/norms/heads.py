@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from sat_lens._checks import is_lens_model
+from sat_lens.norms.adapters import adapted_layers
 from sat_lens.norms.names import ParameterPlace
 from sat_lens.norms.sources import Parameters, identity, wide
 from sat_lens.sites import head_label, places
@@ -90,13 +91,18 @@ def heads_of(parameters: Parameters, model: nn.Module | None = None) -> Iterator
             names.setdefault(place.attention, {})[place.projection] = name
     seen = set()
     if model is not None and is_lens_model(model):
-        attention = {n: p.attention for n, p in parameters.places.items() if p.attention}
-        paths = {identity(parameters.read(name)): path for name, path in attention.items()}
+        paths = {
+            identity(tensor.memory): parameters.places[name].attention
+            for name, tensor in parameters.tensors.items()
+            if tensor.memory is not None and parameters.places[name].attention
+        }
         for site in places(paths_with_patterns(model)):
             module = model.get_submodule(site.path)
             own = (identity(parameter.detach()) for parameter in module.parameters())
             path = next((paths[key] for key in own if key in paths), "")
-            weights = _shown_weights(module) or _named_weights(parameters, names.get(path, {}))
+            # A TransformerLens model shows what is adapted without its adapters.
+            shown = None if any(adapted_layers(module)) else _shown_weights(module)
+            weights = shown or _named_weights(parameters, names.get(path, {}))
             seen.add(path)
             if weights:
                 yield HeadWeights(site.stack, site.layer, *weights, path=path)

@@ -102,7 +102,7 @@ def canonical_name(name: str) -> str:
     """Strip the wrappers from a parameter's name."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+    return name.removeprefix("module.").removeprefix("base_model.model.")
 
 
 def parameter_places(names: Iterable[str]) -> dict[str, ParameterPlace]:

@@ -143,6 +143,8 @@ def parameter_norms(model: nn.Module) -> ParameterNorms:
     The raw norms are what the paper follows. They also change when a weight pair is rescaled, which
     changes no output; ``qk_product`` and ``ov_product`` of a head do not.
 
+    Adapters, such as LoRA's, count as after merging those that are active.
+
     Args:
         model: Any module with parameters.
 
@@ -217,8 +219,12 @@ def _notes(
     places, found = parameters.places, []
     if parameters.integers:
         found.append(
-            "Integer parameters, such as quantised weights, have no norm and are left out: "
-            f"{_first(parameters.integers)}."
+            "Integer parameters, such as quantised weights, have no norm and are left out, with "
+            f"their adapters: {_first(parameters.integers)}."
+        )
+    if parameters.adapted:
+        found.append(
+            f"Adapters that are active count as after merging: {_first(parameters.adapted)}."
         )
     if any(place.bias and place.projection for place in places.values()):
         found.append("Projections have biases, which the products leave out.")

@@ -38,6 +38,7 @@ from sat_lens.data import Batch, batch_sizes, batches
 from sat_lens.errors import ArgumentError, ModelError, NonFiniteError
 from sat_lens.intervention import replace_attention
 from sat_lens.models import last_residual, model_name
+from sat_lens.norms.adapters import check_linear, is_first_factor, name_after_merging
 from sat_lens.norms.heads import joint_rows
 from sat_lens.norms.measures import undisturbed
 from sat_lens.norms.names import ParameterPlace, canonical_name, parameter_places, superseded
@@ -63,7 +64,7 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
 
     This is not attention-only saturation; see :mod:`sat_lens.norms.scaled`. With ``which="qk"``
     scores are multiplied by c squared and nothing else changes, where queries and keys have no
-    norms of their own.
+    norms of their own. What a LoRA adapter adds is multiplied by c once, like what it is added to.
 
     Args:
         model: A TransformerLens model or any other module.
@@ -78,7 +79,8 @@ def scaled_parameters(model: Model, c: float, which: Which = "all") -> Iterator[
         ArgumentError: ``c`` is not finite, ``which`` is unknown, or the model has no such
             parameters; at the end, the model was moved, cast or given other parameters in the
             block. Those that it had are back as they were nevertheless.
-        ModelError: The model has parameters without values, or quantised ones.
+        ModelError: The model has parameters without values or quantised ones, or active adapters of
+            another kind than LoRA.
 
     Example:
         >>> import torch
@@ -182,6 +184,7 @@ def _in_place(parameter: Tensor, data: Tensor) -> bool:
 
 def _parts(model: nn.Module, which: Which) -> list[tuple[Tensor, Any]]:
     """Return what ``which`` means, tensors and their rows, every stretch of memory once."""
+    check_linear(model)
     named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         check_has_values(name, parameter)
@@ -190,9 +193,12 @@ def _parts(model: nn.Module, which: Which) -> list[tuple[Tensor, Any]]:
                 f"{name} holds integers, as quantised weights do, and cannot be multiplied. Load "
                 "the model without quantisation."
             )
-        if parameter.is_floating_point() and parameter.numel():
+        # Of an update B A only B is multiplied: the two together are one parameter.
+        if parameter.is_floating_point() and parameter.numel() and not is_first_factor(name):
             named[canonical_name(name)] = parameter.detach()
-    places = parameter_places(named)
+    after = {name: name_after_merging(name) for name in named}
+    found = parameter_places(after.values())
+    places = {name: found[after[name]] for name in named}
     whole = [
         parameter for name, parameter in named.items() if _is_meant(places[name], parameter, which)
     ]

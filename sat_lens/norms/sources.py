@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sat_lens.errors import FileFormatError, ModelError
+from sat_lens.norms.adapters import (
+    Named,
+    adapted_layers,
+    as_merged,
+    is_first_factor,
+    name_after_merging,
+)
 from sat_lens.norms.names import (
     ParameterPlace,
     canonical_name,
@@ -50,6 +57,8 @@ class Lazy:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    # The memory that it is read from, or most of it; None for a file.
+    memory: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +70,14 @@ class Parameters:
         tensors: Its floating-point parameters, by canonical name.
         config: The model's settings, as in a Hugging Face ``config.json``; may be empty.
         integers: Names of integer parameters, such as quantised weights, which have no norm.
+        adapted: Paths of the layers whose parameters are those after merging their adapters.
     """
 
     name: str
     tensors: Mapping[str, Lazy]
     config: Mapping[str, Any]
     integers: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """Read one of them."""
@@ -112,18 +123,24 @@ def open_parameters(source: Path | nn.Module, name: str = "") -> Iterator[Parame
 
 
 def module_parameters(model: nn.Module) -> Parameters:
-    """Return the parameters of a model in memory, tied ones once."""
+    """Return the parameters of a model in memory, tied ones once and adapters merged."""
     _check_unsharded(model)
-    named = {canonical_name(name): p for name, p in model.named_parameters() if p.numel()}
-    for name, parameter in named.items():
+    named = [
+        (canonical_name(name), parameter, read)
+        for name, parameter, read in as_merged(model)
+        if parameter.numel()
+    ]
+    for name, parameter, _ in named:
         check_has_values(name, parameter)
     tensors = _floating(named)
-    integers = tuple(name for name, p in named.items() if not p.is_floating_point())
+    integers = tuple(name for name, parameter, _ in named if not parameter.is_floating_point())
     kind = type(model).__name__
     if not tensors:
         what = "only integer (quantised) parameters" if integers else "no parameters"
         raise ModelError(f"{kind} has {what}, so there is no norm to take.")
-    return Parameters(kind, tensors, config_of(model), integers).without(superseded(tensors))
+    adapted = tuple(path for path, _ in adapted_layers(model))
+    parameters = Parameters(kind, tensors, config_of(model), integers, adapted)
+    return parameters.without(superseded(tensors))
 
 
 def check_has_values(name: str, parameter: Tensor) -> None:
@@ -147,7 +164,7 @@ def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Par
             from transformers.core_model_loading import revert_weight_conversion
 
             states.append(revert_weight_conversion(model, states[0]))
-    renamed = (_without_tables(own.name, _floating(state), own.config) for state in states)
+    renamed = (_without_tables(own.name, _state_tensors(state), own.config) for state in states)
     found = max((own, *renamed), key=lambda parameters: len(parameters.tensors.keys() & names))
     if found.size < own.size:
         logger.warning(
@@ -228,6 +245,12 @@ def _without_tables(
 ) -> Parameters:
     named = {canonical_name(key): lazy for key, lazy in tensors.items()}
     kept = {key: lazy for key, lazy in named.items() if not _is_table(key, lazy.shape)}
+    apart = [key for key in kept if name_after_merging(key) != key or is_first_factor(key)]
+    if apart:
+        raise FileFormatError(
+            f"{name} holds adapters ({apart[0]} and others), which count only once they are merged "
+            "into what they adapt. Save model.merge_and_unload(), or give the model in memory."
+        )
     if not kept:
         raise FileFormatError(f"{name} holds no weights.")
     return Parameters(name, kept, config).without(superseded(kept))
@@ -245,6 +268,8 @@ def _directory(path: Path, stack: contextlib.ExitStack) -> dict[str, Lazy]:
             return _file(path / weights, stack)
         if (path / f"{weights}.index.json").exists():
             return _shards(path / f"{weights}.index.json", stack)
+    if (path / "adapter_model.safetensors").exists():
+        return _file(path / "adapter_model.safetensors", stack)
     raise FileFormatError(
         f"{path} is no checkpoint: it holds neither model.safetensors nor pytorch_model.bin, as "
         "save_pretrained and the Trainer write them."
@@ -295,18 +320,23 @@ def _state_dict(path: Path) -> dict[str, Lazy]:
             state = state[key]
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise FileFormatError(f"{path} holds no state dict, a mapping from names to tensors.")
-    return _floating(state)
+    return _state_tensors(state)
 
 
-def _floating(state: Mapping[str, Any]) -> dict[str, Lazy]:
-    """Return the floating-point tensors of a state dict by name, tied ones once."""
+def _state_tensors(state: Mapping[str, Any]) -> dict[str, Lazy]:
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return _floating((name, value, value.detach) for name, value in tensors.items())
+
+
+def _floating(named: Iterable[Named]) -> dict[str, Lazy]:
+    """Return the floating-point tensors among some by name, tied ones once."""
     found: dict[str, Lazy] = {}
     seen: set[tuple[Any, ...]] = set()
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            if identity(value) not in seen:
-                found[str(name)] = Lazy(tuple(value.shape), value.detach)
-            seen.add(identity(value))
+    for name, memory, read in named:
+        if memory.is_floating_point() and memory.numel():
+            if identity(memory) not in seen:
+                found[name] = Lazy(tuple(memory.shape), read, memory)
+            seen.add(identity(memory))
     return found
 
 
