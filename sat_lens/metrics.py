@@ -4,6 +4,10 @@ A metric is any function ``metric(logits) -> scalar``, as in TransformerLens. Th
 one value per prompt (``.per_prompt``) and carry ``.positions``, the query positions that they
 read; whoever runs many forward passes can then leave the logits of all others out.
 
+Prompts of different lengths are padded, and ``logits[:, -1]`` is then padding for some of them. A
+metric whose ``.positions`` is ``"last"`` is given the logits of each prompt's last token alone,
+``[batch, 1, vocab]``. One that reads padding is refused.
+
 When not to use it: with a metric of your own there is nothing to import from here; pass the
 function.
 """
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,8 @@ from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError, NonFiniteError
 
 # A function of a model's logits that gives a scalar. It may carry ``positions``, the query
-# positions that it reads, and ``per_prompt``, the same function with one value for each prompt.
+# positions that it reads or "last", and ``per_prompt``, the same function with one value for each
+# prompt.
 Metric = Callable[[Any], Any]
 
 
@@ -45,12 +50,12 @@ class LogitDifference(_ByPrompt):
 
     answer: Int[Tensor, " batch"]
     wrong: Int[Tensor, " batch"]
-    position: int = -1
+    position: int | Literal["last"] = -1
 
     @property
-    def positions(self) -> list[int]:
+    def positions(self) -> list[int] | Literal["last"]:
         """The query positions that are read."""
-        return [self.position]
+        return "last" if isinstance(self.position, str) else [self.position]
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
         """Return one value per prompt, in nats.
@@ -58,19 +63,20 @@ class LogitDifference(_ByPrompt):
         Raises:
             ArgumentError: The logits lack the position, a token, or as many prompts.
         """
+        position = _only_position(logits) if isinstance(self.position, str) else self.position
         n_prompts, _, vocab = logits.shape
         if len(self.answer) not in (1, n_prompts):
             raise ArgumentError(
                 f"Needed one answer, or one for each of {n_prompts} prompts; found "
                 f"{len(self.answer)}."
             )
-        _check_positions(self, self.positions, logits)
+        _check_positions(self, [position], logits)
         tokens = torch.stack([self.answer, self.wrong])
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
             raise ArgumentError(
                 f"Answers are token ids between 0 and {vocab - 1}; found {tokens.tolist()}."
             )
-        at = logits[:, self.position]
+        at = logits[:, position]
         answer, wrong = tokens.to(at.device).expand(2, len(at))[..., None]
         return (at.gather(1, answer) - at.gather(1, wrong)).squeeze(1)
 
@@ -105,7 +111,7 @@ class KLToSoft(_ByPrompt):
     """The divergence KL(soft || changed) of the next-token distribution, in nats."""
 
     soft_logits: Float[Tensor, "batch position vocab"]
-    positions: Sequence[int] | None = None
+    positions: Sequence[int] | Literal["last"] | None = None
     non_padding: Tensor | None = None
 
     def per_prompt(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, " batch"]:
@@ -114,12 +120,16 @@ class KLToSoft(_ByPrompt):
         Raises:
             ArgumentError: The logits have another shape than the soft ones.
         """
+        at: Any = slice(None)
+        if self.positions == "last":
+            _only_position(logits)
+        elif self.positions is not None:
+            at = list(self.positions)
         if logits.shape != self.soft_logits.shape:
             raise ArgumentError(
                 f"The soft logits have shape {list(self.soft_logits.shape)}, and logits of shape "
                 f"{list(logits.shape)} were to be compared with them."
             )
-        at = slice(None) if self.positions is None else list(self.positions)
         pairs = zip(self.soft_logits, logits, strict=True)
         divergence = torch.stack([_divergence(soft[at], changed[at]) for soft, changed in pairs])
         return _mean(divergence, None if self.non_padding is None else self.non_padding[:, at])
@@ -148,14 +158,17 @@ def _check_positions(metric: object, positions: Sequence[int], logits: Tensor) -
 
 
 def logit_difference(
-    answer: int | Sequence[int] | Tensor, wrong: int | Sequence[int] | Tensor, position: int = -1
+    answer: int | Sequence[int] | Tensor,
+    wrong: int | Sequence[int] | Tensor,
+    position: int | Literal["last"] = -1,
 ) -> LogitDifference:
     """Return the metric "logit of the answer minus logit of the wrong answer".
 
     Args:
         answer: Token id of the right answer, one or one per prompt.
         wrong: Token id of the wrong answer, likewise.
-        position: The query position that is read.
+        position: The query position that is read; ``"last"`` is each prompt's last token that is no
+            padding, for prompts of different lengths.
 
     Raises:
         ArgumentError: The two have different lengths, or none, or are no token ids.
@@ -168,8 +181,10 @@ def logit_difference(
         1.5
     """
     first, second = (_token_ids(t) for t in (answer, wrong))
-    if not is_integer(position):
-        raise ArgumentError(f"A position is a whole number, such as -1; found {position!r}.")
+    if not is_integer(position) and position != "last":
+        raise ArgumentError(
+            f'A position is a whole number, such as -1, or "last"; found {position!r}.'
+        )
     if len(first) != len(second) or not len(first):
         raise ArgumentError(
             "Needed at least one right answer, and as many wrong ones; found "
@@ -208,15 +223,16 @@ def next_token_loss(
 
 def kl_to_soft(
     soft_logits: Float[Tensor, "batch position vocab"],
-    positions: Sequence[int] | None = None,
+    positions: Sequence[int] | Literal["last"] | None = None,
     attention_mask: Tensor | None = None,
 ) -> KLToSoft:
     """Return the metric "divergence from these soft logits", at all positions or the given ones.
 
     Args:
         soft_logits: The logits to compare with.
-        positions: The query positions that are read; None is all.
-        attention_mask: False or 0 at padding; None for prompts without any.
+        positions: The query positions that are read; None is all, and ``"last"`` each prompt's
+            last token that is no padding.
+        attention_mask: False or 0 at padding; None for prompts without any. ``"last"`` needs it.
 
     Raises:
         ArgumentError: The mask is of another shape, or leaves a prompt nothing to read.
@@ -228,6 +244,13 @@ def kl_to_soft(
         >>> float(kl_to_soft(logits)(logits))
         0.0
     """
+    if isinstance(positions, str):
+        if positions != "last" or attention_mask is None:
+            raise ArgumentError(
+                'positions is a list of positions, None, or "last", which needs attention_mask= '
+                f"(1 at text, 0 at padding); found {positions!r}."
+            )
+        return KLToSoft(last_logits(soft_logits.detach(), attention_mask), "last")
     if attention_mask is None:
         return KLToSoft(soft_logits.detach(), positions)
     mask = _mask_of(attention_mask, soft_logits.shape[:2])
@@ -236,6 +259,44 @@ def kl_to_soft(
             "A prompt is padded at every position that is read. Leave it out, or read others."
         )
     return KLToSoft(soft_logits.detach(), positions, mask)
+
+
+def last_logits(
+    logits: Float[Tensor, "batch position vocab"], attention_mask: Tensor
+) -> Float[Tensor, "batch 1 vocab"]:
+    """Return the logits of each prompt's last token that is no padding.
+
+    Args:
+        logits: Of all positions.
+        attention_mask: False or 0 at padding.
+
+    Raises:
+        ArgumentError: The mask is of another shape.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.metrics import last_logits
+        >>> logits = torch.tensor([[[1.0], [2.0], [3.0]]])
+        >>> last_logits(logits, torch.tensor([[1, 1, 0]])).flatten().tolist()
+        [2.0]
+    """
+    mask = _mask_of(attention_mask, logits.shape[:2])
+    last = _last_positions(mask).to(logits.device)
+    return logits[torch.arange(len(last), device=logits.device), last][:, None]
+
+
+def _last_positions(mask: Bool[Tensor, "batch position"]) -> Int[Tensor, " batch"]:
+    return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+
+
+def _only_position(logits: Any) -> int:
+    if logits.shape[1] != 1:
+        raise ArgumentError(
+            'A metric of the position "last" reads the logits of one position, and got those of '
+            f"{logits.shape[1]}. Sweeps, curves and roles choose it by the padding mask; elsewhere "
+            "call metric(sat_lens.metrics.last_logits(logits, attention_mask))."
+        )
+    return 0
 
 
 def _divergence(
@@ -267,8 +328,42 @@ def _mask_of(mask: Tensor, shape: torch.Size) -> Bool[Tensor, "batch position"]:
     return mask.bool()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _AtLast:
+    """A metric that reads "last", as a function of the logits of all positions of one batch."""
+
+    metric: Metric
+    mask: Tensor | None
+
+    @property
+    def positions(self) -> list[int]:
+        return [-1] if self.mask is None else sorted(set(_last_positions(self.mask).tolist()))
+
+    def __call__(self, logits: Any) -> Any:
+        return self.metric(self._last(logits))
+
+    def __repr__(self) -> str:
+        return shown(self.metric)
+
+    def _last(self, logits: Any) -> Tensor:
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise ArgumentError(
+                f'The metric {shown(self.metric)} reads the position "last", for which logits '
+                "[batch, position, vocabulary] are needed. This model gives something else."
+            )
+        return logits[:, -1:] if self.mask is None else last_logits(logits, self.mask)
+
+
+class _AtLastPerPrompt(_AtLast):
+    def per_prompt(self, logits: Any) -> Any:
+        return getattr(self.metric, "per_prompt")(self._last(logits))  # noqa: B009 - not in Metric
+
+
 def metric_of(metric: Any, batch: Batch) -> Metric:
-    """Return a metric as a function of logits; ``"loss"`` is the next-token loss of the batch.
+    """Return a metric as a function of the logits of a batch.
+
+    ``"loss"`` is the next-token loss of the batch. A metric that reads the position ``"last"`` is
+    given the logits of each prompt's last token.
 
     Raises:
         ArgumentError: It is neither, or the batch has no tokens to have a loss on.
@@ -291,6 +386,15 @@ def metric_of(metric: Any, batch: Batch) -> Metric:
         raise ArgumentError(
             f'metric must be "loss" or a function of the logits; {shown(metric)} was given.'
         )
+    named = getattr(metric, "positions", None)
+    if isinstance(named, str):
+        if named != "last":
+            raise ArgumentError(
+                f"The metric {shown(metric)} names the positions {named!r}. Name a list of "
+                'positions, or "last", each prompt\'s last token that is no padding.'
+            )
+        kind = _AtLastPerPrompt if hasattr(metric, "per_prompt") else _AtLast
+        return kind(metric, batch.output_non_padding)
     return metric
 
 
@@ -301,6 +405,58 @@ def check_metric(metric: object) -> None:
             f"A metric is a function of the logits that gives a scalar; {shown(metric)} was given. "
             "Use one of sat_lens.metrics, next_token_loss(tokens) for instance."
         )
+
+
+def check_reads_no_padding(metric: Metric, logits: Any, batch: Batch) -> None:
+    """Raise an ArgumentError if a metric reads logits at padded positions.
+
+    One that does not say what it reads is tried: its value may not change with those logits.
+
+    Args:
+        metric: As :func:`metric_of` returned it.
+        logits: What the model gave for the batch.
+        batch: The input.
+    """
+    mask = batch.output_non_padding
+    if mask is None or bool(mask.all()) or isinstance(metric, _AtLast):
+        return
+    if isinstance(metric, (NextTokenLoss, KLToSoft)) and metric.non_padding is not None:
+        return
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != mask.shape:
+        return
+    positions = positions_read(metric, logits)
+    if positions is not None:
+        padded = [p for p in positions if not bool(mask[:, p].all())]
+        if padded:
+            raise ArgumentError(
+                f"The metric reads the positions {padded}, at which some prompts are padded. "
+                f"{_INSTEAD}"
+            )
+        return
+    with torch.no_grad():
+        logits, mask = logits.detach(), mask.to(logits.device)
+        before = metric(logits)
+        if not isinstance(before, Tensor) and not is_number(before):
+            return  # reading it says what is wrong
+        random = torch.Generator().manual_seed(0)
+        drawn = 5 * torch.randn(*logits[~mask].shape, generator=random)
+        last = last_logits(logits, mask).expand_as(logits)[~mask]
+        for other in (drawn, last):
+            moved = logits.clone()
+            moved[~mask] = other.to(moved)
+            first, second = (torch.as_tensor(v).double() for v in (before, metric(moved)))
+            if not torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True):
+                raise ArgumentError(
+                    f"The metric {shown(metric)} changes with the logits at padded positions, so "
+                    f"it reads padding, as logits[:, -1] does where a prompt is shorter. {_INSTEAD}"
+                )
+
+
+_INSTEAD = (
+    'To read each prompt\'s last token, set metric.positions = "last": the metric is then given '
+    'its logits alone, [batch, 1, vocabulary]; in logit_difference it is position="last". A loss '
+    "takes attention_mask=. Or give prompts of one length."
+)
 
 
 def call_metric(metric: Metric, logits: Any, n_prompts: int | None = None) -> Tensor:

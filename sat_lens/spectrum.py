@@ -26,7 +26,7 @@ from sat_lens.caching import NO_ROOM, mean_cosine, normalised_similarity
 from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import replace_attention, saturate
-from sat_lens.metrics import Metric, read_metric
+from sat_lens.metrics import Metric, check_reads_no_padding, metric_of, read_metric
 from sat_lens.models import model_name, residual_stream
 from sat_lens.results import Provenance, Result, check_columns, column_frame
 from sat_lens.sites import Heads, places
@@ -100,6 +100,8 @@ def scaling_curve(
     heads: Heads = None,
     metric: Metric | None = None,
     batch_size: int = 8,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
     data_name: str = "",
 ) -> ScalingCurve:
@@ -115,8 +117,11 @@ def scaling_curve(
             out, with a warning in the log.
         scales: Inverse temperatures, in a list; 0 is uniform, ``math.inf`` the limit.
         heads: Which heads; None is all.
-        metric: A function of the logits of one batch, measured besides.
+        metric: A function of the logits of one batch, measured besides. With prompts of different
+            lengths it may not read padding; see :mod:`sat_lens.metrics`.
         batch_size: Sequences in a forward pass, for tokens and texts.
+        attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
+            :func:`sat_lens.data.batches`.
         progress: Whether to show a progress bar.
         data_name: What the data is called in the result.
 
@@ -142,7 +147,9 @@ def scaling_curve(
     bar = tqdm(desc="scaling curve", total=total, unit="run", disable=not progress)
     with torch.no_grad(), bar:
         try:
-            for batch in batches(model, data, batch_size):
+            for batch in batches(
+                model, data, batch_size, attention_mask=attention_mask, tokenizer=tokenizer
+            ):
                 if predicts is None and _has_next_token(batch):
                     predicts = _predicts_next(model, batch)
                 soft = _run(model, batch, list(streams))
@@ -203,7 +210,9 @@ class _Comparison:
     ) -> None:
         self.batch = batch
         self.streams = streams
-        self.metric = metric
+        self.metric = None if metric is None else metric_of(metric, batch)
+        if self.metric is not None:
+            check_reads_no_padding(self.metric, soft[0], batch)
         self.predicts = predicts
         self.stream = soft[1]
         rows = self._rows(soft[0])

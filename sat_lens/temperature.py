@@ -32,7 +32,7 @@ from sat_lens.data import Batch, Data, read_batch
 from sat_lens.errors import ArgumentError, NonFiniteError, UnsupportedModelError
 from sat_lens.intervention import TransformOfHeads, attach_transforms, edits_on
 from sat_lens.intervention.edits import TransformEdit
-from sat_lens.metrics import Metric, call_metric, metric_of
+from sat_lens.metrics import Metric, call_metric, check_reads_no_padding, metric_of
 from sat_lens.models import logits_of, model_name
 from sat_lens.results import Provenance, Result, largest
 from sat_lens.sites import (
@@ -119,6 +119,8 @@ def temperature_gradient(
     *,
     scale: ScaleLike = 1.0,
     per_prompt: bool = False,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
 ) -> TemperatureGradient:
     """Differentiate a metric in the logarithm of each head's inverse temperature.
 
@@ -136,6 +138,8 @@ def temperature_gradient(
             :func:`sat_lens.saturate` takes; positive and finite.
         per_prompt: Whether to keep one gradient for each prompt, which needs a metric with
             ``.per_prompt``, as those of :mod:`sat_lens.metrics` have.
+        attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
+            :func:`sat_lens.data.batches`.
 
     Returns:
         A :class:`TemperatureGradient`: ``.values`` as ``[layer, head]``, ``.frame()``, ``.plot()``.
@@ -155,7 +159,7 @@ def temperature_gradient(
         >>> found.values.shape
         torch.Size([4, 8])
     """
-    batch = read_batch(model, inputs)
+    batch = read_batch(model, inputs, attention_mask=attention_mask, tokenizer=tokenizer)
     chosen_metric = metric_of(metric, batch)
     sites = attention_sites(model)
     scales = select_with_scales(sites, heads, scale)
@@ -170,7 +174,9 @@ def temperature_gradient(
         _refusing_detached_runs(model, sites, scales),
         _attached(model, sites, scales, log_c),
     ):
-        value = _metric_with_gradient(chosen_metric, batch, logits_of(batch.run(model)), n_prompts)
+        logits = logits_of(batch.run(model))
+        check_reads_no_padding(chosen_metric, logits, batch)
+        value = _metric_with_gradient(chosen_metric, batch, logits, n_prompts)
         # Prompts do not meet in a model, so the gradient of their sum keeps them apart.
         found = torch.autograd.grad(value.sum(), list(log_c.values()), allow_unused=True)
     parts = [

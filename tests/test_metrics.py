@@ -155,7 +155,7 @@ def test_answers_are_token_ids(wrong):
         sl.metrics.logit_difference(1, wrong)
 
 
-@pytest.mark.parametrize("position", [1.0, "last", None])
+@pytest.mark.parametrize("position", [1.0, "end", None])
 @pytest.mark.usefixtures("types_unchecked")
 def test_a_position_is_a_whole_number(position):
     with refusal("position", "found"):

@@ -68,10 +68,10 @@ def batch_of(name: str, padded: bool, seed: int) -> dict[str, Any]:
 
 
 class Everywhere:
-    """A metric of all positions that keeps its prompts apart."""
+    """A metric of all positions that are never padded, which keeps its prompts apart."""
 
     def per_prompt(self, logits: torch.Tensor) -> torch.Tensor:
-        return (logits[..., 7] - logits[..., 0]).mean(1)
+        return (logits[:, 3:, 7] - logits[:, 3:, 0]).mean(1)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         return self.per_prompt(logits).mean()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -25,7 +25,8 @@ from sat_lens._checks import require_lens_model
 from sat_lens.attention import RandomKey
 from sat_lens.attention.transforms import Ties
 from sat_lens.caching.prefix import Prefix
-from sat_lens.data import INPUT_NAMES, non_padding_masks
+from sat_lens.data import INPUT_NAMES
+from sat_lens.data.reading import read_call
 from sat_lens.errors import ArgumentError, NonFiniteError
 from sat_lens.intervention import replace_attention, saturate
 from sat_lens.models import main_input_name, model_name, residual_names
@@ -219,6 +220,7 @@ def run_with_saturation_cache(
     ties: Ties = "exact",
     names_filter: Any = None,
     device: str | torch.device | None = None,
+    tokenizer: Any = None,
     **kwargs: Any,
 ) -> SaturationPair:
     """Run the model twice, soft and saturated, and cache both.
@@ -231,7 +233,9 @@ def run_with_saturation_cache(
         ties: Which keys share a row in the limit; see :func:`sat_lens.saturate`.
         names_filter: Which activations to cache, as for ``run_with_cache``; None is all.
         device: Where the caches go; None leaves them where they are made.
-        **kwargs: Further arguments of the model's forward, such as ``attention_mask``.
+        tokenizer: A tokenizer or its directory, for texts, in the place of the model's own.
+        **kwargs: Further arguments of the model's forward, such as ``attention_mask``. Without
+            that, padding is recognised as by :func:`sat_lens.data.batches`.
 
     Returns:
         A pair whose ``.soft`` and ``.saturated`` have ``.logits`` and ``.cache``. In the saturated
@@ -241,6 +245,8 @@ def run_with_saturation_cache(
         them), and the two caches then share the tensors of these layers.
 
     Raises:
+        DataError: The input is neither text nor a tensor that the model can read, or it cannot be
+            told what is padding.
         HeadSelectionError, ArgumentError, UnsupportedModelError, NotReachedError: As for
             :func:`sat_lens.saturate`.
 
@@ -258,7 +264,24 @@ def run_with_saturation_cache(
         if name is None:
             raise ArgumentError("Needed an input to run the model on, and none was given.")
         inputs = (kwargs.pop(name),)
-    non_padding, of_output = non_padding_masks(model, inputs[0], kwargs)
+    first, kwargs, *masks = read_call(model, inputs[0], kwargs, tokenizer)
+    inputs = (first, *inputs[1:])
+    return pair_of(model, inputs, kwargs, masks, heads, scale, ties, names_filter, device)
+
+
+def pair_of(
+    model: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    masks: Sequence[Tensor | None],
+    heads: Heads = None,
+    scale: ScaleLike = math.inf,
+    ties: Ties = "exact",
+    names_filter: Any = None,
+    device: str | torch.device | None = None,
+) -> SaturationPair:
+    """Make the pair of a call whose padding is known: ``masks`` of its input and of its logits."""
+    non_padding, of_decoder = masks
 
     def run(
         *around: contextlib.AbstractContextManager[Any], names_filter: Any = names_filter
@@ -286,7 +309,7 @@ def run_with_saturation_cache(
         saturated=saturated,
         provenance=Provenance(model_name(model), scale=c, ties=str(ties)),
         non_padding=non_padding,
-        decoder_non_padding=of_output,
+        decoder_non_padding=of_decoder,
         _run_random=run_random,
         _sliced=kwargs.get("pos_slice") is not None,
     )

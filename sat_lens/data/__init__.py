@@ -4,7 +4,7 @@ Everything that runs a model over data reads it through :func:`batches`, so all 
 same forms and refuses the same mistakes.
 """
 
-from sat_lens.data.batch import Batch, non_padding_masks, predicts_next
+from sat_lens.data.batch import Batch, predicts_next
 from sat_lens.data.reading import INPUT_NAMES, Data, batch_sizes, batches, read_batch, repeatable
 from sat_lens.data.texts import text_windows
 
@@ -14,7 +14,6 @@ __all__ = [
     "Data",
     "batch_sizes",
     "batches",
-    "non_padding_masks",
     "predicts_next",
     "read_batch",
     "repeatable",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,45 +57,6 @@ class Batch:
         return int(self.inputs.shape[0])
 
 
-def as_mask(mask: Any) -> Bool[Tensor, "batch position"] | None:
-    """Return a mask of positions as bools; None for masks of other shapes, which mask pairs."""
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def non_padding_masks(
-    model: Any, inputs: Any, arguments: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return which positions of a model's input, and of its output, are no padding.
-
-    None stands for all of them. Several texts are padded by the model, to the longest of them.
-
-    Args:
-        model: A TransformerLens model.
-        inputs: Its main input.
-        arguments: The other arguments of its forward pass.
-    """
-    mask = arguments.get("attention_mask", arguments.get("one_zero_attention_mask"))
-    if isinstance(mask, Tensor):
-        found = as_mask(mask)
-    elif isinstance(inputs, list) and len(inputs) > 1 and isinstance(inputs[0], str):
-        found = _padded_by(model, inputs, arguments)
-    else:
-        found = None
-    if not {"decoder_input", "decoder_input_ids"} & arguments.keys():
-        return found, found
-    return found, as_mask(arguments.get("decoder_attention_mask"))
-
-
-def _padded_by(
-    model: Any, texts: list[str], arguments: Mapping[str, Any]
-) -> Bool[Tensor, "batch position"]:
-    named = {name: arguments[name] for name in ("prepend_bos",) if name in arguments}
-    lengths = torch.tensor([model.to_tokens(text, **named).shape[-1] for text in texts])[:, None]
-    places = torch.arange(int(lengths.max()))
-    side = arguments.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
-    return places.flip(0) < lengths if side == "left" else places < lengths
-
-
 _PROBE_TOKENS = 16
 
 
@@ -104,7 +64,7 @@ def predicts_next(model: Any, batch: Batch) -> bool:
     """Whether the model's logits predict the next token, so that a next-token loss has a meaning.
 
     Logits that depend on later tokens have seen what they would predict (a masked language model).
-    Two runs are compared before the middle of the text that differ in the tokens from there on; a
+    Two runs are compared before the middle of each text that differ in the tokens from there on; a
     few tokens of one sequence are enough, where the batch is made of tokens alone. Tokens in whose
     place the model puts images or sounds are left as they are.
 
@@ -120,18 +80,21 @@ def predicts_next(model: Any, batch: Batch) -> bool:
     tokens = batch.output_tokens
     if tokens is None or tokens.shape[1] < 2:
         return False
-    half = tokens.shape[1] // 2
-    other = tokens.clone()
-    other[:, half:] = torch.where(tokens[:, half:] > 0, tokens[:, half:] - 1, 1)
+    mask = batch.output_non_padding
+    text = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device)
+    later = text.cumsum(1) > text.sum(1, keepdim=True) // 2
+    earlier = text & ~later
+    changed = torch.where(tokens > 0, tokens - 1, 1)
+    other = torch.where(text & later, changed, tokens)
     fixed = torch.tensor(placeholder_tokens(model), dtype=tokens.dtype, device=tokens.device)
     other = torch.where(torch.isin(tokens, fixed) | torch.isin(other, fixed), tokens, other)
-    if torch.equal(tokens, other):
+    if torch.equal(tokens, other) or not bool(earlier.any()):
         return False
     with torch.no_grad():
         runs = [batch.with_output_tokens(each).run(model) for each in (tokens, other)]
     if not all(isinstance(run, Tensor) and run.shape[:2] == tokens.shape for run in runs):
         return False
-    first, second = (run[:, :half] for run in runs)
+    first, second = (run[earlier.to(run.device)] for run in runs)
     # A mixture of experts rounds a token differently beside other tokens.
     tolerance = min(64 * torch.finfo(first.dtype).eps, 0.05)
     size = first.nan_to_num(0.0, 0.0, 0.0).abs().max()

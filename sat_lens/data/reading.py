@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -10,8 +12,18 @@ import torch
 from torch import Tensor
 
 from sat_lens._checks import check_count, is_count
-from sat_lens.data.batch import Batch, as_mask
-from sat_lens.data.texts import text_row
+from sat_lens.data.batch import Batch
+from sat_lens.data.padding import (
+    WHOLE,
+    amount_of,
+    checked_mask,
+    mask_arguments,
+    padded_by,
+    padding_shown,
+    say_padding,
+    with_masks,
+)
+from sat_lens.data.texts import read_tokenizer, text_row, tokenizer_of
 from sat_lens.errors import DataError
 from sat_lens.models import context_length, device_of, main_input_name, vocabulary_size
 
@@ -26,10 +38,16 @@ _OF_SEQUENCES = (
     "decoder_input_ids",
     "decoder_attention_mask",
 )
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
+def batches(
+    model: Any,
+    data: Data,
+    batch_size: int = 8,
+    *,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
+) -> Iterator[Batch]:
     """Read data batch by batch.
 
     Args:
@@ -42,13 +60,17 @@ def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
             whose tokens are a list, or a one-dimensional tensor with nothing beside it but a mask,
             is a sequence of tokens. Lists of these are read one by one.
         batch_size: Sequences in a batch, for texts and for tokens that come without batches.
+        attention_mask: Which tokens of a token tensor are no padding (1) and which are (0). None
+            takes for padding what rows begin or end with of the tokenizer's pad token, on one side,
+            and says so in a warning.
+        tokenizer: A tokenizer or its directory, in the place of the model's own.
 
     A text or a row of tokens that is longer than the model's context is cut at its end; how many
     were cut, and how many tokens went, is logged as a warning when the data has been read.
 
     Raises:
         DataError: The data is empty, or is or holds something that is none of these, or a token
-            is not in the model's vocabulary.
+            is not in the model's vocabulary; or it cannot be told what is padding.
 
     Example:
         >>> import sat_lens as sl
@@ -57,13 +79,15 @@ def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
         [1, 1]
     """
     check_count("batch_size", batch_size, error=DataError)
-    count, cuts = 0, list[int]()
+    reading = _Reading(model, read_tokenizer(tokenizer), batch_size)
+    count = 0
     try:
-        for batch in _read(model, data, batch_size, cuts):
+        for batch in _read(reading, data, attention_mask):
             count += 1
             yield batch
     finally:
-        if cuts:
+        say_padding(reading.inferred)
+        if cuts := reading.cuts:
             _log.warning(
                 "%d of the texts were longer than the model's context and were cut at their end "
                 "(%d tokens in all). sat_lens.data.text_windows keeps all of a text.",
@@ -74,13 +98,21 @@ def batches(model: Any, data: Data, batch_size: int = 8) -> Iterator[Batch]:
         raise DataError("The data is empty: at least one sequence is needed.")
 
 
-def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str = "inputs") -> Batch:
+def read_batch(
+    model: Any,
+    inputs: Data | Mapping[str, Any],
+    name: str = "inputs",
+    *,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
+) -> Batch:
     """Read what is to be run as one batch: a batch alone, or data that fit into one.
 
     Args:
         model: The model that will run.
         inputs: Data as for :func:`batches`, or one dict of the model's own arguments.
         name: What messages call it.
+        attention_mask, tokenizer: As for :func:`batches`.
 
     Raises:
         DataError: It is empty, or more than one batch.
@@ -95,13 +127,60 @@ def read_batch(model: Any, inputs: Data | Mapping[str, Any], name: str = "inputs
     if isinstance(data, Tensor) and data.numel() == 0:
         raise DataError(f"{name} holds nothing: its shape is {list(data.shape)}.")
     size = len(data) if isinstance(data, (list, tuple, Tensor)) else 1
-    found = list(batches(model, data, batch_size=max(size, 1)))
+    reading: dict[str, Any] = {"attention_mask": attention_mask, "tokenizer": tokenizer}
+    found = list(batches(model, data, batch_size=max(size, 1), **reading))
     if len(found) != 1:
         raise DataError(
             f"Needed one batch of prompts, and {name} holds {len(found)}. Put them into one tensor "
             "or dict, or take one after the other."
         )
     return found[0]
+
+
+def read_call(
+    model: Any, inputs: Any, arguments: Mapping[str, Any], tokenizer: Any = None
+) -> tuple[Any, dict[str, Any], Tensor | None, Tensor | None]:
+    """Read one call of a model, as it will be made: what is refused in data is refused here.
+
+    Texts are left to the model, unless there is another tokenizer.
+
+    Args:
+        model: A TransformerLens model.
+        inputs: Its main input.
+        arguments: The other arguments of its forward pass.
+        tokenizer: In the place of the model's own.
+
+    Returns:
+        The input and the other arguments; then False at padding of the input, and of what the
+        logits are of. None stands for no padding.
+
+    Raises:
+        DataError: The model cannot read the input, or it cannot be told what is padding.
+    """
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        if tokenizer is not None:
+            (batch,) = batches(model, texts, len(texts), tokenizer=tokenizer)
+            inputs, arguments = batch.inputs, {**batch.kwargs, **arguments}
+        else:
+            tokenizer_of(model)
+    elif isinstance(inputs, Tensor):
+        _check_not_empty(inputs)
+        # Three dimensions are embeddings, and an inner layer takes what is no token.
+        if inputs.dim() < 3 and arguments.get("start_at_layer") is None:
+            _check_tokens(model, inputs)
+    else:
+        raise _unreadable(inputs)
+    inferred: Counter[str] = Counter()
+    rows = _sequences(inputs) if isinstance(inputs, Tensor) else inputs
+    arguments, mask, of_decoder = with_masks(
+        model, rows, arguments, read_tokenizer(tokenizer), inferred
+    )
+    say_padding(inferred)
+    if mask is None and isinstance(inputs, list) and len(inputs) > 1:
+        mask = padded_by(model, inputs, arguments)
+    has_decoder = {"decoder_input", "decoder_input_ids"} & arguments.keys()
+    return inputs, arguments, mask, of_decoder if has_decoder else mask
 
 
 def batch_sizes(data: Any, batch_size: int) -> list[int] | None:
@@ -149,59 +228,99 @@ def repeatable(data: Data) -> Data:
     return list(data)
 
 
-def _read(model: Any, data: Data, batch_size: int, cuts: list[int]) -> Iterator[Batch]:
-    """Read batches; how many tokens were cut off each sequence that was too long goes to cuts."""
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """How data are read, and what has to be said of it in the end.
+
+    Attributes:
+        cuts: How many tokens were cut off each sequence that was too long.
+        inferred: What was taken for padding, counted.
+    """
+
+    model: Any
+    tokenizer: Any
+    batch_size: int
+    cuts: list[int] = dataclasses.field(default_factory=list)
+    inferred: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A sequence of tokens; ``bare`` if nothing said whether there is padding in it."""
+
+    tokens: list[int]
+    bare: bool = False
+
+
+def _read(reading: _Reading, data: Data, mask: Tensor | None) -> Iterator[Batch]:
     if isinstance(data, Tensor):
-        for part in _sequences(data).split(batch_size):
-            yield _from_tensor(model, part)
-    elif isinstance(data, str):
-        yield from _from_items(model, [data], batch_size, cuts)
+        tensor = _sequences(data)
+        _check_not_empty(tensor)
+        # All rows together show what is padding, whatever the batches are.
+        shown = _shown(reading, tensor) if mask is None else checked_mask(mask, tensor)
+        for start in range(0, len(tensor), reading.batch_size):
+            rows = slice(start, start + reading.batch_size)
+            yield _from_tensor(reading, tensor[rows], None if shown is None else shown[rows])
+        return
+    if mask is not None:
+        raise DataError(
+            "attention_mask= is for a token tensor. Texts are padded and masked here; of a batch "
+            f"give a dict with the key attention_mask. Found {type(data).__name__}."
+        )
+    if isinstance(data, str):
+        yield from _from_items(reading, [data])
     elif isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise _unreadable(data)
     else:
-        yield from _from_items(model, data, batch_size, cuts)
+        yield from _from_items(reading, data)
 
 
-def _from_items(
-    model: Any, items: Iterable[Any], batch_size: int, cuts: list[int]
-) -> Iterator[Batch]:
-    context = context_length(model)
-    rows: list[list[int]] = []
+def _from_items(reading: _Reading, items: Iterable[Any]) -> Iterator[Batch]:
+    context = context_length(reading.model)
+    rows: list[_Row] = []
     for item in items:
-        found = _rows(model, item)
+        found = _rows(reading, item)
         for row in found or ():
-            if 0 < context < len(row):
-                cuts.append(len(row) - context)
-            rows.append(row[:context] if context > 0 else row)
-            if len(rows) == batch_size:
-                yield _padded(model, rows)
+            too_long = len(row.tokens) - context if context > 0 else 0
+            if too_long > 0:
+                reading.cuts.append(too_long)
+                row = dataclasses.replace(row, tokens=row.tokens[:context])
+            rows.append(row)
+            if len(rows) == reading.batch_size:
+                yield _padded(reading, rows)
                 rows = []
         if found is not None:
             continue
         if rows:
-            yield _padded(model, rows)
+            yield _padded(reading, rows)
             rows = []
         if isinstance(item, Tensor):
-            yield _from_tensor(model, _sequences(item))
+            tensor = _sequences(item)
+            _check_not_empty(tensor)
+            yield _from_tensor(reading, tensor, _shown(reading, tensor))
         elif isinstance(item, Mapping):
-            yield _from_mapping(model, item)
+            yield _from_mapping(reading, item)
         else:
             raise _unreadable(item)
     if rows:
-        yield _padded(model, rows)
+        yield _padded(reading, rows)
 
 
-def _rows(model: Any, item: Any) -> list[list[int]] | None:
+def _rows(reading: _Reading, item: Any) -> list[_Row] | None:
     """Read sequences without padding: texts or rows of a data set; None if it is neither."""
+
+    def of_text(text: str) -> _Row:
+        return _Row(text_row(reading.model, text, reading.tokenizer))
+
     if isinstance(item, str):
-        return [text_row(model, item)]
+        return [of_text(item)]
     if not isinstance(item, Mapping):
         return None
     texts = item.get("text")
     if isinstance(texts, str):
-        return [text_row(model, texts)]
+        return [of_text(texts)]
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        return [text_row(model, text) for text in texts]
+        return [of_text(text) for text in texts]
     name = next((name for name in TOKEN_NAMES if name in item), "")
     ids, mask = item.get(name), item.get("attention_mask")
     if item.keys() <= {name, "attention_mask"}:
@@ -216,7 +335,7 @@ def _rows(model: Any, item: Any) -> list[list[int]] | None:
 
 def _as_list(value: Any) -> Any:
     """Turn one sequence of whole numbers into a list; what is anything else stays what it is."""
-    is_one = isinstance(value, Tensor) and value.dim() == 1 and value.dtype in _WHOLE
+    is_one = isinstance(value, Tensor) and value.dim() == 1 and value.dtype in WHOLE
     return value.tolist() if is_one else value
 
 
@@ -224,39 +343,55 @@ def _is_list_of_ints(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(entry, int) for entry in value)
 
 
-def _unpadded(ids: list[int], mask: Any) -> list[int]:
+def _unpadded(ids: list[int], mask: Any) -> _Row:
     if not _is_list_of_ints(mask):
-        return list(ids)
+        return _Row(list(ids), bare=True)
     if len(mask) != len(ids):
         raise DataError(f"Needed one mask entry per token; found {len(mask)} for {len(ids)}.")
-    return [token for token, kept in zip(ids, mask, strict=True) if kept]
+    return _Row([token for token, kept in zip(ids, mask, strict=True) if kept])
 
 
-def _padded(model: Any, rows: list[list[int]]) -> Batch:
-    if not all(rows):
+def _padded(reading: _Reading, rows: list[_Row]) -> Batch:
+    if not all(row.tokens for row in rows):
         raise DataError("One of the sequences holds no token, or masks all that it holds.")
-    width = max(len(row) for row in rows)
-    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None) or 0
+    model = reading.model
+    width = max(len(row.tokens) for row in rows)
+    pad = getattr(reading.tokenizer or getattr(model, "tokenizer", None), "pad_token_id", None) or 0
     tokens = torch.tensor(
-        [row + [pad] * (width - len(row)) for row in rows], device=device_of(model)
+        [row.tokens + [pad] * (width - len(row.tokens)) for row in rows], device=device_of(model)
     )
-    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    lengths = torch.tensor([len(row.tokens) for row in rows], device=tokens.device)
     mask = torch.arange(width, device=tokens.device) < lengths[:, None]
-    kwargs = {} if bool(mask.all()) else {"attention_mask": mask.long()}
+    for length in {len(row.tokens) for row in rows if row.bare}:
+        # Rows that were padded together have one length.
+        together = [i for i, row in enumerate(rows) if row.bare and len(row.tokens) == length]
+        shown = _shown(reading, tokens[together, :length])
+        if shown is not None:
+            mask[together, :length] = shown
     _check_vocabulary(model, tokens)
+    kwargs = {} if bool(mask.all()) else mask_arguments(model, "attention_mask", mask)
     return Batch(tokens, kwargs, tokens=tokens, non_padding=mask)
 
 
-def _from_tensor(model: Any, tensor: Tensor, name: str = "input") -> Batch:
-    if tensor.numel() == 0:
-        raise DataError(f"A batch of shape {list(tensor.shape)} holds nothing.")
-    if name in TOKEN_NAMES and main_input_name(model) == "input_ids":
-        _check_whole(tensor)
+def _shown(reading: _Reading, tensor: Tensor) -> Tensor | None:
+    """Return False where tokens are seen to be padding, and count it."""
+    mask = padding_shown(reading.model, tensor, reading.tokenizer)
+    if mask is not None:
+        reading.inferred.update(amount_of(mask))
+    return mask
+
+
+def _from_tensor(
+    reading: _Reading, tensor: Tensor, mask: Tensor | None = None, name: str = "input"
+) -> Batch:
+    model = reading.model
+    if name in TOKEN_NAMES:
+        _check_tokens(model, tensor)
     moved = tensor.to(device_of(model))
-    tokens = moved if not moved.is_floating_point() and moved.dim() == 2 else None
-    if tokens is not None:
-        _check_vocabulary(model, tokens)
-    return Batch(moved, {}, tokens=tokens)
+    is_tokens = not moved.is_floating_point() and moved.dim() == 2
+    kept = None if mask is None else mask.to(moved.device)
+    kwargs = {} if kept is None else mask_arguments(model, "attention_mask", kept)
+    return Batch(moved, kwargs, tokens=moved if is_tokens else None, non_padding=kept)
 
 
 def _sequences(tensor: Tensor) -> Tensor:
@@ -264,8 +399,8 @@ def _sequences(tensor: Tensor) -> Tensor:
     return tensor[None] if tensor.dim() < 2 else tensor
 
 
-def _from_mapping(model: Any, item: Mapping[str, Any]) -> Batch:
-    device = device_of(model)
+def _from_mapping(reading: _Reading, item: Mapping[str, Any]) -> Batch:
+    model, device = reading.model, device_of(reading.model)
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}
     names = dict.fromkeys((*INPUT_NAMES, main_input_name(model) or "input"))
     name = next((name for name in names if name in moved), None)
@@ -276,20 +411,25 @@ def _from_mapping(model: Any, item: Mapping[str, Any]) -> Batch:
             f"{', '.join(names)}; found the keys "
             f"{', '.join(map(str, item)) or 'none'}{kind}."
         )
-    plain = _from_tensor(model, _sequences(moved.pop(name)), name)
+    inputs = _sequences(moved.pop(name))
+    _check_not_empty(inputs)
+    plain = _from_tensor(reading, inputs, name=name)
     for other in _OF_SEQUENCES:
         if isinstance(moved.get(other), Tensor):
             moved[other] = _sequences(moved[other])
     decoder = moved.get("decoder_input", moved.get("decoder_input_ids"))
     if isinstance(decoder, Tensor):
         _check_whole(decoder)
+    moved, of_input, of_decoder = with_masks(
+        model, plain.tokens, moved, reading.tokenizer, reading.inferred
+    )
     return Batch(
         plain.inputs,
         moved,
         tokens=plain.tokens,
-        non_padding=as_mask(moved.get("attention_mask", moved.get("one_zero_attention_mask"))),
+        non_padding=of_input,
         decoder_tokens=decoder,
-        decoder_non_padding=as_mask(moved.get("decoder_attention_mask")),
+        decoder_non_padding=of_decoder,
     )
 
 
@@ -304,6 +444,19 @@ def _unreadable(data: object) -> DataError:
         "(tensors or dicts of the model's arguments) or a data set with a column text, tokens or "
         f"input_ids; found {type(data).__name__}.{alone}"
     )
+
+
+def _check_not_empty(tensor: Tensor) -> None:
+    if tensor.numel() == 0:
+        raise DataError(f"A batch of shape {list(tensor.shape)} holds nothing.")
+
+
+def _check_tokens(model: Any, tensor: Tensor) -> None:
+    """Raise a DataError unless a model can read this tensor as its main input."""
+    if main_input_name(model) == "input_ids":
+        _check_whole(tensor)
+    if not tensor.is_floating_point() and tensor.dim() <= 2:
+        _check_vocabulary(model, tensor)
 
 
 def _check_whole(tokens: Tensor) -> None:

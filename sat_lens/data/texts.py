@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sat_lens.errors import DataError
+from sat_lens.errors import ArgumentError, DataError, ModelError
 from sat_lens.models import device_of
 
 
@@ -55,8 +56,13 @@ def text_windows(
     return torch.tensor(windows, device=device_of(model))
 
 
-def text_row(model: Any, text: str) -> list[int]:
+def text_row(model: Any, text: str, tokenizer: Any = None) -> list[int]:
     """Tokenise one text, with its beginning-of-sequence token where the model has one.
+
+    Args:
+        model: The model that will read it.
+        text: The text.
+        tokenizer: In the place of the model's own.
 
     Raises:
         DataError: The text is empty, or the model has no tokenizer.
@@ -66,19 +72,19 @@ def text_row(model: Any, text: str) -> list[int]:
             "One of the texts is empty, and every text needs at least one token. Leave empty "
             "texts out, or join texts into windows of equal length with sat_lens.data.text_windows."
         )
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, tokenizer)
     row = list(tokenizer(text, verbose=False)["input_ids"])
     bos = getattr(tokenizer, "bos_token_id", None)
     return row if bos is None or row[:1] == [bos] else [bos, *row]
 
 
-def tokenizer_of(model: Any) -> Any:
-    """Return the model's tokenizer.
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """Return the tokenizer that was given, or else the model's own.
 
     Raises:
-        DataError: It has none, or one that knows no tokens.
+        DataError: There is none, or one that knows no tokens.
     """
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is None:
         raise DataError(
             "The data are texts and the model has no tokenizer. Give token tensors, or a tokenizer "
@@ -90,3 +96,26 @@ def tokenizer_of(model: Any) -> Any:
             "with tokenizer.save_pretrained(folder), or give token tensors."
         )
     return tokenizer
+
+
+def read_tokenizer(tokenizer: Any) -> Any:
+    """Return a tokenizer that was given as itself or as its directory; None stays None.
+
+    Raises:
+        ArgumentError: It is neither.
+        ModelError: The directory holds none.
+    """
+    if tokenizer is None or callable(tokenizer):
+        return tokenizer
+    if not isinstance(tokenizer, (str, Path)):
+        raise ArgumentError(
+            f"tokenizer is a tokenizer or its directory; found {type(tokenizer).__name__}."
+        )
+    import transformers  # slow to import
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(tokenizer), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(f"No tokenizer could be loaded from {tokenizer}: {error}") from error

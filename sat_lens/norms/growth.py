@@ -193,6 +193,7 @@ def norm_growth(
     data: Any = None,
     *,
     fit_range: tuple[float, float] | None = None,
+    attention_mask: Tensor | None = None,
     tokenizer: Any = None,
     as_model: Callable[[Any], Any] | None = None,
     batch_size: int = 8,
@@ -217,6 +218,7 @@ def norm_growth(
             :func:`sat_lens.data.batches`.
         fit_range: First and last step that exponents are fitted on; None is the last five
             doublings.
+        attention_mask: Which tokens of the data are padding; see :func:`sat_lens.data.batches`.
         tokenizer: A tokenizer or its directory, for texts, where checkpoints have none.
         as_model: A function that makes a TransformerLens model of a checkpoint's path or model,
             where data are given and the checkpoint is no directory that transformers can load.
@@ -254,7 +256,9 @@ def norm_growth(
                 row = run.row(index)
                 if kept is not None:
                     model = make(checkpoint.located)
-                    row |= saturation_measures(model, kept, batch_size=batch_size)
+                    row |= saturation_measures(
+                        model, kept, batch_size=batch_size, attention_mask=attention_mask
+                    )
                 rows.append(row)
         except KeyboardInterrupt:
             if len(rows) < 2:

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from sat_lens._checks import is_lens_model, require_lens_model
-from sat_lens.caching import normalised_similarity, run_with_saturation_cache
-from sat_lens.data import batches, predicts_next
+from sat_lens.caching import normalised_similarity
+from sat_lens.caching.pair import pair_of
+from sat_lens.data import Data, batches, predicts_next
+from sat_lens.data.texts import read_tokenizer
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError, UnsupportedModelError
 from sat_lens.metrics import next_token_loss
 from sat_lens.models import check_complete, last_residual, load_error, quiet_loading
@@ -33,7 +35,14 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def saturation_measures(
-    model: Any, data: Any, *, batch_size: int = 8, min_keys: int = 8, seed: int = 0
+    model: Any,
+    data: Data,
+    *,
+    batch_size: int = 8,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
+    min_keys: int = 8,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Measure saturation on data; the model's mode and the random state stay as they are.
 
@@ -41,6 +50,8 @@ def saturation_measures(
         model: A TransformerLens model.
         data: Tokens, texts or batches; see :func:`sat_lens.data.batches`.
         batch_size: Sequences in a forward pass, for tokens and texts.
+        attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
+            :func:`sat_lens.data.batches`.
         min_keys: Least number of visible keys of a row that counts for roles.
         seed: Seed of the random keys of the control.
 
@@ -63,19 +74,28 @@ def saturation_measures(
         True
     """
     require_lens_model(model, "saturation_measures")
+    reading = {
+        "batch_size": batch_size,
+        "attention_mask": attention_mask,
+        "tokenizer": read_tokenizer(tokenizer),
+    }
     with undisturbed(model):
-        return _outputs(model, data, batch_size, seed) | _heads(model, data, batch_size, min_keys)
+        return _outputs(model, data, reading, seed) | _heads(model, data, reading, min_keys)
 
 
-def _outputs(model: Any, data: Any, batch_size: int, seed: int) -> dict[str, float]:
+def _outputs(model: Any, data: Data, reading: dict[str, Any], seed: int) -> dict[str, float]:
     last = last_residual(model)
     sums: dict[str, float] = {}
     total, predicts = 0, None
-    for batch in batches(model, data, batch_size):
+    for batch in batches(model, data, **reading):
         if predicts is None:
             predicts = predicts_next(model, batch)
-        pair = run_with_saturation_cache(
-            model, batch.inputs, names_filter=lambda name: name == last, **batch.kwargs
+        pair = pair_of(
+            model,
+            (batch.inputs,),
+            batch.kwargs,
+            (batch.non_padding, batch.output_non_padding),
+            names_filter=lambda name: name == last,
         )
         found = {"cos_saturated": math.nan, "cos_random": math.nan}
         if last in pair.soft.cache:
@@ -94,8 +114,8 @@ def _outputs(model: Any, data: Any, batch_size: int, seed: int) -> dict[str, flo
     return means | {"S": float(normalised_similarity(*cosines))}
 
 
-def _heads(model: Any, data: Any, batch_size: int, min_keys: int) -> dict[str, float]:
-    roles = head_roles(model, data, batch_size=batch_size, min_keys=min_keys, progress=False)
+def _heads(model: Any, data: Data, reading: dict[str, Any], min_keys: int) -> dict[str, float]:
+    roles = head_roles(model, data, **reading, min_keys=min_keys, progress=False)
     frame = roles.frame()
     means = {name: float(frame[name].mean()) for name in ("lean", "tv_argmax", "tv_mean")}
     counts = frame["role"].value_counts()
@@ -247,18 +267,5 @@ def _bridge(model: Any, tokenizer: Any) -> Any:
             f"TransformerLens has no adapter for {architecture}: {str(error)[:200]}{newer_lens()}"
         ) from error
     if tokenizer is not None:
-        bridge.tokenizer = _tokenizer(tokenizer)
+        bridge.tokenizer = read_tokenizer(tokenizer)
     return bridge.eval()
-
-
-def _tokenizer(tokenizer: Any) -> Any:
-    if callable(tokenizer):
-        return tokenizer
-    if not isinstance(tokenizer, (str, Path)):
-        raise ArgumentError(
-            f"tokenizer is a tokenizer or its directory; found {type(tokenizer).__name__}."
-        )
-    try:
-        return transformers.AutoTokenizer.from_pretrained(str(tokenizer), **_LOCAL)
-    except Exception as error:
-        raise ModelError(f"No tokenizer could be loaded from {tokenizer}: {error}") from error

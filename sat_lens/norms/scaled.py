@@ -279,6 +279,8 @@ def homogeneity_curve(
     hidden: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
     data_name: str = "",
 ) -> HomogeneityCurve:
@@ -296,6 +298,8 @@ def homogeneity_curve(
             residual stream after the last layer.
         seed: Seed of the random keys of the control.
         batch_size: Sequences in a forward pass, for tokens and texts.
+        attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
+            :func:`sat_lens.data.batches`.
         progress: Whether to show a progress bar.
         data_name: What the data is called in the result.
 
@@ -345,7 +349,9 @@ def homogeneity_curve(
     sums = torch.zeros(3, len(factors), dtype=torch.float64)
     total = 0
     with undisturbed(model), bar:
-        for batch in batches(model, data, batch_size):
+        for batch in batches(
+            model, data, batch_size, attention_mask=attention_mask, tokenizer=tokenizer
+        ):
             saturated, plain = states_at(max(factors), batch), states_at(1.0, batch)
             control = states_at(max(factors), batch, RandomKey(seed)) if has_hooks else None
             for i, c in enumerate(factors):

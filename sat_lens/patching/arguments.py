@@ -31,6 +31,17 @@ def check_same_shape(batch: Batch, other: Batch) -> None:
                 f"exchanged position by position; found {name} of {' and '.join(shapes)}. Choose "
                 "prompts with as many tokens, or pad both."
             )
+    for mask, its in (
+        (batch.non_padding, other.non_padding),
+        (batch.decoder_non_padding, other.decoder_non_padding),
+    ):
+        padding = [None if m is None or bool(m.all()) else m.tolist() for m in (mask, its)]
+        if padding[0] != padding[1]:
+            raise ArgumentError(
+                "Clean and corrupted prompts must be padded at the same positions, because "
+                "activations are exchanged position by position. Choose pairs of prompts with as "
+                "many tokens."
+            )
 
 
 def check_combination(

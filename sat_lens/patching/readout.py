@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError, NonFiniteError
-from sat_lens.metrics import Metric, call_metric, positions_read, read_metric
+from sat_lens.metrics import (
+    Metric,
+    call_metric,
+    check_reads_no_padding,
+    metric_of,
+    positions_read,
+    read_metric,
+)
 
 
 class Readout:
@@ -22,15 +29,14 @@ class Readout:
 
     Attributes:
         n_prompts: How many values are read; None for one over all prompts.
-        named: The positions that the metric says it reads.
         positions: Those at which logits are computed; None is all.
     """
 
-    def __init__(self, metric: Metric, n_prompts: int | None) -> None:
-        self.metric = metric
-        self.n_prompts = n_prompts
+    def __init__(self, metric: Metric, batch: Batch, per_prompt: bool) -> None:
+        self.metric = metric_of(metric, batch)
+        self.n_prompts = batch.size if per_prompt else None
+        self._batch = batch
         self.tried = False
-        self.named: list[int] | None = None
         self.positions: list[int] | None = None
         self._n_positions = 0
         self._whole: Tensor | None = None
@@ -61,13 +67,13 @@ class Readout:
             unembed: The unembedding; None where the model has none of its own.
 
         Raises:
-            ArgumentError: The metric reads other positions than it says.
+            ArgumentError: The metric reads other positions than it says, or padding.
         """
         self.tried = True
+        check_reads_no_padding(self.metric, logits, self._batch)
         positions = positions_read(self.metric, logits)
         if positions is None:
             return
-        self.named = positions
         self._n_positions = logits.shape[1]
         hidden = torch.full_like(logits, math.nan)
         hidden[:, positions] = logits[:, positions]
@@ -102,22 +108,13 @@ class Readout:
         return self._whole
 
 
-def check_readable(
+def check_depends(
     readout: Readout, model: Any, batch: Batch, soft: Tensor, saturated: Tensor
 ) -> None:
-    """Raise an ArgumentError if the metric reads padding, or does not depend on the logits.
+    """Raise an ArgumentError if the metric does not depend on the logits.
 
     It does if the soft and the saturated run differ in it; otherwise other logits are tried.
     """
-    positions, mask = readout.named, batch.output_non_padding
-    if positions is not None and mask is not None and max(positions) < mask.shape[1]:
-        padded = [p for p in positions if not bool(mask[:, p].all())]
-        if padded:
-            raise ArgumentError(
-                f"The metric reads the positions {padded}, at which some prompts are padded. Give "
-                "prompts of equal length, pad on the left (a dict of input and attention_mask), or "
-                "read each prompt at its own last token."
-            )
     if not torch.equal(soft, saturated):
         return
     logits = batch.run(model)

@@ -81,6 +81,8 @@ class Experiment:
         metric: Metric,
         heads: Heads | HeadGroups,
         per_prompt: bool = False,
+        attention_mask: Tensor | None = None,
+        tokenizer: Any = None,
     ) -> tuple[Experiment, list[Item], Batch]:
         """Read what ``what`` was asked to run: the model and metric, the heads, the prompts."""
         check_metric(metric)
@@ -88,8 +90,8 @@ class Experiment:
         sites = attention_sites(model)
         check_evaluation_mode(sites)
         items = read_items(sites, heads)
-        batch = read_batch(model, inputs, "inputs")
-        return cls(model, sites, Readout(metric, batch.size if per_prompt else None)), items, batch
+        batch = read_batch(model, inputs, attention_mask=attention_mask, tokenizer=tokenizer)
+        return cls(model, sites, Readout(metric, batch, per_prompt)), items, batch
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -31,7 +31,7 @@ from sat_lens.metrics import Metric
 from sat_lens.models import model_name
 from sat_lens.patching.arguments import Item, entries_of, name_of, provenance_of
 from sat_lens.patching.engine import Work, evaluate
-from sat_lens.patching.readout import check_readable
+from sat_lens.patching.readout import check_depends
 from sat_lens.patching.runs import (
     Experiment,
     Local,
@@ -63,6 +63,8 @@ def saturable_heads(
     candidates: int | None = 8,
     full_curve: bool = False,
     state: str | Path | None = None,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
 ) -> SaturableHeads:
     """Search greedily for the heads that can be saturated, or that must stay soft.
@@ -86,6 +88,8 @@ def saturable_heads(
             about half the square of the number of heads in forward passes.
         full_curve: Whether to go on to the last head after the tolerance has decided.
         state: A file (JSON) in which the search is kept, and from which it goes on.
+        attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
+            :func:`sat_lens.data.batches`.
         progress: Whether to show a progress bar. An interrupt keeps what is done.
 
     Raises:
@@ -106,7 +110,15 @@ def saturable_heads(
     check_number("tolerance, in the metric's units,", tolerance, at_least=0)
     if candidates is not None:
         check_count("candidates", candidates)
-    experiment, items, batch = Experiment.of("saturable_heads", model, inputs, metric, heads)
+    experiment, items, batch = Experiment.of(
+        "saturable_heads",
+        model,
+        inputs,
+        metric,
+        heads,
+        attention_mask=attention_mask,
+        tokenizer=tokenizer,
+    )
     if items[0].is_group:
         raise ArgumentError("saturable_heads chooses among single heads; groups were given.")
     new = Limit() if transform is None else transform
@@ -114,7 +126,7 @@ def saturable_heads(
     with torch.no_grad():
         soft = make_baseline(experiment, batch, None, items, record=noising)
         saturated = make_baseline(experiment, batch, new, items, record=not noising)
-        check_readable(experiment.readout, model, batch, soft.value, saturated.value)
+        check_depends(experiment.readout, model, batch, soft.value, saturated.value)
     start = float(soft.value)
     asked = {
         "model": model_name(model),

@@ -42,7 +42,7 @@ from sat_lens.patching.arguments import (
 )
 from sat_lens.patching.engine import Evaluated, Work
 from sat_lens.patching.estimates import Method, values_of
-from sat_lens.patching.readout import check_readable
+from sat_lens.patching.readout import check_depends
 from sat_lens.patching.result import HeadSweep
 from sat_lens.patching.runs import (
     Baseline,
@@ -79,6 +79,8 @@ def sweep_heads(
     confirm: float = 0.2,
     fast: bool = True,
     seed: int = 0,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
 ) -> HeadSweep:
     """Patch one head after the other between the soft and the saturated run; measure the output.
@@ -88,7 +90,9 @@ def sweep_heads(
         inputs: One prompt, a list of prompts, tokens ``[batch, position]``, or a dict of the
             model's own arguments (``input``, ``attention_mask``, ...).
         metric: A function of the logits that gives a scalar. One that names the positions it reads
-            in ``.positions``, as those of :mod:`sat_lens.metrics` do, is served faster.
+            in ``.positions``, as those of :mod:`sat_lens.metrics` do, is served faster. With
+            ``.positions = "last"`` it is given the logits of each prompt's last token alone,
+            ``[batch, 1, vocab]``. One that reads padding is refused.
         corrupted: Other prompts of the same shape. For comparison each head's z is then also taken
             from their soft run into that of ``inputs`` (noising), or the other way (denoising).
         heads: Which heads; None is all. A list of lists, or a mapping from names to choices of
@@ -114,6 +118,8 @@ def sweep_heads(
         fast: Whether to run only what comes after a head, where that is proven to give the same.
         seed: Seed of the values that are drawn to be checked, and of the first draw of random keys;
             further draws count up from it.
+        attention_mask, tokenizer: Which tokens are padding (of ``corrupted`` too), and what reads
+            texts; see :func:`sat_lens.data.batches`.
         progress: Whether to show a progress bar. An interrupt keeps what is done.
 
     Returns:
@@ -154,9 +160,24 @@ def sweep_heads(
 
     # 1. Read what is swept over.
     experiment, items, batch = Experiment.of(
-        "sweep_heads", model, inputs, metric, heads, per_prompt=reduce is None
+        "sweep_heads",
+        model,
+        inputs,
+        metric,
+        heads,
+        per_prompt=reduce is None,
+        attention_mask=attention_mask,
+        tokenizer=tokenizer,
     )
-    other = None if corrupted is None else read_batch(model, corrupted, "corrupted")
+    other = None
+    if corrupted is not None:
+        other = read_batch(
+            model,
+            corrupted,
+            "corrupted",
+            attention_mask=attention_mask,
+            tokenizer=tokenizer,
+        )
     if other is not None:
         check_same_shape(batch, other)
 
@@ -170,7 +191,7 @@ def sweep_heads(
         soft = unpatched(batch, None, noising)
         saturated = unpatched(batch, new, not noising)
         base, giving = (soft, saturated) if noising else (saturated, soft)
-        check_readable(experiment.readout, model, batch, soft.value, saturated.value)
+        check_depends(experiment.readout, model, batch, soft.value, saturated.value)
         other_soft = None if other is None else unpatched(other, None, not noising)
 
         # 3. List the patches: the sweep itself, then what it is compared with.

@@ -28,7 +28,7 @@ from sat_lens.caching.activations import of_heads, replaced
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import attach_transforms
-from sat_lens.metrics import Metric, call_metric, metric_of, read_metric
+from sat_lens.metrics import Metric, call_metric, check_reads_no_padding, metric_of, read_metric
 from sat_lens.roles.positions import fitting_mask
 from sat_lens.sites import AttentionSite
 
@@ -71,7 +71,9 @@ def row_importance(
 
 
 def _value(metric: Metric | str, batch: Batch, logits: Any) -> Tensor:
-    value = call_metric(metric_of(metric, batch), logits)
+    chosen = metric_of(metric, batch)
+    check_reads_no_padding(chosen, logits, batch)
+    value = call_metric(chosen, logits)
     if not value.requires_grad:
         raise ArgumentError(
             f"The metric {metric!r} must give a scalar tensor that depends on the logits."
@@ -123,7 +125,10 @@ def head_damage(
     """
     values = _per_prompt(metric, batch)
     with torch.no_grad():
-        before = values(batch.run(model))
+        soft = batch.run(model)
+        check_reads_no_padding(metric_of(metric, batch), soft, batch)
+        before = values(soft)
+        del soft
 
         def damage(intervention: contextlib.AbstractContextManager[Any]) -> Tensor:
             with intervention:

@@ -16,6 +16,7 @@ from sat_lens._checks import check_count, is_count, is_integer, require_lens_mod
 from sat_lens.attention import AttentionCall
 from sat_lens.caching.activations import unembedding_only
 from sat_lens.data import Batch, Data, batch_sizes, batches, predicts_next
+from sat_lens.data.texts import read_tokenizer
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import observe_attention
 from sat_lens.metrics import Metric
@@ -44,6 +45,8 @@ def head_roles(
     damage: bool = False,
     shard: tuple[int, int] | None = None,
     batch_size: int = 8,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
     data_name: str = "",
 ) -> HeadRoles:
@@ -72,6 +75,8 @@ def head_roles(
             forward passes per head.
         shard: ``(i, n)`` with i from 1 to n: read every n-th batch only, starting with the i-th.
         batch_size: Sequences in a forward pass, for tokens and texts.
+        attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
+            :func:`sat_lens.data.batches`.
         progress: Whether to show a progress bar.
         data_name: What the data is called in the result.
 
@@ -95,9 +100,11 @@ def head_roles(
     sites = attention_sites(model)
     limits = thresholds or Thresholds()
     sums = {site.path: Sums.empty(site.n_heads) for site in sites}
-    special = special_ids(model)
+    tokenizer = read_tokenizer(tokenizer)
+    special = special_ids(model, tokenizer)
     index, count = _of_this_process(shard or (1, 1))
-    mine = _share(batches(model, data, batch_size), (index, count))
+    batched = batches(model, data, batch_size, attention_mask=attention_mask, tokenizer=tokenizer)
+    mine = _share(batched, (index, count))
     sizes = batch_sizes(data, batch_size)
     total = None if sizes is None else sum(sizes[index - 1 :: count])
     n_sequences, complete = 0, True

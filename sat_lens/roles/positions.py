@@ -384,9 +384,12 @@ def _last_key_is_always_seen(scores: Float[Tensor, "batch head query key"]) -> b
     return bool((raw[..., -1] > mask_threshold(raw, raw)).all())
 
 
-def special_ids(model: Any) -> Int[Tensor, " token"]:
-    """Return the ids of the tokenizer's special tokens, or -1, which is no token."""
-    tokenizer = getattr(model, "tokenizer", None)
+def special_ids(model: Any, tokenizer: Any = None) -> Int[Tensor, " token"]:
+    """Return the ids of the special tokens of a tokenizer, the model's for None; -1 if it has none.
+
+    -1 is no token.
+    """
+    tokenizer = tokenizer or getattr(model, "tokenizer", None)
     return torch.tensor(sorted(getattr(tokenizer, "all_special_ids", None) or [-1]))
 
 

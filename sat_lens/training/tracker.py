@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
@@ -63,6 +63,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
             exceed it is postponed to the first step where it fits; the first is always made, so a
             run of about a minute can end above its budget. None never postpones: for toy models,
             whose steps take next to no time.
+        attention_mask: Which tokens of the data are padding; see :func:`sat_lens.data.batches`.
         tokenizer: A tokenizer or its directory, where data are texts and the model has none.
         batch_size: Sequences in a forward pass.
 
@@ -89,6 +90,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         measure_every: int | None = None,
         log: Callable[[dict[str, float], int], object] | None = None,
         budget: float | None = DEFAULT_BUDGET,
+        attention_mask: Tensor | None = None,
         tokenizer: Any = None,
         batch_size: int = 8,
     ) -> None:
@@ -105,13 +107,14 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         self._path = None if path is None else Path(path)
-        self._data = None if data is None else repeatable(data)
+        self._data: Any = None if data is None else repeatable(data)
         if data is not None:
             import_transformer_lens()
         self._every = every
         self._measure_every = measure_every
         self._log = log
         self._budget = budget
+        self._attention_mask = attention_mask
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._file: TrainingLog | None = None
@@ -250,7 +253,12 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
                 self._view = lens_model(model, self._tokenizer)
             # Building the view is not timed, because later measurements find it ready.
             began = time.perf_counter()
-            found = saturation_measures(self._view, self._data, batch_size=self._batch_size)
+            found = saturation_measures(
+                self._view,
+                self._data,
+                batch_size=self._batch_size,
+                attention_mask=self._attention_mask,
+            )
             self._last_cost = time.perf_counter() - began
             return found
 
