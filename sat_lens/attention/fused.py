@@ -205,16 +205,18 @@ def _with_factors(
     # Where the two are equal, the gradient is that of c.
     factor = torch.where(c <= limit_factor, c, limit_factor)
     rescaled = dataclasses.replace(call, query=call.query * factor)
-    if not torch.is_grad_enabled() or not (call.query.requires_grad or call.key.requires_grad):
+    differentiated = any(x.requires_grad for x in (call.query, call.key, call.value))
+    if not torch.is_grad_enabled() or not differentiated:
         return rescaled.run()
-    # In the limit scores have no gradient, and a kernel's rounding of 0 would be blown up.
+    # In the limit scores have no gradient, and a kernel's rounding of 0 would be blown up. That of
+    # values is NaN in kernels whose backward takes the pattern from scores of this size anew.
     saturated = (c >= limit_factor) & (c != 1)
     detached = dataclasses.replace(rescaled, query=rescaled.query.detach(), key=call.key.detach())
     soft = dataclasses.replace(call, query=call.query * factor.masked_fill(saturated, 1.0))
     # Fused kernels round a gradient more than softmax does, which large factors would show.
     large = bool((factor.masked_fill(saturated, 1.0) > LARGE).any())
     out = _unfused(soft) if large else soft.run()
-    return torch.where(saturated, detached.run(), out) if bool(saturated.any()) else out
+    return torch.where(saturated, _unfused(detached), out) if bool(saturated.any()) else out
 
 
 def _unfused(call: AttentionCall) -> Float[Tensor, "batch head query dv"]:

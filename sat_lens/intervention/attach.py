@@ -25,6 +25,7 @@ from sat_lens.intervention.edits import Edit, Observation, TransformEdit, put
 from sat_lens.sites import AttentionSite
 from sat_lens.sites.discovery import parts_not_probed
 from sat_lens.sites.interception import Interception, Uncopied, surrounding, wrap_forward
+from sat_lens.sites.recomputation import check_recomputation, held_again, in_backward
 from sat_lens.sites.site import as_heads, from_heads
 
 
@@ -42,6 +43,7 @@ def attach_edits(
         for site in sites:
             if site.path in edits:
                 stack.enter_context(_attached(model, site, edits[site.path]))
+        stack.enter_context(held_again(partial(attach_edits, model, sites, edits)))
         yield
 
 
@@ -91,6 +93,7 @@ class _AttachedEdit(Uncopied, threading.local):
     ) -> None:
         self.site = site
         self.edit = edit
+        self.only_looks = isinstance(edit, Observation)
         self.module = module
         self.was_training = was_training
         self.before_call = before_call
@@ -108,6 +111,11 @@ class _AttachedEdit(Uncopied, threading.local):
                 "again, or begin the block anew in training mode."
             )
         self.calls += 1
+        if self.only_looks and in_backward():
+            # What backward recomputes has been looked at before.
+            yield
+            return
+        check_recomputation(self.module, self.site.path)
         self.applied = 0
         for prepare in self.before_call:
             prepare()
@@ -128,6 +136,8 @@ class _AttachedEdit(Uncopied, threading.local):
 
     def at_hook_point(self, point: nn.Module, _args: Any, scores: Tensor) -> Tensor | None:
         """Edit at the level ``scores``: the new scores go back in the model's dtype."""
+        if self.only_looks and in_backward():
+            return None
         self.applied += 1
         if isinstance(self.edit, TransformEdit) and self._is_first_to_see(point, scores):
             self.edit.overwrite(scores)

@@ -17,6 +17,7 @@ from sat_lens._checks import is_lens_model
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.models import device_of, main_input_name, vocabulary_size, wrapped_model
 from sat_lens.sites.probe import head_count_hint, probe
+from sat_lens.sites.recomputation import held_again
 from sat_lens.sites.site import AttentionSite
 from sat_lens.version import newer_lens
 
@@ -220,10 +221,7 @@ def eager_attention(model: Any, why: str) -> Iterator[list[AttentionSite]]:
     if why not in _logged:
         _logged.add(why)
         _log.warning("Attention runs eagerly, with its n by n matrix of scores: %s.", why)
-    before = _implementations(model)
-    try:
-        # Models that cannot be switched only log it.
-        model.set_attn_implementation("eager")
+    with _switched_to_eager(model):
         sites = attention_sites(model)
         stuck = [site.path for site in sites if site.level == "kernel"]
         if stuck:
@@ -233,6 +231,16 @@ def eager_attention(model: Any, why: str) -> Iterator[list[AttentionSite]]:
                 'attn_implementation="eager".'
             )
         yield sites
+
+
+@contextlib.contextmanager
+def _switched_to_eager(model: Any) -> Iterator[None]:
+    before = _implementations(model)
+    try:
+        # Models that cannot be switched only log it.
+        model.set_attn_implementation("eager")
+        with held_again(partial(_switched_to_eager, model)):
+            yield
     finally:
         for config, name in before:
             config._attn_implementation = name
