@@ -9,7 +9,7 @@ import torch
 from everyday import everyday
 from tiny import GPT, of_class, tokens
 from torch import nn
-from zoo import case, model_of
+from zoo import MAKES, case, model_of
 
 from sat_lens.caching.prefix import computed_by
 from sat_lens.patching import HeadSweep, sweep_heads
@@ -112,24 +112,7 @@ def swept(name: str, **arguments: Any) -> HeadSweep:
     return sweep_heads(model_of(name).eval(), batch, everywhere, **arguments, **QUIET)
 
 
-@pytest.mark.parametrize(
-    "name",
-    everyday(
-        [
-            "gpt2",
-            "llama",
-            "gpt_neox",
-            "gptj",
-            "bert",
-            "olmo2",
-            "t5",
-            "native",
-            "opt",
-            "gpt_oss_sink",
-        ],
-        *("gpt2", "bert", "native", "opt"),
-    ),
-)
+@pytest.mark.parametrize("name", everyday(MAKES, "gpt2", "bert", "native", "opt"))
 @pytest.mark.parametrize("direction", everyday(["noising", "denoising"], "noising"))
 def test_blocks_of_any_make_are_served(name: str, direction: Any) -> None:
     fast, slow = (swept(name, direction=direction, fast=fast) for fast in (True, False))

@@ -14,24 +14,12 @@ import pytest
 import torch
 from brute_force import Group, Sweep, own
 from tiny import tokens
-from zoo import case, model_of
+from zoo import MAKES, case, model_of
 
 import sat_lens as sl
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.patching import HeadSweep, sweep_heads
 
-MODELS = [
-    "gpt2",
-    "llama",
-    "gpt_neox",
-    "gptj",
-    "bert",
-    "olmo2",
-    "t5",
-    "native",
-    "opt",
-    "gpt_oss_sink",
-]
 WAYS = [
     ("local", "z"),
     ("local", "pattern"),
@@ -79,7 +67,7 @@ class Everywhere:
 
 def combinations() -> list[Any]:
     found = []
-    for m, name in enumerate(MODELS):
+    for m, name in enumerate(MAKES):
         for i, ((source, component), direction) in enumerate(itertools.product(WAYS, DIRECTIONS)):
             transform, rest = TRANSFORMS[(i + m) % 5], REST[(i + 3 * m) % 7]
             label = f"{name}-{source}-{component}-{direction}"

@@ -468,6 +468,20 @@ CASES = [
 ]
 
 
+# One of each way to build blocks and attention: what sweeps are compared with whole passes on.
+MAKES = [
+    "gpt2",
+    "llama",
+    "gpt_neox",
+    "gptj",
+    "bert",
+    "olmo2",
+    "t5",
+    "native",
+    "opt",
+    "gpt_oss_sink",
+]
+
 # One case of each kind; `make test` runs these, `make test-all` the others too.
 EVERYDAY = {
     *("gpt2", "llama", "native"),  # decoders: plain, with shared keys, TransformerLens's own

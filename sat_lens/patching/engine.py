@@ -7,7 +7,7 @@ more than that. Nothing is assumed of a block but that it stands in a list of bl
 
 Nothing is taken on trust either. A run from the last block without a patch has to give the base
 run's logits, patches in one layer of every kind and a random twentieth of the others are computed
-by whole forward passes as well, and where the two part, all values come from whole passes.
+by whole forward passes as well, and where the two disagree, all values come from whole passes.
 """
 
 from __future__ import annotations
@@ -143,17 +143,17 @@ def _by_engine(work: Work, patch: Patch, record: Record | None, values: Tensor, 
         raise UnsupportedModelError("Too little to do, or nothing recorded.")
     engine = Engine(work.experiment, patch, record, [entry.item for entry in work.entries])
     engine.prove_unpatched()
-    runs, checked = _plan(engine, work)
+    alike, checked = _plan(engine, work)
     errors: list[float] = []
-    for run in runs:
-        for chunk, found in engine.pace.chunks(run, engine.logits, engine.depth(run[0])):
-            for entry, logits in zip(chunk, found, strict=True):
+    for entries in alike:
+        for chunk, found in engine.pace.chunks(entries, engine.logits, engine.depth(entries[0])):
+            pairs = list(zip(chunk, found, strict=True))
+            for entry, logits in pairs:
                 values[entry.index] = work.experiment.readout.value_at(logits)
-            pairs = zip(chunk, found, strict=True)
             to_check = [(entry, logits) for entry, logits in pairs if entry.index in checked]
             for some, whole in engine.pace.chunks(to_check, engine.whole_passes):
                 for (entry, logits), expected in zip(some, whole, strict=True):
-                    # Of logits too: a metric of small numbers shows no difference.
+                    # The logits too: a metric of small numbers shows no difference.
                     engine.require_equal(logits, expected)
                     exact = work.experiment.readout.value_at(expected)
                     errors.append(float((exact - values[entry.index]).abs().max()))
@@ -165,18 +165,20 @@ def _by_engine(work: Work, patch: Patch, record: Record | None, values: Tensor, 
 
 
 def _plan(engine: Engine, work: Work) -> tuple[list[list[Entry]], set[tuple[int, ...]]]:
-    """Cut the work into runs of entries that can stand side by side: first those that prove the
-    engine, one of every kind of layer, then the rest; and draw which of them are to be checked."""
-    runs = [list(some) for _, some in itertools.groupby(work.entries, key=engine.key)]
+    """Return lists of entries that can run side by side, and the indices of those to be checked.
+
+    The lists that prove the engine come first: one from every kind of layer.
+    """
+    alike = [list(some) for _, some in itertools.groupby(work.entries, key=engine.key)]
     proof: dict[object, list[Entry]] = {}
-    for run in runs:
-        proof.setdefault(engine.kind(run[0]), run[: engine.pace.size])
-    proven = {run[0].index for run in proof.values()}
+    for entries in alike:
+        proof.setdefault(engine.kind(entries[0]), entries[: engine.pace.size])
+    proven = {entries[0].index for entries in proof.values()}
     others = [entry.index for entry in work.entries if entry.index not in proven]
     n_drawn = min(max(round(SHARE_CHECKED * len(work.entries)), 1), len(others))
     checked = proven.union(random.Random(work.seed).sample(others, n_drawn))
-    early = {entry.index for run in proof.values() for entry in run}
-    rest = [[entry for entry in run if entry.index not in early] for run in runs]
+    early = {entry.index for entries in proof.values() for entry in entries}
+    rest = [[entry for entry in entries if entry.index not in early] for entries in alike]
     return [*proof.values(), *filter(None, rest)], checked
 
 
@@ -294,7 +296,7 @@ class Engine:
         return min(self.record.order.index(block_path(path)) for path in item.selection)
 
     def _quick_forwards(self, items: Sequence[Item]) -> Forwards:
-        """Return what gives the same in less time, or less of it: all that no one will read."""
+        """Return forwards that take less time, or leave out positions that no one will read."""
         blocks, read = self.record.blocks, self.experiment.readout.positions
         found: Forwards = {}
         if self.patch.base is None:  # where rounding cannot decide which key wins
@@ -304,7 +306,7 @@ class Engine:
             found |= aligned_unembedding(unembed)
         if read is None:
             return found
-        # In the last block these are the modules after which positions do not meet any more.
+        # The modules of the last block after which positions no longer interact.
         last, source = self.record.order[-1], self.patch.source
         ends = [getattr(blocks[last], "mlp", None)]
         is_put_in = isinstance(source, FromRun) and source.component == "z"

@@ -325,9 +325,8 @@ class HeadSweep(Result, kind="head sweep"):
     def _check(self) -> None:
         for name, choices in _ARGUMENTS.items():
             check_choice(name, self.arguments[name], choices)
-        for name in ("component", "transform"):
-            if not isinstance(self.arguments[name], (str, type(None))):
-                raise TypeError(f"{name} is {self.arguments[name]!r}")
+        if not isinstance(self.arguments["transform"], (str, type(None))):
+            raise TypeError(f"transform is {self.arguments['transform']!r}")
         labels = {item.label for item in self.items}
         if len({item.is_group for item in self.items}) != 1 or len(labels) != len(self.items):
             raise ValueError("items are none, repeat, or mix heads with groups")
@@ -335,15 +334,11 @@ class HeadSweep(Result, kind="head sweep"):
             layers, heads = (0, 0) if item.is_group else self.shapes[item.stack]
             if not item.is_group and not (item.layer < layers and 0 <= item.head < heads):
                 raise ValueError(f"{item.label} is no head of {layers} layers of {heads}")
-        self._check_tensors()
-
-    def _check_tensors(self) -> None:
-        """Every tensor must have the shape that the others imply, and be of the right kind."""
-        prompts, items = list(self.soft.shape), [len(self.items)]
+        prompts, items = [*self.soft.shape], [len(self.items)]
         if len(prompts) > 1:
             raise ValueError(f"soft has shape {prompts}")
         whole = [*items, *([] if self.positions is None else [len(self.positions)]), *prompts]
-        draws = [] if self.random_values is None else list(self.random_values.shape[:1])
+        draws = [] if self.random_values is None else [*self.random_values.shape[:1]]
         shapes = {
             "soft": prompts,
             "saturated": prompts,
@@ -355,19 +350,18 @@ class HeadSweep(Result, kind="head sweep"):
         }
         for name, shape in shapes.items():
             tensor = getattr(self, name)
-            if tensor is None:
+            if tensor is None or (name == "confirmed" and list(tensor.shape) == shape):
                 continue
-            if list(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, and {shape} was needed")
-            if name != "confirmed" and not tensor.is_floating_point():
-                raise TypeError(f"{name} holds {tensor.dtype}")
+            if list(tensor.shape) != shape or not tensor.is_floating_point():
+                found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise ValueError(f"{name} holds {found}, and floats of shape {shape} were needed")
 
     @property
     def _other(self) -> Tensor:
         return self.saturated if self.direction == "noising" else self.soft
 
     def _grid(self, values: Tensor) -> Grid:
-        """Lay ``[item, ...]`` out as ``[layer, head, ...]``, by stack where there are several."""
+        """Arrange ``[item, ...]`` as ``[layer, head, ...]``, by stack where there are several."""
         if self.items[0].is_group:
             return values
         grids = {

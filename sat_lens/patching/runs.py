@@ -130,8 +130,8 @@ class Record:
         blocks: The model's blocks, by path.
         order: Their paths, in the order in which they ran.
         outputs: What each of them returned, by path.
-        beside: By path, what attention modules returned beside the output projection of z; those
-            that return something else are left out.
+        beside: By path, what attention modules returned besides the projection of z; those that
+            return something else are left out.
         z: What went into these projections, by path of the attention module.
         logits: Of the last position that is read.
     """
