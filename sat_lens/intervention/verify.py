@@ -101,7 +101,7 @@ def _side_by_side(
     edits = {site.path: _in_copy(site, i, n_copies) for i, site in enumerate(some, start=1)}
     try:
         with attach_edits(model, sites, edits):
-            logits = _logits(model(tokens.repeat(n_copies, 1)))
+            logits = logits_of(model(tokens.repeat(n_copies, 1)))
         changes = (logits - before).abs().flatten(1).amax(1).tolist()
     except Exception:  # noqa: BLE001 - alone, each module says better what is wrong
         return {}
