@@ -74,7 +74,7 @@ class Checkpoint:
 
 def list_checkpoints(checkpoints: Any) -> list[Checkpoint]:
     """Return the checkpoints that a caller means, in the order of their steps."""
-    found = _read(checkpoints)
+    found = _listed(checkpoints)
     for before, after in itertools.pairwise(found):
         if before.step == after.step:
             raise ArgumentError(f"Step {after.step} is given twice: {before} and {after}.")
@@ -132,7 +132,7 @@ def step_of(path: Path) -> int:
     return int(found[1])
 
 
-def _read(checkpoints: Any) -> list[Checkpoint]:
+def _listed(checkpoints: Any) -> list[Checkpoint]:
     if isinstance(checkpoints, (str, os.PathLike)):
         return _in_directory(Path(checkpoints))
     if isinstance(checkpoints, Mapping):

@@ -155,21 +155,21 @@ class NormGrowth(Result, kind="norm growth"):
         """
         if columns is not None and not isinstance(columns, (str, list, tuple)):
             raise ArgumentError(f"columns are names of columns of frame(); found {columns!r}.")
-        named = title or f"Norm growth: {self.provenance}"
-        frame, by_step = self.frame(), x == "step"
+        title = title or f"Norm growth: {self.provenance}"
+        by_step = x == "step"
         if columns is None and by_step:
-            return figures.training_figure(frame, named)
+            return figures.training_figure(self.frame(), title)
         if not by_step:
             self._check_column(x)
-        chosen = [columns] if isinstance(columns, str) else columns
-        if chosen is None:
-            chosen = [name for name in SATURATION if name in self.columns]
-            if not chosen:
+        if columns is None:
+            columns = [name for name in SATURATION if name in self.columns]
+            if not columns:
                 raise ArgumentError(
                     "No saturation was measured: pass data= to norm_growth, or columns= here."
                 )
+        chosen = [columns] if isinstance(columns, str) else columns
         return figures.growth_figure(
-            frame, named, x=x, columns=chosen, log_x=by_step, log_y=by_step
+            self.frame(), title, x=x, columns=chosen, log_x=by_step, log_y=by_step
         )
 
     def _lines(self) -> list[str]:
@@ -313,18 +313,12 @@ def fit_exponent(
     spread = x - x.mean()
     slope = float((spread * y).sum() / spread.square().sum())
     residuals = y - y.mean() - slope * spread
-    error = math.sqrt(float(residuals.square().sum() / spread.square().sum()) / (n - 2))
-    half = _student(n - 2) * error * _widening(residuals)
-    return Exponent(slope, slope - half, slope + half, *ends, n)
-
-
-def _widening(residuals: Tensor) -> float:
     total = float(residuals.square().sum())
-    if total == 0:
-        return 1.0
-    correlation = float((residuals[1:] * residuals[:-1]).sum()) / total
+    error = math.sqrt(total / float(spread.square().sum()) / (n - 2))
+    correlation = float(residuals[1:] @ residuals[:-1]) / total if total else 0.0
     correlation = min(max(correlation, 0.0), 0.9)
-    return math.sqrt((1 + correlation) / (1 - correlation))
+    half = _student(n - 2) * error * math.sqrt((1 + correlation) / (1 - correlation))
+    return Exponent(slope, slope - half, slope + half, *ends, n)
 
 
 def _student(freedom: int) -> float:
