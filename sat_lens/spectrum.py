@@ -283,7 +283,7 @@ def _one_batch(
     for label, cosine in compare.cosines(random_stream).items():
         found[_control(label)] = [cosine] * len(scales)
     return {
-        name: (torch.tensor([value for value, _ in means]), means[0][1])
+        name: (torch.tensor([value for value, _ in means], dtype=torch.float32), means[0][1])
         for name, means in found.items()
     }
 

@@ -200,7 +200,7 @@ def _attached(
     sites: list[AttentionSite],
     heads: Mapping[str, Mapping[int, Any]],
     log_c: Mapping[str, Float[Tensor, "*batch head"]],
-) -> contextlib.AbstractContextManager[None]:
+) -> contextlib.AbstractContextManager[Any]:
     groups: dict[str, TransformOfHeads] = {
         path: [(list(heads[path]), Scale(each.exp()))] for path, each in log_c.items()
     }

@@ -100,7 +100,7 @@ def test_two_threads_inside_one_block_on_one_model(name: str) -> None:
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        (lambda m: sl.saturate(m, scale=lambda layer: 1.0), "two arguments"),
+        (lambda m: sl.saturate(m, scale=lambda layer: 1.0), "other arguments"),
         (lambda m: sl.saturate(m, scale=math.nan), "nan"),
         (lambda m: sl.saturate(m, scale=torch.tensor(math.nan)), "nan"),
         (lambda m: sl.saturate(m, ties=math.nan), "nan"),

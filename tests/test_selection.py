@@ -57,7 +57,12 @@ def chosen(heads: Any, sites: list[AttentionSite] = ONE_STACK) -> list[str]:
         (name for name in ["L3H0", "0.1"]),
         mask((0, 1), (3, 0)),
         mask((0, 1), (3, 0), shape=(6, 4)),
-        lambda site, head: (site.layer, head) in [(0, 1), (3, 0)],
+        lambda layer, head: (layer, head) in [(0, 1), (3, 0)],
+        lambda stack, layer, head: (layer, head) in [(0, 1), (3, 0)],
+        lambda *place: place in [(0, 1), (3, 0)],
+        lambda layer, head, wanted=((0, 1), (3, 0)): (layer, head) in wanted,
+        lambda layer, head: np.bool_((layer, head) in [(0, 1), (3, 0)]),
+        lambda layer, head: mask((0, 1), (3, 0))[layer, head],
         [tuple(pair) for pair in np.argwhere(mask((0, 1), (3, 0)).numpy())],
     ],
     ids=lambda heads: type(heads).__name__,
@@ -75,8 +80,18 @@ def test_one_head_alone(heads: Any) -> None:
 def test_none_means_all_heads_in_the_models_order() -> None:
     everything = [f"L{layer}H{head}" for layer, n in ((0, 4), (1, 4), (3, 2)) for head in range(n)]
     assert chosen(None) == everything
-    assert chosen(lambda site, head: True) == everything
+    assert chosen(lambda layer, head: True) == everything
     assert chosen(everything[::-1]) == everything
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers"),
+    [("L1", [1]), ("L0-L1", [0, 1]), ("L1-L3", [1, 3]), ("L3-L3", [3]), (["L3", "L0"], [0, 3])],
+)
+def test_whole_layers(heads: Any, layers: list[int]) -> None:
+    everything = chosen(None)
+    assert chosen(heads) == [f for f in everything if int(f[1]) in layers]
+    assert chosen(["L3", "L0H1"]) == ["L0H1", "L3H0", "L3H1"]
 
 
 @given(st.sets(st.sampled_from([(0, h) for h in range(4)] + [(1, h) for h in range(4)])))
@@ -89,10 +104,12 @@ def test_a_mask_and_its_labels_choose_the_same(pairs: set[tuple[int, int]]) -> N
 
 def test_several_stacks_take_prefixes() -> None:
     assert chosen(["cross.L0H1", "encoder.L0H0"], THREE_STACKS) == ["encoder.L0H0", "cross.L0H1"]
-    assert chosen(lambda site, head: site.kind == "cross", THREE_STACKS) == [
+    assert chosen(lambda stack, layer, head: stack == "cross", THREE_STACKS) == [
         "cross.L0H0",
         "cross.L0H1",
     ]
+    assert chosen(lambda *place: place == ("decoder", 0, 1), THREE_STACKS) == ["decoder.L0H1"]
+    assert chosen("encoder.L0", THREE_STACKS) == ["encoder.L0H0", "encoder.L0H1"]
     assert len(chosen(None, THREE_STACKS)) == 6
     for label in chosen(None, THREE_STACKS):
         assert chosen(label, THREE_STACKS) == [label]
@@ -121,7 +138,23 @@ def test_a_stack_name_may_hold_dots() -> None:
         (["L1H1", (0, 2), (0, 2), "1.1"], "more than once: L0H2, L1H1"),
         ([], r"No head was selected by \[\].*at least one of L0H0 to L0H3"),
         (mask(), "No head was selected by tensor"),
-        (lambda site, head: False, "No head was selected"),
+        (lambda layer, head: False, "No head was selected"),
+        (lambda site, head: site.layer == 0, r"\(layer, head\), such as \(0, 0\).*'layer'"),
+        (lambda site, head: site.kind == "self", r"called with \(layer, head\)"),
+        (lambda site, head: "attn" in site, r"called with \(layer, head\).*failed"),
+        (lambda layer: layer == 0, r"called with \(layer, head\).*takes other arguments"),
+        (lambda: True, "takes other arguments"),
+        (lambda a, b, c, d: True, "takes other arguments"),
+        (lambda layer, head, *, wanted: True, "takes other arguments"),
+        (lambda layer, head: layer, r"returns True or False; for L0H0 it returned 0"),
+        (lambda layer, head: None, r"for L0H0 it returned None"),
+        (lambda layer, head: lambda: True, r"returns True or False"),
+        ("L2", "no layer 'L2'.*L0H0 to L0H3, L1H0 to L1H3, L3H0 to L3H1"),
+        ("L1-L2", "no layer 'L1-L2'"),
+        ("L3-L0", "no layer 'L3-L0'"),
+        ("encoder.L0", "no layer 'encoder.L0'"),
+        (["L0", "L0H1"], "more than once: L0H1"),
+        ("L0-", "whole layers like 'L5' or 'L5-L8'"),
         ("", "Heads are named like 'L5H1', '5.1' or \\(5, 1\\).*'' was given"),
         ("all", "'all' was given"),
         ("l0h0", "'l0h0' was given"),
@@ -162,6 +195,10 @@ def test_a_wrong_choice_is_an_error_that_says_what_there_is(heads: Any, words: s
         ("0.0", "several stacks"),
         ("decoder.L1H0", "no head 'decoder.L1H0'"),
         (torch.ones(1, 2, dtype=torch.bool), "ambiguous.*'encoder.L0H0'"),
+        ("L0", "no layer 'L0'.*several stacks: put the stack's name"),
+        ("decoder.L1", "no layer 'decoder.L1'"),
+        (lambda layer, head: layer != 0, r"\(stack, layer, head\).*takes other arguments"),
+        (lambda site, head: True, r"\(stack, layer, head\).*takes other arguments"),
     ],
 )
 def test_a_choice_without_its_stack_is_an_error(heads: Any, words: str) -> None:
@@ -250,7 +287,9 @@ def test_a_mapping_alone_chooses_its_heads(demo: Any) -> None:
 
 def test_a_schedule_by_layer(demo: Any) -> None:
     scheduled = patterns(demo, scale=lambda layer, head: math.inf if layer == 2 else 1.0)
-    alone = patterns(demo, lambda site, head: site.layer == 2)
+    alone = patterns(demo, lambda layer, head: layer == 2)
+    assert torch.equal(patterns(demo, "L2"), alone)
+    assert torch.equal(patterns(demo, scale={"L2": math.inf}), alone)
     assert torch.allclose(scheduled, alone, atol=1e-6)
     assert set(scheduled[2].amax(-1).flatten().tolist()) <= {1 / n for n in range(1, 9)}
 

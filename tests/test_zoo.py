@@ -93,7 +93,7 @@ def test_a_scale_of_one_changes_nothing_and_nothing_stays(case):
 def test_stacks_are_selectable_apart(case):
     outputs = []
     for stack in case.stacks:
-        with sl.saturate(zoo.model_of(case.name), lambda site, _head, s=stack: site.stack == s):
+        with sl.saturate(zoo.model_of(case.name), lambda stack, _layer, _head, s=stack: stack == s):
             outputs.append(run(case))
         with sl.saturate(zoo.model_of(case.name), case.heads(stack)):
             assert torch.equal(run(case), outputs[-1])

@@ -243,8 +243,8 @@ pair = {"input": tokens, "decoder_input": answers}
 _, soft_cache = t5.run_with_cache(**pair)
 
 
-def unchanged(stack):
-    with sl.saturate(t5, heads=lambda site, head: site.stack == stack):
+def unchanged(chosen):
+    with sl.saturate(t5, heads=lambda stack, layer, head: stack == chosen):
         _, cache = t5.run_with_cache(**pair)
     return {name: torch.equal(cache[name], soft_cache[name]) for name in (ENCODED, SELF, CROSS)}
 
@@ -446,7 +446,7 @@ if REAL:
 # shuffled = tokens[:, torch.randperm(14, generator=generator)]
 # order_matters = {}
 # for scale in (0, torch.inf):
-#     with sl.saturate(t5, heads=lambda site, head: site.stack != "decoder", scale=scale):
+#     with sl.saturate(t5, heads=lambda stack, layer, head: stack != "decoder", scale=scale):
 #         both = [t5(each, decoder_input=answers) for each in (tokens, shuffled)]
 #     order_matters[scale] = not torch.allclose(*both, atol=1e-4)
 # print(order_matters)

@@ -18,6 +18,7 @@ from sat_lens.attention.fused import (
     limit_is_exact,
     limit_kernel,
     rescaled_attention,
+    without_autocast,
 )
 from sat_lens.attention.masks import mask_threshold
 from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
@@ -39,4 +40,5 @@ __all__ = [
     "rescaled_attention",
     "total_variation",
     "transform_scores",
+    "without_autocast",
 ]

@@ -44,7 +44,7 @@ def critical_bins(
         (0.4, 2.28)
     """
     gaps = scores - scores.amax(-1, keepdim=True)
-    share = 1 / (scores != -torch.inf).sum(-1, keepdim=True)
+    share = 1 / (scores != -torch.inf).sum(-1, keepdim=True).to(scores.dtype)
     winners = (gaps == 0).sum(-1)
 
     # Twenty passes over the same rows: one buffer for all of them saves most of the time.

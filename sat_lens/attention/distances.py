@@ -132,7 +132,7 @@ def distance_to_uniform(
     pattern: Float[Tensor, "*rows key"], visible: Bool[Tensor, "*rows key"]
 ) -> Float[Tensor, " *rows"]:
     """Return the total variation of each row to uniform attention over its visible keys."""
-    share = 1 / visible.sum(-1, keepdim=True)
+    share = 1 / visible.sum(-1, keepdim=True).to(pattern.dtype)
     return (pattern - share).clamp(min=0).sum(-1)
 
 

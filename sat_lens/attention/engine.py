@@ -9,14 +9,17 @@ softmax itself. To attach a transform to a model, see :mod:`sat_lens.interventio
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import TypeGuard
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as fwAD
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sat_lens._checks import shown
 from sat_lens.attention.distances import nearest_saturated
 from sat_lens.attention.masks import EXTREME, LEAST_FINITE_MASK, mask_threshold
 from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
@@ -30,7 +33,7 @@ Blockwise = Limit | Scale | Uniform
 # These return a maximum of 0 in every row and leave masked keys at -inf.
 _OWN = (Limit, RandomKey, Scale, Uniform)
 # torch.threshold keeps what is above; a mask of exactly 1e30 has to be kept as well.
-_JUST_BELOW_EXTREME = float(torch.nextafter(torch.tensor(-EXTREME), torch.tensor(0.0)))
+_JUST_BELOW_EXTREME = float(np.nextafter(np.float32(-EXTREME), np.float32(0)))
 
 
 def transform_scores(
@@ -136,7 +139,24 @@ def _call(
             f"A transform must return scores of the shape it was given, {list(scores.shape)}; "
             f"{transform!r} returned {found}."
         )
+    if type(transform) not in _OWN and _looks_like_a_pattern(new.detach()):
+        warnings.warn(
+            f"{shown(transform)} returned rows that sum to 1 and are nowhere negative, as patterns "
+            "are. A transform returns scores, of which softmax makes the pattern; return "
+            "pattern.log() in its place.",
+            stacklevel=2,
+        )
     return new.float()
+
+
+def _looks_like_a_pattern(new: Tensor) -> bool:
+    if new.numel() == 0 or new.shape[-1] == 1:
+        return False
+    # Nearly always a single row can tell that it is none.
+    for rows in (new.flatten(0, -2)[-1:], new):
+        if bool((rows < 0).any()) or bool(((rows.float().sum(-1) - 1).abs() > 1e-2).any()):
+            return False
+    return True
 
 
 def _row_max_at_zero(

@@ -19,6 +19,7 @@ precision, in which kernels differ.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -39,6 +40,13 @@ TARGET_EXPONENT = 100
 # A kernel's rounding does not show below this inverse temperature.
 LARGE = 1024.0
 _log = logging.getLogger(__name__)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Keep autocast, if it is on, from rounding what was taken to float32 on purpose."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +99,8 @@ class AttentionCall:
         key = self.key.repeat_interleave(n_heads // self.key.shape[1], 1)
         batch = torch.arange(len(rows), device=rows.device)[:, None]
         query = self.query.transpose(1, 2)[batch, rows].transpose(1, 2)
-        scores = query.float() @ key.float().mT * self.factor
+        with without_autocast(query.device):
+            scores = query.float() @ key.float().mT * self.factor
         if self.is_causal:
             future = torch.arange(key.shape[2], device=rows.device) > rows[:, None, :, None]
             scores.masked_fill_(future, -math.inf)
@@ -134,6 +143,7 @@ def rescaled_attention(
             f"{list(call.query.shape)}. If the model has changed, call "
             "sat_lens.attention_sites(model, *your_inputs) to look at it again."
         )
+    call = _as_autocast_would(call)
     c = c.to(call.query.device).reshape(*c.shape[:-1], n_axes, -1, 1)
     saturated = c == math.inf
     limit = limit_kernel(call.query.device)
@@ -143,6 +153,16 @@ def rescaled_attention(
     if bool(saturated.all()):
         return hard
     return torch.where(saturated, hard, by_queries(call, c.masked_fill(saturated, 1.0)))
+
+
+def _as_autocast_would(call: AttentionCall) -> AttentionCall:
+    """Round queries, keys and values as autocast would round what the kernel gets."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device) or call.query.dtype == torch.float64:
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
+    return dataclasses.replace(call, query=query, key=key, value=value)
 
 
 # The limit by a kernel of its own.
@@ -190,7 +210,8 @@ def by_queries(
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
     wide = dataclasses.replace(call, query=query, key=key, value=value, attn_mask=visible)
-    new = _with_factors(wide, c.to(dtype)).to(call.query.dtype)
+    with without_autocast(query.device):
+        new = _with_factors(wide, c.to(dtype)).to(call.query.dtype)
     if visible is None or visible is call.attn_mask:
         return new
     # As above: a row without a visible key is the model's own.
@@ -261,10 +282,16 @@ def limit_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
     heads but the first are saturated, under a causal flag, a mask of bools and none. A kernel that
     falls short is logged as a warning.
     """
+    # What is remembered must not depend on where it was asked first.
+    with without_autocast(device), torch.inference_mode(False):
+        return _limit_is_exact(device, dtype)
+
+
+def _limit_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     shape = (2, N_HEADS, N_TOKENS, HEAD_SIZE)
     query, key = (torch.randint(-2, 3, shape, generator=generator) for _ in range(2))
-    value = torch.randn(shape, generator=generator)
+    value = torch.randn(shape, generator=generator, dtype=torch.float32)
     causal = torch.ones(N_TOKENS, N_TOKENS, dtype=torch.bool).tril()
     own = torch.arange(N_TOKENS)
     padded = causal & (own >= 9) | (own[:, None] == own)
@@ -274,7 +301,8 @@ def limit_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
         (causal, dataclasses.replace(plain, is_causal=True)),
         (padded, dataclasses.replace(plain, attn_mask=padded.to(device))),
     ):
-        found = rescaled_attention(call, torch.tensor([1.0, torch.inf, torch.inf], device=device))
+        c = torch.tensor([1.0, torch.inf, torch.inf], dtype=torch.float32, device=device)
+        found = rescaled_attention(call, c)
         expected = by_definition(query.double(), key.double(), value.to(dtype).double(), visible)
         soft_agrees = torch.allclose(found[:, 0].float(), call.run()[:, 0].float(), atol=1e-2)
         tolerance = 8 * torch.finfo(dtype).eps

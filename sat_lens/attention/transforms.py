@@ -129,7 +129,8 @@ class Limit:
             # The difference, not the maximum less d: that would be rounded to the scores' own
             # spacing, which is wider than d where scores are large.
             wins = fixed - _row_max(fixed) >= -self.tolerance
-        return torch.where(wins, 0.0, -math.inf)
+        # Two numbers would make a tensor of PyTorch's default dtype.
+        return torch.where(wins, fixed.new_zeros(()), -math.inf)
 
     @property
     def tolerance(self) -> float:
@@ -150,7 +151,8 @@ class Uniform:
 
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
         """Return 0 for every visible key."""
-        return torch.where(scores.detach() == -math.inf, -math.inf, 0.0)
+        fixed = scores.detach()
+        return torch.where(fixed == -math.inf, -math.inf, fixed.new_zeros(()))
 
 
 @dataclasses.dataclass(frozen=True)

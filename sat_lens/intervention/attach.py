@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -21,7 +22,14 @@ from torch import Tensor, nn
 
 from sat_lens.attention import AttentionCall, rescaled_attention
 from sat_lens.errors import NotReachedError, UnsupportedModelError
-from sat_lens.intervention.edits import Edit, Observation, TransformEdit, put
+from sat_lens.intervention.edits import (
+    Edit,
+    NewScores,
+    Observation,
+    TransformEdit,
+    put,
+    put_back,
+)
 from sat_lens.sites import AttentionSite
 from sat_lens.sites.discovery import parts_not_probed
 from sat_lens.sites.interception import Interception, Uncopied, surrounding, wrap_forward
@@ -29,28 +37,37 @@ from sat_lens.sites.recomputation import check_recomputation, held_again, in_bac
 from sat_lens.sites.site import as_heads, from_heads
 
 
+@dataclasses.dataclass
+class BlockState:
+    """What happened since edits were attached: whether one ran, and whether a warning was given."""
+
+    ran: bool = False
+    warned: bool = False
+
+
 @contextlib.contextmanager
 def attach_edits(
     model: Any, sites: list[AttentionSite], edits: Mapping[str, Edit]
-) -> Iterator[None]:
+) -> Iterator[BlockState]:
     """Attach edits to sites, by path, for the length of the block.
 
     Raises:
         NotReachedError: In the block: a layer ran and its edit was not applied exactly once, or a
             hook of somebody else made an edit that the model throws away.
     """
+    block = BlockState()
     with contextlib.ExitStack() as stack:
         for site in sites:
             if site.path in edits:
-                stack.enter_context(_attached(model, site, edits[site.path]))
+                stack.enter_context(_attached(model, site, edits[site.path], block))
         stack.enter_context(held_again(partial(attach_edits, model, sites, edits)))
-        yield
+        yield block
 
 
 @contextlib.contextmanager
-def _attached(model: Any, site: AttentionSite, edit: Edit) -> Iterator[None]:
+def _attached(model: Any, site: AttentionSite, edit: Edit, block: BlockState) -> Iterator[None]:
     module = model.get_submodule(site.path)
-    attached = _AttachedEdit(site, edit, module, module.training, [])
+    attached = _AttachedEdit(site, edit, module, module.training, [], block)
     with contextlib.ExitStack() as stack:
         if site.level == "scores":
             handle = module.hook_attn_scores.register_forward_hook(attached.at_hook_point)
@@ -90,6 +107,7 @@ class _AttachedEdit(Uncopied, threading.local):
         module: nn.Module,
         was_training: bool,
         before_call: list[Callable[[], None]],
+        block: BlockState,
     ) -> None:
         self.site = site
         self.edit = edit
@@ -97,6 +115,7 @@ class _AttachedEdit(Uncopied, threading.local):
         self.module = module
         self.was_training = was_training
         self.before_call = before_call
+        self.block = block
         self.applied = 0
         self.calls = 0
         self.calls_before_layer = 0
@@ -109,6 +128,12 @@ class _AttachedEdit(Uncopied, threading.local):
             raise UnsupportedModelError(
                 f"{self.site.path} was put into training mode inside the block. Call model.eval() "
                 "again, or begin the block anew in training mode."
+            )
+        self.block.ran = True
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise UnsupportedModelError(
+                "The model runs under torch.func (vmap, grad, jvp), whose tensors hide the values "
+                "that masks and ties are found by. Call it without; torch.autograd gives gradients."
             )
         self.calls += 1
         if self.only_looks and in_backward():
@@ -142,10 +167,23 @@ class _AttachedEdit(Uncopied, threading.local):
         if isinstance(self.edit, TransformEdit) and self._is_first_to_see(point, scores):
             self.edit.overwrite(scores)
             return None
+        new = self._new(scores)
+        return None if new is None else put_back(scores, new)
+
+    def _new(self, scores: Tensor) -> NewScores | None:
         new = self.edit(scores)
-        if new is None:
-            return None
-        return put(scores, new.heads, new.scores.to(scores.dtype))
+        is_half = torch.finfo(scores.dtype).bits < 32
+        if is_half and self.calls == 1 and not self.block.warned and new is not None:
+            is_limit = isinstance(self.edit, TransformEdit) and self.edit.has_shared_rows(new)
+            self.block.warned = is_limit
+            if is_limit:
+                warnings.warn(
+                    f"Scores are in {scores.dtype}, and keys share rows in the limit whose scores "
+                    "may be equal by rounding only. Load the model in float32. The documentation's "
+                    'pitfall "Ties in half precision" says more.',
+                    stacklevel=2,
+                )
+        return new
 
     def _is_first_to_see(self, point: nn.Module, scores: Tensor) -> bool:
         """Whether no cache, hook or gradient can need the scores as they are.
@@ -171,7 +209,7 @@ class _AttachedEdit(Uncopied, threading.local):
         """
         self.applied += 1
         scores = as_heads(received, self.site.layout, self.site.n_heads)
-        new = self.edit(scores)
+        new = self._new(scores)
         if new is None:
             return softmax(received)
         wide = torch.promote_types(scores.dtype, torch.float32)

@@ -24,6 +24,7 @@ from sat_lens.attention import (
     limit_is_exact,
     limit_kernel,
     transform_scores,
+    without_autocast,
 )
 from sat_lens.attention.fused import LARGE
 from sat_lens.attention.transforms import Ties
@@ -48,6 +49,16 @@ def put(whole: Tensor, heads: list[int], part: Tensor) -> Tensor:
     if len(heads) == whole.shape[1]:
         return part
     return whole.index_copy(1, torch.tensor(heads, device=whole.device), part)
+
+
+def put_back(scores: Tensor, new: NewScores) -> Tensor:
+    """Put new scores in the place of the old at a hook point, in the dtype that goes on from there.
+
+    Under autocast any dtype does, and new scores would only be rounded once more.
+    """
+    autocast = torch.is_autocast_enabled(scores.device.type)
+    dtype = torch.promote_types(scores.dtype, torch.float32) if autocast else scores.dtype
+    return put(scores.to(dtype), new.heads, new.scores.to(dtype))
 
 
 def transform_for(scale: float, ties: Ties = "exact") -> Transform:
@@ -99,7 +110,7 @@ class TransformEdit:
 
     def factors(self, n_heads: int) -> Float[Tensor, "*batch head"]:
         """Return the inverse temperature of each head; NaN where a transform is more than that."""
-        c = torch.ones(n_heads)
+        c = torch.ones(n_heads, dtype=torch.float32)
         for heads, transform in self.groups:
             own = _inverse_temperature(transform)
             if isinstance(own, Tensor):
@@ -109,6 +120,14 @@ class TransformEdit:
             c[..., heads] = own
         return c
 
+    def has_shared_rows(self, new: NewScores) -> bool:
+        """Whether keys of equal score share rows of these new scores in the exact limit."""
+        exact = {
+            h for heads, one in self.groups if type(one) is Limit and one == Limit() for h in heads
+        }
+        limits = [i for i, head in enumerate(new.heads) if head in exact]
+        return bool(((new.scores[:, limits] == 0).sum(-1) > 1).any())
+
     def why_not_fused(self, site: AttentionSite) -> str:
         """Return why a fused kernel cannot do this; empty if it can, or there is no kernel."""
         if site.runs_in is None:
@@ -116,17 +135,24 @@ class TransformEdit:
         device, dtype = site.runs_in
         c = self.factors(site.n_heads)
         if bool(c.isnan().any()):
-            return "ties other than exact ones, and transforms other than a factor, need the scores"
+            return (
+                "ties other than exact ones, and transforms other than a factor, need the scores "
+                '(saturate with ties="exact" keeps the fused kernel)'
+            )
         has_own_kernel = c.isinf() & (limit_kernel(device) is not None)
         rescaled = c[~has_own_kernel]
         if site.why_not and (c.requires_grad or bool((rescaled != 1).any())):
             return site.why_not
         is_sharp = bool((rescaled > LARGE).any())
         if is_sharp and dtype != torch.float32:
-            return f"ties are judged in float32, and the kernel would judge them in {dtype}"
+            return (
+                f"ties are judged in float32, and the kernel would judge them in {dtype} "
+                "(a model in float32 keeps the fused kernel)"
+            )
         if not is_sharp and not bool(has_own_kernel.any()):
             return ""
-        return "" if limit_is_exact(device, dtype) else "its kernel misses the limit"
+        misses = "its kernel misses the limit (a finite scale up to 1024 keeps it)"
+        return "" if limit_is_exact(device, dtype) else misses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +165,14 @@ class Observation:
 
     def __call__(self, scores: Tensor) -> None:
         """Show the scores."""
-        self.observer(self.site, scores)
+        with without_autocast(scores.device):
+            self.observer(self.site, scores)
 
     def look(self, call: AttentionCall) -> None:
         """Show a call of a fused kernel before it is made."""
         if self.of_calls is not None:
-            self.of_calls(self.site, call)
+            with without_autocast(call.query.device):
+                self.of_calls(self.site, call)
 
 
 def _inverse_temperature(transform: Transform) -> float | Tensor:

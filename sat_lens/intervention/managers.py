@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from jaxtyping import Float
@@ -15,13 +17,14 @@ from sat_lens._checks import check_evaluation_mode, require_lens_model
 from sat_lens.attention import AttentionCall, Scale, Transform
 from sat_lens.attention.transforms import Ties, check_ties
 from sat_lens.errors import ArgumentError, UnsupportedModelError
-from sat_lens.intervention.attach import attach_edits, refusing_attention_not_probed
+from sat_lens.intervention.attach import BlockState, attach_edits, refusing_attention_not_probed
 from sat_lens.intervention.edits import (
     Edit,
     Observation,
     TransformEdit,
     TransformOfHeads,
     put,
+    put_back,
     transform_for,
 )
 from sat_lens.sites import (
@@ -35,8 +38,57 @@ from sat_lens.sites import (
 )
 from sat_lens.sites.discovery import eager_attention
 
+Arguments = ParamSpec("Arguments")
 
-@contextlib.contextmanager
+
+class _Managed(contextlib.ContextDecorator):
+    """A context manager that warns when it is dropped without having been used."""
+
+    _used = True
+
+    def __init__(
+        self, name: str, make: Callable[[], contextlib.AbstractContextManager[Any]]
+    ) -> None:
+        self._name, self._make = name, make
+        self._running = [make()]  # now, so that wrong arguments are found at once
+        self._used = False
+
+    def _recreate_cm(self) -> _Managed:
+        self._used = True
+        return _Managed(self._name, self._make)
+
+    def __enter__(self) -> Any:
+        if self._used:
+            self._running.append(self._make())
+        self._used = True
+        return self._running[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._running.pop().__exit__(*error)
+
+    def __del__(self) -> None:
+        if not self._used:
+            warnings.warn(
+                f"sat_lens.{self._name}(...) was called and its block never entered, so nothing "
+                f"was changed. Use it so: with sat_lens.{self._name}(...): model(tokens)",
+                stacklevel=2,
+            )
+
+
+def _managed(
+    function: Callable[Arguments, Iterator[Any]],
+) -> Callable[Arguments, contextlib.AbstractContextManager[Any]]:
+    """Make a context manager of a generator, as contextlib does, that notices if it is not used."""
+    make = contextlib.contextmanager(function)
+
+    @functools.wraps(function)
+    def manager(*args: Arguments.args, **kwargs: Arguments.kwargs) -> _Managed:
+        return _Managed(function.__name__, lambda: make(*args, **kwargs))
+
+    return manager
+
+
+@_managed
 def saturate(
     model: Any, heads: Heads = None, scale: ScaleLike = math.inf, ties: Ties = "exact"
 ) -> Iterator[Any]:
@@ -49,20 +101,25 @@ def saturate(
         model: A TransformerLens model (``TransformerBridge``, ``HookedTransformer`` and its like),
             or a plain Hugging Face model. The latter keeps its fused attention where that can be
             taken to the limit exactly, and runs eager attention while the block lasts elsewhere.
-        heads: Which heads; None is all. See :func:`sat_lens.attention_sites` for labels.
+        heads: Which heads; None is all. A head is ``"L5H1"`` or ``(5, 1)``, a layer ``"L5"``,
+            several ``"L5-L8"``; also a list of these, a bool tensor ``[layer, head]``, or a
+            predicate on (layer, head). With several stacks names take a prefix, ``"encoder.L2"``,
+            and predicates get (stack, layer, head).
         scale: The inverse temperature c >= 0: a number, a tensor ``[layer, head]``, a mapping from
             heads to numbers, or a callable ``(layer, head) -> c``, a schedule through the forward
             pass. ``math.inf`` is the exact limit, 0 uniform over the visible keys. A tensor that
             requires a gradient gets one; its entries must be finite.
         ties: Which keys share a row in the limit: ``"exact"``, a number d >= 0 (keys within d of
-            the maximum), or ``"nearest"`` (the saturated row nearest to the soft row).
+            the maximum), or ``"nearest"`` (the saturated row nearest to the soft row). Others than
+            exact ones need a head whose scale is infinite.
 
     Yields:
         The model.
 
     Raises:
         HeadSelectionError: A head does not exist, or none is selected.
-        ArgumentError: A scale is negative or NaN, or ``ties`` is unknown.
+        ArgumentError: A scale is negative or NaN, or ``ties`` is unknown, or there is no limit that
+            it could apply to.
         UnsupportedModelError: A chosen head's attention cannot be reached.
         NotReachedError: In the block: a layer ran and its chosen heads were not changed.
 
@@ -77,14 +134,16 @@ def saturate(
     check_ties(ties)
     sites = attention_sites(model)
     scales = select_with_scales(sites, heads, scale)
+    _check_ties_apply(scales, ties)
     transforms = {path: _by_scale(chosen, ties) for path, chosen in scales.items()}
     if isinstance(scale, Tensor) and scale.requires_grad:
         transforms = _with_gradients(sites, scales, scale)
-    with attach_transforms(model, sites, transforms):
+    with attach_transforms(model, sites, transforms) as block:
         yield model
+        _warn_if_nothing_ran(block, "saturate")
 
 
-@contextlib.contextmanager
+@_managed
 def replace_attention(model: Any, transform: Transform, heads: Heads = None) -> Iterator[Any]:
     """Put the scores of chosen heads through a transform while the block lasts.
 
@@ -116,10 +175,11 @@ def replace_attention(model: Any, transform: Transform, heads: Heads = None) -> 
         )
     sites = attention_sites(model)
     selection = select_heads(sites, heads)
-    with attach_transforms(
-        model, sites, {path: [(chosen, transform)] for path, chosen in selection.items()}
-    ):
+    transforms: dict[str, TransformOfHeads]
+    transforms = {path: [(chosen, transform)] for path, chosen in selection.items()}
+    with attach_transforms(model, sites, transforms) as block:
         yield model
+        _warn_if_nothing_ran(block, "replace_attention")
 
 
 def saturation_hooks(
@@ -146,15 +206,17 @@ def saturation_hooks(
     check_ties(ties)
     require_lens_model(model, "saturation_hooks")
     sites = attention_sites(model)
-    hooks = []
-    for path, chosen in select_with_scales(sites, heads, scale).items():
+    scales = select_with_scales(sites, heads, scale)
+    _check_ties_apply(scales, ties)
+    hooks, shared = [], _Hooks()
+    for path, chosen in scales.items():
         site = _site_at(sites, path)
         _check_reachable(site)
         edit = TransformEdit.at(site, _by_scale(chosen, ties))
         if site.level == "scores":
-            hooks.append((f"{path}.hook_attn_scores", _scores_hook(edit)))
+            hooks.append((f"{path}.hook_attn_scores", _scores_hook(edit, shared)))
         elif site.pattern_is_true and min(chosen.values()) >= 1:
-            hooks.append((f"{path}.hook_pattern", _pattern_hook(edit)))
+            hooks.append((f"{path}.hook_pattern", _pattern_hook(edit, shared)))
         else:
             raise UnsupportedModelError(
                 f"{path} cannot be saturated through a TransformerLens hook"
@@ -165,19 +227,35 @@ def saturation_hooks(
     return hooks
 
 
-def _scores_hook(edit: Edit) -> Callable[..., Tensor]:
+class _Hooks:
+    """What the hooks of one call of :func:`saturation_hooks` share: whether one was called."""
+
+    called = False
+
+    def __del__(self) -> None:
+        if not self.called:
+            warnings.warn(
+                "Hooks of sat_lens.saturation_hooks were made and never called, so nothing was "
+                "changed. Pass them on: model.run_with_hooks(tokens, fwd_hooks=hooks).",
+                stacklevel=2,
+            )
+
+
+def _scores_hook(edit: Edit, hooks: _Hooks) -> Callable[..., Tensor]:
     def hook_fn(scores: Tensor, hook: Any = None) -> Tensor:  # noqa: ARG001 - TransformerLens names it
+        hooks.called = True
         new = edit(scores)
-        return scores if new is None else put(scores, new.heads, new.scores.to(scores.dtype))
+        return scores if new is None else put_back(scores, new)
 
     return hook_fn
 
 
-def _pattern_hook(edit: Edit) -> Callable[..., Tensor]:
+def _pattern_hook(edit: Edit, hooks: _Hooks) -> Callable[..., Tensor]:
     # The logarithm of a pattern is its scores up to a constant per row, and neither an inverse
     # temperature nor a tie depends on that constant. Keys whose probability underflowed to 0 stay
     # at 0, which is right for inverse temperatures of 1 and more.
     def hook_fn(pattern: Tensor, hook: Any = None) -> Tensor:  # noqa: ARG001 - TransformerLens names it
+        hooks.called = True
         if torch.finfo(pattern.dtype).bits < 32:
             raise UnsupportedModelError(
                 f"A hook on patterns needs float32, and this pattern is in {pattern.dtype}: its "
@@ -204,7 +282,7 @@ def _logarithm(pattern: Tensor) -> Tensor:
 @contextlib.contextmanager
 def attach_transforms(
     model: Any, sites: list[AttentionSite], transforms: Mapping[str, TransformOfHeads]
-) -> Iterator[None]:
+) -> Iterator[BlockState]:
     """Attach transforms to groups of heads, by the path of their site, for the length of the block.
 
     Where a fused kernel cannot serve, the model runs eager attention for the length of the block.
@@ -220,8 +298,7 @@ def attach_transforms(
             sites = stack.enter_context(eager_attention(model, why))
         if all(site.path in edits for site in sites):
             stack.enter_context(refusing_attention_not_probed(model))
-        stack.enter_context(attach_edits(model, sites, edits))
-        yield
+        yield stack.enter_context(attach_edits(model, sites, edits))
 
 
 @contextlib.contextmanager
@@ -264,6 +341,24 @@ def _with_gradients(
         own = c if c.dim() == 0 else c[_site_at(sites, path).layer, list(chosen)]
         transforms[path] = [(list(chosen), Scale(own.expand(len(chosen))))]
     return transforms
+
+
+def _check_ties_apply(scales: Mapping[str, Mapping[int, float]], ties: Ties) -> None:
+    limits = [c for chosen in scales.values() for c in chosen.values() if c == math.inf]
+    if ties != "exact" and not limits:
+        raise ArgumentError(
+            f"ties={ties!r} says which keys share a row in the limit, and every scale here is "
+            "finite. Leave ties out, or choose scale=math.inf for some head."
+        )
+
+
+def _warn_if_nothing_ran(block: BlockState, name: str) -> None:
+    if not block.ran:
+        warnings.warn(
+            f"No chosen head ran inside the block of sat_lens.{name}, so nothing was changed. Run "
+            "the model inside of the block.",
+            stacklevel=5,
+        )
 
 
 def _site_at(sites: list[AttentionSite], path: str) -> AttentionSite:

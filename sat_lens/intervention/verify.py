@@ -131,6 +131,6 @@ def _alone(
 ) -> float:
     if site.level is None:
         return 0.0
-    with replace_attention(model, RandomKey(), heads=lambda other, _head: other.path == site.path):
+    with replace_attention(model, RandomKey(), heads=site.labels):
         after = logits_of(model(*args, **kwargs))
     return float((after - before).abs().max())

@@ -89,7 +89,8 @@ class Work:
     def empty(self) -> Tensor:
         """A table of NaN: one value per item, position (if any) and prompt (if kept)."""
         n_prompts = self.experiment.readout.n_prompts
-        return torch.full((*self.shape, *(() if n_prompts is None else (n_prompts,))), math.nan)
+        shape = self.shape if n_prompts is None else (*self.shape, n_prompts)
+        return torch.full(shape, math.nan, dtype=torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ def check_depends(
     if not isinstance(logits, Tensor):
         return
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(logits.shape, generator=generator).to(logits)
+    drawn = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits)
     for other in (logits.flip(-1), -logits, drawn, logits + 5 * drawn):
         try:
             if not torch.equal(readout.value(other), soft):

@@ -156,7 +156,7 @@ def saturable_heads(
         soft=start,
         saturated=float(saturated.value),
         order=tuple(label for label, _ in kept.steps),
-        values=torch.tensor([value for _, value in kept.steps]),
+        values=torch.tensor([value for _, value in kept.steps], dtype=torch.float32),
         n_heads=len(items),
         complete=complete,
     )

@@ -63,7 +63,7 @@ def resampling_weights(
     drawn = torch.ones(len(seeds), 1 + count, dtype=torch.float64)
     for row, seed in zip(drawn, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
-        row[1:] = torch.poisson(torch.ones(count), generator=generator)
+        row[1:] = torch.poisson(torch.ones_like(row[1:], dtype=torch.float32), generator=generator)
     return drawn
 
 
@@ -78,10 +78,10 @@ def drawn_order(
         >>> bool((order[0, :2] == order[1, 1:]).all()), float(order[0, 2])
         (True, 2.0)
     """
-    order = torch.full(non_padding.shape, NOT_DRAWN)
+    order = torch.full(non_padding.shape, NOT_DRAWN, dtype=torch.float32)
     for row, kept, seed in zip(order, non_padding.cpu(), seeds, strict=True):
         generator = torch.Generator().manual_seed(seed + 1)
-        row[kept] = torch.rand(int(kept.sum()), generator=generator)
+        row[kept] = torch.rand(int(kept.sum()), generator=generator, dtype=torch.float32)
     return order.to(non_padding.device)
 
 

@@ -203,7 +203,7 @@ def measure_sample(
     rows = {
         "sampled_rows": torch.ones_like(soft.tv_nearest),
         "tv_nearest": soft.tv_nearest,
-        "m_share": soft.m / soft.n_keys,
+        "m_share": soft.m.float() / soft.n_keys,
         "tv_argmax_no_sink": 1 - pattern.amax(-1),
         "tv_mean_no_sink": distance_to_uniform(pattern, rest != -math.inf),
     }

@@ -202,6 +202,8 @@ def _state(model: Any) -> object:
         Counter(module.training for module in model.modules())[True],
         getattr(model, "compatibility_mode", None),
         getattr(config, "_attn_implementation", None),
+        # In which dtype attention is computed decides whether a hook point shows all of it.
+        torch.is_autocast_enabled(device_of(model).type),
         Counter(name.endswith(_PATTERN) for name in getattr(model, "hook_dict", ()))[True],
     )
 
@@ -220,7 +222,11 @@ def eager_attention(model: Any, why: str) -> Iterator[list[AttentionSite]]:
     """
     if why not in _logged:
         _logged.add(why)
-        _log.warning("Attention runs eagerly, with its n by n matrix of scores: %s.", why)
+        _log.warning(
+            "Attention runs eagerly, with its n by n matrix of scores: %s. Where memory is short, "
+            "give shorter texts, or fewer at once.",
+            why,
+        )
     with _switched_to_eager(model):
         sites = attention_sites(model)
         stuck = [site.path for site in sites if site.level == "kernel"]

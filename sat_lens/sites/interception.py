@@ -93,6 +93,9 @@ def _call_softmax(
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     scores = call.pop("input")
     result_dtype = call.get("dtype") or scores.dtype
+    if scores.is_cuda and torch.is_autocast_enabled("cuda"):
+        # There autocast takes softmax to float32, and leaves the pattern so.
+        result_dtype = torch.promote_types(result_dtype, torch.float32)
     return handle(scores, lambda x: func(x, **call).to(result_dtype))
 
 

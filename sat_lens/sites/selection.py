@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from sat_lens._checks import is_integer, is_number, shown
@@ -14,14 +17,17 @@ from sat_lens.attention.transforms import check_scale
 from sat_lens.errors import ArgumentError, HeadSelectionError, UnsupportedModelError
 from sat_lens.sites.site import AttentionSite, parse_label
 
-Predicate = Callable[[AttentionSite, int], bool]
+# Called with (layer, head), or with (stack, layer, head)
+Predicate = Callable[..., bool]
 HeadName = str | tuple[int, int]
 Heads = None | HeadName | Sequence[HeadName] | Tensor | Predicate
 # path of a site -> its chosen heads, ascending
 Selection = dict[str, list[int]]
-ScaleLike = float | Tensor | Mapping[Any, float] | Callable[[int, int], float]
+ScaleLike = float | Tensor | Mapping[Any, float] | Callable[..., float]
 # path of a site -> head -> inverse temperature
 ScaleOfHead = dict[str, dict[int, float]]
+
+_LAYERS = re.compile(r"(?:(?P<stack>.+)\.)?L(?P<first>[0-9]+)(?:-L(?P<last>[0-9]+))?")
 
 
 def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
@@ -29,13 +35,14 @@ def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
 
     Args:
         sites: The model's attention modules.
-        heads: None (all), ``"L5H1"``, ``"5.1"``, ``(5, 1)``, a list of these, a bool tensor
-            ``[layer, head]``, or a predicate on (site, head). With several stacks a label takes a
-            prefix: ``"encoder.L0H1"``.
+        heads: None (all), ``"L5H1"``, ``"5.1"``, ``(5, 1)``, all heads of a layer ``"L5"`` or of
+            several ``"L5-L8"``, a list of these, a bool tensor ``[layer, head]``, or a predicate on
+            (layer, head). With several stacks a label takes a prefix, ``"encoder.L0H1"`` or
+            ``"encoder.L2"``, and a predicate gets (stack, layer, head).
 
     Raises:
         HeadSelectionError: A head does not exist (the message lists what does), is named twice,
-            or nothing is selected.
+            or nothing is selected, or a predicate takes other arguments.
         UnsupportedModelError: All heads, or one by name, were asked for, and an attention module
             among them cannot be reached at all.
 
@@ -49,11 +56,6 @@ def select_heads(sites: list[AttentionSite], heads: Heads = None) -> Selection:
     if not pairs:
         raise HeadSelectionError(
             f"No head was selected by {shown(heads)}. Choose at least one of {_available(sites)}."
-            + (
-                " A predicate gets (site, head); the layer is site.layer."
-                if callable(heads)
-                else ""
-            )
         )
     counts = Counter((site.path, head) for site, head in pairs)
     ordered = [(s, head) for s in sites for head in range(s.n_heads) if counts[s.path, head]]
@@ -80,20 +82,36 @@ def _chosen(sites: list[AttentionSite], heads: Any) -> list[tuple[AttentionSite,
     if isinstance(heads, Tensor):
         return _from_mask(sites, heads)
     if callable(heads):
-        return [(site, head) for site, head in everything if heads(site, head)]
+        says = _by_place(heads, sites, "heads")
+        return [pair for pair in everything if _is_true(says(*pair), pair[0].label(pair[1]))]
     if isinstance(heads, Mapping) or not isinstance(heads, Iterable):
         raise _unreadable(heads)
     names = [heads] if isinstance(heads, str) or _is_pair(heads) else list(heads)
-    return [_named(sites, name) for name in names]
+    return [pair for name in names for pair in _named(sites, name)]
 
 
-def _named(sites: list[AttentionSite], name: Any) -> tuple[AttentionSite, int]:
+def _named(sites: list[AttentionSite], name: Any) -> list[tuple[AttentionSite, int]]:
+    layers = _LAYERS.fullmatch(name) if isinstance(name, str) else None
+    if layers is not None:
+        stack, first = layers["stack"] or "", int(layers["first"])
+        last = int(layers["last"] or first)
+        # A layer between the two may be of another kind; the two themselves have to be there.
+        own = [site for site in sites if site.stack == stack and first <= site.layer <= last]
+        if not {first, last} <= {site.layer for site in own}:
+            raise _missing(sites, name, stack, "layer")
+        for site in own:
+            _check_has_heads(site)
+        return [(site, head) for site in own for head in range(site.n_heads)]
     stack, layer, head = _parse(name)
     for site in sites:
         if (site.stack, site.layer) == (stack, layer):
             _check_has_heads(site)
             if 0 <= head < site.n_heads:
-                return site, head
+                return [(site, head)]
+    raise _missing(sites, name, stack, "head")
+
+
+def _missing(sites: list[AttentionSite], name: Any, stack: str, what: str) -> HeadSelectionError:
     hint = ""
     if not stack and all(site.stack for site in sites):
         hint = " This model has several stacks: put the stack's name before the label."
@@ -102,8 +120,8 @@ def _named(sites: list[AttentionSite], name: Any) -> tuple[AttentionSite, int]:
             " A part of it that did not run on a few made-up tokens is looked at by "
             "sat_lens.attention_sites(model, *your_inputs)."
         )
-    raise HeadSelectionError(
-        f"There is no head {shown(name)} in this model.{hint} It has {_available(sites)}."
+    return HeadSelectionError(
+        f"There is no {what} {shown(name)} in this model.{hint} It has {_available(sites)}."
     )
 
 
@@ -120,7 +138,7 @@ def _from_mask(sites: list[AttentionSite], mask: Tensor) -> list[tuple[Attention
     if len({site.stack for site in sites}) > 1:
         raise HeadSelectionError(
             "A tensor [layer, head] is ambiguous in a model with several stacks. Use labels "
-            f"such as {sites[0].label(0)!r}, or a predicate on (site, head)."
+            f"such as {sites[0].label(0)!r}, or a predicate on (stack, layer, head)."
         )
     if str(mask.dtype) != "torch.bool" or mask.dim() != 2:
         raise HeadSelectionError(
@@ -133,7 +151,8 @@ def _from_mask(sites: list[AttentionSite], mask: Tensor) -> list[tuple[Attention
             f"Heads as a tensor [layer, head] need an entry for every head, at least "
             f"[{layers}, {heads}]; found {list(mask.shape)}."
         )
-    return [_named(sites, (int(layer), int(head))) for layer, head in mask.nonzero().tolist()]
+    named = (_named(sites, (int(layer), int(head))) for layer, head in mask.nonzero().tolist())
+    return [pair for pairs in named for pair in pairs]
 
 
 def _check_has_heads(site: AttentionSite) -> None:
@@ -157,8 +176,65 @@ def _available(sites: list[AttentionSite]) -> str:
 
 def _unreadable(heads: Any) -> HeadSelectionError:
     return HeadSelectionError(
-        f"Heads are named like 'L5H1', '5.1' or (5, 1), as a list of these, a bool tensor "
-        f"[layer, head], or a predicate on (site, head); {shown(heads)} was given."
+        f"Heads are named like 'L5H1', '5.1' or (5, 1), whole layers like 'L5' or 'L5-L8', in "
+        "several stacks with a prefix like 'encoder.L2'; as a list of these, a bool tensor "
+        f"[layer, head], or a predicate on (layer, head); {shown(heads)} was given."
+    )
+
+
+# Functions of a head, for ``heads`` and for ``scale``.
+
+
+def _by_place(
+    function: Callable[..., Any], sites: list[AttentionSite], argument: str
+) -> Callable[[AttentionSite, int], Any]:
+    """Turn a function of (layer, head), or of (stack, layer, head), into one of (site, head)."""
+    several = len({site.stack for site in sites}) > 1
+    form = "(stack, layer, head)" if several else "(layer, head)"
+    with_stack = _takes_stack(function, several)
+    if with_stack is None or (several and not with_stack):
+        raise HeadSelectionError(
+            f"{argument} as a function is called with {form} in this model, and {shown(function)} "
+            "takes other arguments."
+        )
+
+    def call(site: AttentionSite, head: int) -> Any:
+        place = (site.stack, site.layer, head) if with_stack else (site.layer, head)
+        try:
+            return function(*place)
+        except (AttributeError, TypeError) as error:
+            raise HeadSelectionError(
+                f"{argument} as a function is called with {form}, such as {place}; with these "
+                f"{shown(function)} failed: {error}."
+            ) from error
+
+    return call
+
+
+def _takes_stack(function: Callable[..., Any], several: bool) -> bool | None:
+    """Whether a function takes three arguments; None if it takes neither three nor two."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions show none
+        return several
+    named = [p for p in signature.parameters.values() if p.default is p.empty]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in named)
+    # A default is what a lambda in a loop keeps its own value in.
+    with_stack = several if takes_any else len(named) == 3
+    try:
+        signature.bind(*range(3 if with_stack else 2))
+    except TypeError:
+        return None
+    return with_stack
+
+
+def _is_true(answer: Any, label: str) -> bool:
+    if isinstance(answer, Tensor) and answer.dtype == torch.bool and answer.numel() == 1:
+        answer = bool(answer)
+    if isinstance(answer, (bool, np.bool_)):
+        return bool(answer)
+    raise HeadSelectionError(
+        f"heads as a function returns True or False; for {label} it returned {shown(answer)}."
     )
 
 
@@ -172,11 +248,13 @@ def select_with_scales(sites: list[AttentionSite], heads: Heads, scale: ScaleLik
         sites: The model's attention modules.
         heads: Which heads; None is all, or those that a mapping names.
         scale: A number, a tensor ``[layer, head]`` of the model's size, a mapping from heads to
-            numbers, or a callable ``(layer, head) -> number``.
+            numbers, or a callable ``(layer, head) -> number``; ``(stack, layer, head) -> number``
+            where the chosen heads are of several stacks.
 
     Raises:
-        HeadSelectionError: A head does not exist, a mapping and the choice of heads disagree, or a
-            tensor or callable is used across several stacks, whose layers it cannot tell apart.
+        HeadSelectionError: A head does not exist, a mapping and the choice of heads disagree, a
+            callable takes other arguments, or a tensor is used across several stacks, whose layers
+            it cannot tell apart.
         ArgumentError: A scale is negative, NaN, or no number, or a tensor has the wrong shape.
 
     Example:
@@ -190,13 +268,15 @@ def select_with_scales(sites: list[AttentionSite], heads: Heads, scale: ScaleLik
     selection = select_heads(sites, heads)
     chosen = [site for site in sites if site.path in selection]
     if isinstance(scale, Tensor) and scale.dim() > 0:
-        _check_one_stack(chosen)
+        if len({site.stack for site in chosen}) > 1:
+            raise HeadSelectionError(
+                "Scales by [layer, head] are ambiguous across several stacks. Choose heads of one "
+                f"stack, or pass a mapping such as {{{chosen[0].label(0)!r}: 2.0}}."
+            )
         _check_shape(sites, chosen[0].stack, scale)
         return _each(chosen, selection, lambda site, head: scale[site.layer, head])
     if callable(scale):
-        _check_one_stack(chosen)
-        _check_takes_two(scale)
-        return _each(chosen, selection, lambda site, head: scale(site.layer, head))
+        return _each(chosen, selection, _by_place(scale, chosen, "scale"))
     return _each(chosen, selection, lambda _site, _head: scale)
 
 
@@ -215,9 +295,8 @@ def _from_mapping(
     named = select_heads(sites, list(scale))
     given: ScaleOfHead = {}
     for name, c in scale.items():
-        ((path, (head,)),) = select_heads(sites, [name]).items()
-        site = next(site for site in sites if site.path == path)
-        given.setdefault(path, {})[head] = _number(c, site.label(head))
+        for site, head in _named(sites, name):
+            given.setdefault(site.path, {})[head] = _number(c, site.label(head))
     wanted = named if heads is None else select_heads(sites, heads)
     missing = set(labels_of(sites, wanted)) ^ set(labels_of(sites, named))
     if missing:
@@ -238,28 +317,6 @@ def _number(c: Any, label: str) -> float:
         )
     check_scale(float(c))
     return float(c)
-
-
-def _check_one_stack(chosen: list[AttentionSite]) -> None:
-    if len({site.stack for site in chosen}) > 1:
-        raise HeadSelectionError(
-            "Scales by (layer, head) are ambiguous across several stacks. Choose heads of one "
-            f"stack, or pass a mapping such as {{{chosen[0].label(0)!r}: 2.0}}."
-        )
-
-
-def _check_takes_two(scale: Callable[[int, int], float]) -> None:
-    try:
-        signature = inspect.signature(scale)
-    except ValueError:  # some built-in functions show none
-        return
-    try:
-        signature.bind(0, 0)
-    except TypeError as error:
-        raise ArgumentError(
-            f"scale as a function is called with (layer, head), and {scale!r} does not take two "
-            "arguments."
-        ) from error
 
 
 def _check_shape(sites: list[AttentionSite], stack: str, scale: Tensor) -> None:
