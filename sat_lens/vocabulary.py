@@ -57,6 +57,16 @@ TARGET_WORDS = {
 }
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless there is one.
+
+    Example:
+        >>> counted(1, "sequence"), counted(1200, "sequence")
+        ('1 sequence', '1,200 sequences')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def target_mark(target: str) -> str:
     """Return the short mark of a target: a symbol, or the distance of an offset.
 

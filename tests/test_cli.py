@@ -15,7 +15,7 @@ import pytest
 
 import sat_lens
 from sat_lens import cli
-from sat_lens.cli import EPILOG
+from sat_lens.cli import EXAMPLES
 from sat_lens.cli.shared import check_file, check_folder
 from sat_lens.errors import ArgumentError
 from sat_lens.roles import HeadRoles
@@ -23,7 +23,7 @@ from sat_lens.roles import HeadRoles
 SMALL = ["--sequences", "4", "--context", "32", "--quiet"]
 TWO_BATCHES = [*SMALL, "--sequences", "16"]
 ANSWERS = ["--answer", ")", "--wrong", "("]
-COMMANDS = cli.COMMANDS
+COMMANDS = list(EXAMPLES)
 LABELS = [f"L{layer}H{head}" for layer in range(4) for head in range(8)]
 
 
@@ -117,11 +117,11 @@ def test_merge_leaves_broken_files_out_and_says_so(run, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     status, out, error = run("merge", "good.safetensors", "bad.safetensors", "nowhere")
     assert status == 1
-    assert "1 files merged, 4 sequences" in out
+    assert "1 file merged, 4 sequences" in out
     assert re.findall("left out: (bad|There is no file nowhere)", error)[1].endswith("nowhere")
     status, out, error = run("merge", "bad.safetensors")
     assert (status, out) == (2, "")
-    assert "at least one result" in error
+    assert "at least one result to merge; none of these files" in error
 
 
 def test_report_writes_one_page(run, text, tmp_path):
@@ -260,11 +260,19 @@ def test_a_window_without_rows_to_count(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_that_is_too_short(run, tmp_path):
+def test_a_text_shorter_than_a_window_is_measured_and_the_page_says_so(run, tmp_path):
+    (tmp_path / "short.txt").write_text("def area(width, height):\n    return width * height\n")
+    status, _, error = run("report", "--text", "short.txt", "--quiet", "--out", "short.html")
+    assert (status, error) == (0, "")
+    page = (tmp_path / "short.html").read_text()
+    assert re.search(r"1 sequence of short\.txt \(the whole of it, \d+ tokens: less than", page)
+
+
+def test_a_text_without_rows_to_count(run, tmp_path):
     (tmp_path / "short.txt").write_text("x = 1")
-    status, _, error = run("roles", "--text", "short.txt")
+    status, _, error = run("roles", "--text", "short.txt", "--quiet")
     assert status == 2
-    one_line(error, "one window needs 255", "smaller context")
+    one_line(error, "8 visible keys", "longer sequences")
 
 
 def test_a_file_that_cannot_be_written_after_all(run, monkeypatch, tmp_path):
@@ -309,16 +317,30 @@ def test_help_has_examples(run, capfd, command):
         run(*([command] if command else []), "--help")
     assert caught.value.code == 0
     out = capfd.readouterr().out
-    assert "L5H1 is head 1 of layer 5" in out
-    assert "encoder.L0H1" in out
+    assert ("L5H1 is head 1 of layer 5" in out) == ("encoder.L0H1" in out) == (command != "check")
     assert "examples:" in out
-    assert "sat-lens report gpt2 --text notes.txt" in out
-    assert command or all(re.search(rf"^    {name}\b", out, re.MULTILINE) for name in COMMANDS)
+    for name in COMMANDS:
+        # A command's help has its own examples; that of sat-lens has all.
+        assert (EXAMPLES[name] in out) == (command in (None, name))
+        assert command or re.search(rf"^    {name}\b", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_does_and_its_default(run, capfd, command):
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    help_text = capfd.readouterr().out
+    options = cli._parser()._subparsers._group_actions[0].choices[command]._actions
+    for option in options:
+        assert option.help, option.dest
+        if option.default not in (None, False, "==SUPPRESS=="):
+            assert re.search(rf"\(default:\s+{option.default}\)|\(default\)", help_text), option
 
 
 def test_every_example_is_a_command_that_parses():
-    lines = re.findall(r"^  sat-lens (.*?)   ", EPILOG, re.MULTILINE)
-    lines += re.findall(r"^  sat-lens (.*?\S)  \S", EPILOG, re.MULTILINE)
+    examples = "".join(EXAMPLES.values())
+    lines = re.findall(r"^  sat-lens (.*?)   ", examples, re.MULTILINE)
+    lines += re.findall(r"^  sat-lens (.*?\S)  \S", examples, re.MULTILINE)
     assert len(set(lines)) >= len(COMMANDS)
     for line in lines:
         assert cli._parser().parse_args(shlex.split(line)).run

@@ -14,21 +14,26 @@ from typing import Any
 from sat_lens.cli.shared import status_of_work
 from sat_lens.version import __version__
 
-COMMANDS = ("report", "roles", "merge", "sweep", "check")
-EPILOG = """heads:
+_HEADS = """heads:
   L5H1 is head 1 of layer 5, both counted from 0. In a model with several stacks the stack comes
   first: encoder.L0H1, decoder.L0H1, cross.L0H1.
-
-examples:
+"""
+EXAMPLES = {
+    "report": """
   sat-lens report                          the demo model over the bundled corpus
-  sat-lens report gpt2 --text notes.txt    a hub model over a text of yours
+  sat-lens report gpt2 --text notes.txt    a hub model over a text of yours""",
+    "roles": """
   sat-lens roles ./my-model --csv out.csv  the head-role table of a local model
   sat-lens roles --shard 2/8 --out 2.st    measure the second of eight parts of the text
-  sat-lens merge 1.st 2.st --out all.st    merge such parts
-  torchrun --nproc-per-node 4 -m sat_lens roles --out all.st    the same in four processes
-  sat-lens sweep gpt2 --prompt "The Eiffel Tower is in" --answer " Paris" --wrong " Rome"
-  sat-lens check bert-base-uncased         which attention modules can be saturated
-"""
+  torchrun --nproc-per-node 4 -m sat_lens roles --out all.st    all parts in four processes""",
+    "merge": """
+  sat-lens merge 1.st 2.st --out all.st    merge what roles --shard measured""",
+    "sweep": """
+  sat-lens sweep gpt2 --prompt "The Eiffel Tower is in" --answer " Paris" --wrong " Rome\"""",
+    "check": """
+  sat-lens check bert-base-uncased         which attention modules can be saturated""",
+}
+_DEFAULT = "(default: %(default)s)"
 _MODEL = (
     'the bundled "demo" (default), a local directory in Hugging Face format, a GGUF file, or a hub '
     "name such as gpt2, with an optional @revision"
@@ -52,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sat-lens",
         description="Saturate the attention of a transformer and see what its softness is for.",
-        epilog=EPILOG,
+        epilog=_epilog(*EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sat-lens {__version__}")
@@ -61,21 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "report", "roles:report", "write a page about a model's heads")
     _add_model(command)
     _add_data(command)
-    command.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
-    command.add_argument("--prompt", help="the short text whose attention the page shows")
+    add = command.add_argument
+    add("--out", type=Path, default=Path("report.html"), help=f"the page to write {_DEFAULT}")
+    add("--prompt", help="the short text whose attention the page shows (default: a few lines of "
+        "Python, or the beginning of --text)")  # fmt: skip
 
     command = _command(commands, "roles", "roles:roles", "print the role of every head")
     _add_model(command)
     _add_data(command)
     add = command.add_argument
-    add("--csv", type=Path, help="write the whole table here")
-    add("--out", type=Path, help="write the result (safetensors) here")
-    add("--figure", type=Path, help="write the role map (PNG, SVG, PDF) here")
+    add("--csv", type=Path, metavar="FILE", help="also write the whole table")
+    add("--out", type=Path, metavar="FILE", help="also write the result, for merge")
+    add("--figure", type=Path, metavar="FILE", help="also draw the role map (.png, .svg or .pdf)")
     add("--shard", metavar="I/N", help="read every N-th batch only, starting with the I-th")
 
     command = _command(commands, "merge", "roles:merge", "merge the role statistics of shards")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of roles --out")
-    command.add_argument("--out", type=Path, help="write the merged result here")
+    command.add_argument("--out", type=Path, metavar="FILE", help="also write the merged result")
 
     about = "show which heads' soft attention a prediction needs"
     command = _command(commands, "sweep", "sweep:run", about)
@@ -84,9 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, help="the text; the prediction after its last token is read")
     add("--answer", required=True, help="the right next token, with its leading space if any")
     add("--wrong", required=True, help="the wrong next token")
-    add("--out", type=Path, default=Path("sweep"), help="the folder to write (default: sweep)")
-    add("--direction", choices=("noising", "denoising"), default="noising")
-    add("--figure-format", choices=("svg", "png"), default="svg")
+    add("--out", type=Path, default=Path("sweep"), help=f"the folder to write {_DEFAULT}")
+    add("--direction", choices=("noising", "denoising"), default="noising",
+        help="noising saturates one head of the soft model; denoising makes one head of the "
+        f"saturated model soft {_DEFAULT}")  # fmt: skip
+    add("--figure-format", choices=("svg", "png"), default="svg",
+        help=f"the format of the figure beside the page {_DEFAULT}")  # fmt: skip
     _add_quiet(command)
 
     about = "try which attention modules can be saturated"
@@ -100,11 +110,16 @@ def _command(commands: Any, name: str, run: str, help_text: str) -> argparse.Arg
         name,
         help=help_text,
         description=help_text[0].upper() + help_text[1:] + ".",
-        epilog=EPILOG,
+        epilog=_epilog(name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=run)
     return command
+
+
+def _epilog(*commands: str) -> str:
+    heads = "" if commands == ("check",) else f"{_HEADS}\n"
+    return f"{heads}examples:{''.join(EXAMPLES[name] for name in commands)}"
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -113,9 +128,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_data(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--text", type=Path, metavar="FILE", help="a text to measure on (default: the corpus)")
-    add("--sequences", type=int, default=64, help="how many to measure (default: %(default)s)")
-    add("--context", type=int, default=256, help="tokens in a sequence (default: %(default)s)")
+    add("--text", type=Path, metavar="FILE", help="a text to measure on (default: the source of "
+        "Python's standard library)")  # fmt: skip
+    add("--sequences", type=int, default=64, help=f"how many sequences {_DEFAULT}")
+    add("--context", type=int, default=256, help=f"tokens in a sequence {_DEFAULT}")
     _add_quiet(command)
 
 

@@ -16,19 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sat_lens import figures, models
+from sat_lens import models
 from sat_lens.caching import run_with_saturation_cache
 from sat_lens.cli.shared import check_file, status_of
 from sat_lens.data import text_windows
 from sat_lens.demo.corpus import corpus_name, held_out_texts
 from sat_lens.errors import ArgumentError, FileFormatError
+from sat_lens.figures.drawing import figure_bytes, figure_format
 from sat_lens.results import write_csv, write_whole
 from sat_lens.roles import HeadRoles, head_roles
 from sat_lens.spectrum import scaling_curve
 from sat_lens.viz import token_strings, write_report
-from sat_lens.vocabulary import CAUTION
+from sat_lens.vocabulary import CAUTION, counted
 
-FIGURES = (".png", ".svg", ".pdf")
 PROMPT = """def area(width, height):
     return width * height
 
@@ -61,10 +61,7 @@ def roles(options: argparse.Namespace) -> int:
     """Measure the role of every head; print and write the table."""
     for path in (options.csv, options.out, options.figure):
         check_file(path)
-    if options.figure and options.figure.suffix.lower() not in FIGURES:
-        raise ArgumentError(
-            f"A figure is one of {', '.join(FIGURES)}; found {options.figure.name}."
-        )
+    kind = figure_format(options.figure) if options.figure else ""
     shard = _read_shard(options.shard)
     with _processes() as is_first:
         model, windows, name = _model_and_windows(options)
@@ -77,8 +74,7 @@ def roles(options: argparse.Namespace) -> int:
         if options.out:
             found.save(options.out)
         if options.figure:
-            drawn = figures.figure_bytes(found.plot(), options.figure.suffix[1:].lower())
-            write_whole(options.figure, drawn)
+            write_whole(options.figure, figure_bytes(found.plot(), kind))
         print(_short_table(found.frame()))
         return status_of(found.complete)
 
@@ -98,11 +94,17 @@ def merge(options: argparse.Namespace) -> int:
             print(f"sat-lens: {path} is part of a shard: it was interrupted", file=sys.stderr)
             whole = False
         parts.append(part)
+    if not parts:
+        raise FileFormatError(
+            "Needed at least one result to merge; none of these files is one that sat-lens roles "
+            "--out wrote."
+        )
     merged = HeadRoles.merge(parts)
     if options.out:
         merged.save(options.out)
     print(_short_table(merged.frame()))
-    print(f"\n{len(parts)} files merged, {merged.n_sequences} sequences in all")
+    counts = counted(len(parts), "file"), counted(merged.n_sequences, "sequence")
+    print("\n{} merged, {} in all".format(*counts))
     return 0 if whole else 1
 
 
@@ -120,7 +122,11 @@ def _model_and_windows(options: argparse.Namespace) -> tuple[Any, Tensor, str]:
     model = models.load_model(options.model)
     context = min(options.context, models.context_length(model) or options.context)
     windows = text_windows(model, texts, context, options.sequences)
-    return model, windows, corpus_name() if options.text is None else options.text.name
+    name = corpus_name() if options.text is None else options.text.name
+    length = windows.shape[1]
+    if length < context:
+        name = f"{name} (the whole of it, {length} tokens: less than the {context} of a sequence)"
+    return model, windows, name
 
 
 def _read(path: Path) -> str:

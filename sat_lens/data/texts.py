@@ -20,10 +20,11 @@ def text_windows(
     """Tokenise texts into one stream and cut it into windows of equal length.
 
     Each window opens with the beginning-of-sequence token where the model has one, because that is
-    what models are trained on; a rest at the end that fills no window is dropped.
+    what models are trained on; a rest at the end that fills no window is dropped. Texts that
+    together fill not even one window come back whole, as one shorter window.
 
     Raises:
-        DataError: The texts fill not even one window, or ``context`` has no room for a token.
+        DataError: The texts hold no token, or ``context`` has no room for one.
 
     Example:
         >>> import sat_lens as sl
@@ -48,11 +49,10 @@ def text_windows(
             rest = rest[width:]
         if limit is not None and len(windows) >= limit:
             break
+    if not windows and not rest:
+        raise DataError("The texts hold no token, so there is nothing to measure on.")
     if not windows:
-        raise DataError(
-            f"The text gives {len(rest)} tokens, and one window needs {width} (the context, less "
-            "its first, special token). Give a longer text or a smaller context."
-        )
+        windows = [([] if bos is None else [bos]) + rest]
     return torch.tensor(windows, device=device_of(model))
 
 

@@ -124,7 +124,9 @@ class ParameterNorms(Result, kind="parameter norms"):
         )
 
     def _lines(self) -> list[str]:
-        return [f"Norm {self.total:.4g}", *str(self.frame().round(4)).splitlines()]
+        words = {"share": "share of the squared norm", "size": "parameters"}
+        table = self.frame().round(4).rename(columns=words)
+        return [f"Norm {self.total:.4g}", *str(table).splitlines()]
 
     def _check(self) -> None:
         for name in ("components", "layers", "squares", "sizes"):

@@ -21,7 +21,7 @@ from sat_lens.roles.positions import ROWS_PER_SEQUENCE, Rows
 from sat_lens.roles.rule import IDEAL, Targets, Thresholds, lean, role_of, target_of
 from sat_lens.roles.sums import DAMAGES, M_BINS_PER_OCTAVE, OFFSET_BINS, Sums
 from sat_lens.sites import AttentionSite
-from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES, TARGET_MARKS
+from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES, TARGET_MARKS, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,7 +156,8 @@ class HeadRoles(Result, kind="head roles"):
         counts = table["role"].value_counts(sort=False)
         named = [(role or "none", int(counts[role])) for role in DESCRIPTIONS if role in counts]
         return [
-            f"{self.n_sequences} sequences, query rows with at least {self.min_keys} visible keys",
+            f"{counted(self.n_sequences, 'sequence')}, "
+            f"query rows with at least {counted(self.min_keys, 'visible key')}",
             ", ".join(f"{count} {role}" for role, count in named),
             f"nearest to argmax (lean): {largest(table['lean'])}",
         ]

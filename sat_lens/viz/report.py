@@ -36,6 +36,7 @@ from sat_lens.vocabulary import (
     TARGET_WORDS,
     TIMES,
     clarity,
+    counted,
     target_kinds,
     target_mark,
 )
@@ -276,7 +277,7 @@ def _one_line(
     roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame, maps: list[dict[str, Any]]
 ) -> str:
     rows = f"{int(frame['n_rows'].max()):,} rows a head"
-    sequences = f"{roles.n_sequences:,} sequence{'s' if roles.n_sequences != 1 else ''}"
+    sequences = counted(roles.n_sequences, "sequence")
     source = f" of {roles.provenance.data}" if roles.provenance.data else ""
     shape = ", ".join(
         f"{len(each['layers'])} layers {TIMES} {each['heads']} heads"
