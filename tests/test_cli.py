@@ -64,8 +64,8 @@ def interrupt(monkeypatch, after):
     """Press Ctrl-C once some batches were read."""
     read = sat_lens.data.batches
 
-    def batches(*arguments):
-        for i, batch in enumerate(read(*arguments)):
+    def batches(*arguments, **keywords):
+        for i, batch in enumerate(read(*arguments, **keywords)):
             if i == after:
                 raise KeyboardInterrupt
             yield batch
