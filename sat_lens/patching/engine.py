@@ -116,26 +116,26 @@ def evaluate(work: Work, patch: Patch, record: Record | None, name: str) -> Eval
     ``record`` is of the run that is patched; None asks for whole passes. An interrupt ends the
     work; what is done by then is kept, and the result says that the rest is missing.
     """
-    values, checks, complete = work.empty(), Checks(), True
-    readout = work.experiment.readout
+    values, checks, complete = work.empty(), None, True
     bar = tqdm(total=len(work.entries), desc=name, unit="patch", disable=not work.progress)
     with torch.no_grad(), bar:
         try:
-            try:
+            # Whatever goes wrong here, whole forward passes will do or say better.
+            with contextlib.suppress(Exception):
                 checks = _by_engine(work, patch, record, values, bar)
-            except Exception:  # noqa: BLE001 - whole forward passes will do or say better
+            if checks is None:
                 values.fill_(math.nan)
                 bar.reset()
                 for entry in work.entries:
                     (logits,) = patched_logits(work.experiment, patch, [entry.spot])
-                    values[entry.index] = readout.value_at(logits)
+                    values[entry.index] = work.experiment.readout.value_at(logits)
                     bar.update()
         except KeyboardInterrupt:
             if bool(values.isnan().all()):
                 raise
             complete = False
     confirmed = ~values.isnan().reshape(len(values), -1).all(1)
-    return Evaluated(values, confirmed, checks, complete)
+    return Evaluated(values, confirmed, checks or Checks(), complete)
 
 
 def _by_engine(work: Work, patch: Patch, record: Record | None, values: Tensor, bar: Any) -> Checks:
@@ -151,18 +151,23 @@ def _by_engine(work: Work, patch: Patch, record: Record | None, values: Tensor, 
             pairs = list(zip(chunk, found, strict=True))
             for entry, logits in pairs:
                 values[entry.index] = work.experiment.readout.value_at(logits)
-            to_check = [(entry, logits) for entry, logits in pairs if entry.index in checked]
-            for some, whole in engine.pace.chunks(to_check, engine.whole_passes):
-                for (entry, logits), expected in zip(some, whole, strict=True):
-                    # The logits too: a metric of small numbers shows no difference.
-                    engine.require_equal(logits, expected)
-                    exact = work.experiment.readout.value_at(expected)
-                    errors.append(float((exact - values[entry.index]).abs().max()))
-                    values[entry.index] = exact
-            if errors and not max(errors) <= engine.tolerance:
-                raise UnsupportedModelError(f"Values differ by {max(errors)}.")
+            errors += _check(engine, [pair for pair in pairs if pair[0].index in checked], values)
             bar.update(len(chunk))
     return Checks("replay", len(errors), max(errors))
+
+
+def _check(engine: Engine, found: list[tuple[Entry, Tensor]], values: Tensor) -> list[float]:
+    """Put values from whole forward passes in the place of the engine's; return the differences."""
+    errors = []
+    for some, whole in engine.pace.chunks(found, engine.whole_passes):
+        for (entry, logits), expected in zip(some, whole, strict=True):
+            engine.require_equal(logits, expected)  # a metric of small numbers shows no difference
+            exact = engine.experiment.readout.value_at(expected)
+            errors.append(float((exact - values[entry.index]).abs().max()))
+            if not errors[-1] <= engine.tolerance:
+                raise UnsupportedModelError("Whole forward passes give another value.")
+            values[entry.index] = exact
+    return errors
 
 
 def _plan(engine: Engine, work: Work) -> tuple[list[list[Entry]], set[tuple[int, ...]]]:
