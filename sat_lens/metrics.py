@@ -2,7 +2,7 @@
 
 A metric is any function ``metric(logits) -> scalar``, as in TransformerLens. Those here also keep
 one value per prompt (``.per_prompt``) and carry ``.positions``, the query positions that they
-read; whoever runs many forward passes can then leave the logits of all others out.
+read, so that many forward passes can leave out the logits at all others.
 
 Prompts of different lengths are padded, and ``logits[:, -1]`` is then padding for some of them. A
 metric whose ``.positions`` is ``"last"`` is given the logits of each prompt's last token alone,

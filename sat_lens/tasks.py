@@ -5,7 +5,7 @@ by looking at one position (``previous_token``, ``induction``), others only by c
 (``majority``, ``token_count``, ``dyck_depth``, ``an_bn``), which an attention head does by
 averaging over all visible keys.
 
-When not to use it: as a benchmark. The tasks are for knowing the answer beforehand.
+When not to use it: as a benchmark. The tasks serve to check a method where the answer is known.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Task:
 
 
 def majority(n_sequences: int = 256, length: int = 64, seed: int = 0) -> Task:
-    """Which of two symbols was commoner so far: 0 the first, 1 a tie, 2 the second.
+    """Which of two symbols has been more frequent so far: 0 the first, 1 a tie, 2 the second.
 
     Example:
         >>> from sat_lens.tasks import majority

@@ -2,9 +2,9 @@
 
 Scores see ``W_Q`` and ``W_K`` only as ``W_Q W_K^T``, and what a head writes sees ``W_V`` and
 ``W_O`` only as ``W_V W_O``: an invertible matrix A may go into the one and its inverse into the
-other. A neuron of a ReLU layer allows the same with a positive number, and so does, with any gate,
-a neuron of the linear branch of a gated layer. Such changes leave the network as it is but not its
-norm, so a part of every raw norm says nothing.
+other. The same holds, with a positive number, for each neuron of a ReLU layer and, whatever the
+gate, for each neuron of the linear branch of a gated layer. Such changes alter the norm and not the
+network, so part of every raw norm is arbitrary.
 
 By the inequality of arithmetic and geometric means ``|P|^2 + |R|^2 >= 2 |P| |R|``, with equality
 where one number has balanced the pair. Over all invertible A the least ``|P A|^2 + |R A^-T|^2`` is
@@ -12,11 +12,9 @@ twice the nuclear norm of ``P R^T`` (the variational form of that norm, see Sreb
 Jaakkola 2004); ``P = U S^1/2`` and ``R = V S^1/2`` from the singular value decomposition of the
 product attain it.
 
-Biases are left out of these norms. They belong to the symmetry all the same: a bias of queries,
-keys, values or neurons is multiplied by what its matrix is.
-
-When not to use it: to say that a network could do with smaller weights. Other symmetries (between
-layers, through norms) are not looked at.
+Biases are left out of these norms, although they belong to the symmetry: a bias of queries, keys,
+values or neurons is multiplied as its matrix is. Other symmetries (between layers, through norms)
+are not considered.
 """
 
 from __future__ import annotations
@@ -126,11 +124,10 @@ class RescalingShare(Result, kind="rescaling share"):
 def rescaling_share(model: Any) -> RescalingShare:
     """Measure how much of a model's norm is mere rescaling of weight pairs.
 
-    Heads that share keys and values share one symmetry, and are measured as one pair. Rotary
-    positions leave of the symmetry of queries and keys one number for each plane that they turn;
-    where the planes are not known to be (i, i + d/2) one number for all is used. Norms between a
-    projection and the scores leave nothing to measure, and such pairs are left out, as are
-    feed-forward layers that are neither ReLU nor gated.
+    Heads that share keys and values are measured as one pair. With rotary positions, queries and
+    keys can exchange only one number for each plane of rotation; where the planes are not known to
+    be (i, i + d/2), a single number is used. Pairs with a norm between projection and scores are
+    left out, as are feed-forward layers that are neither ReLU nor gated.
 
     Args:
         model: A TransformerLens model or any other module.

@@ -111,13 +111,13 @@ class NormGrowth(Result, kind="norm growth"):
         Columns: ``norm``; ``norm_grown``, sqrt(norm^2 - initial norm^2); ``distance`` from the
         initial parameters; ``norm_...`` for each component; ``qk_product`` and ``ov_product``,
         means over heads of norms that rescaling cannot change. ``rotation``, degrees from the
-        checkpoint before, and ``rotation_per_doubling``, degrees from the checkpoint nearest to
+        previous checkpoint, and ``rotation_per_doubling``, degrees from the checkpoint nearest to
         half the step (``rotation_from``), for one doubling. ``straightness``, the cosine between
-        the ways from the initial parameters to this checkpoint and to the one before, and
-        ``random_walk``, what a random walk would have. ``alignment``, the cosine between the way
-        from the checkpoint before and the parameters there. With data, also what
-        :func:`sat_lens.norms.saturation_measures` returns. A value that does not exist is NaN:
-        without a checkpoint of step 0, all that refer to the initial parameters.
+        the displacements of this checkpoint and the previous one from the initial parameters, and
+        ``random_walk``, what a random walk would have. ``alignment``, the cosine between the
+        previous parameters and the step away from them. With data, also what
+        :func:`sat_lens.norms.saturation_measures` returns. What cannot be computed is NaN: without
+        a checkpoint of step 0, all that refers to the initial parameters.
         """
         return column_frame(self.columns, "step", self.steps)
 
@@ -366,7 +366,7 @@ class _Run:
         self._config = config_of(models[0]) if models else {}
 
     def row(self, index: int) -> dict[str, float]:
-        """Measure a checkpoint, and its way from those before it."""
+        """Measure a checkpoint, and the steps that led to it."""
         with contextlib.ExitStack() as stack:
             now = self._open(index, stack)
             row = norms_of(now).summary()
@@ -460,7 +460,7 @@ def _cosine(sums: Mapping[tuple[str, str], float], first: str, second: str) -> f
 
 
 def _degrees(sums: Mapping[tuple[str, str], float]) -> float:
-    """Return the angle between a checkpoint's parameters and those before it."""
+    """Return the angle between the parameters of two checkpoints."""
     return math.degrees(math.acos(_cosine(sums, "now", "before")))
 
 

@@ -41,8 +41,6 @@ def saturation_measures(
     batch_size: int = 8,
     attention_mask: Tensor | None = None,
     tokenizer: Any = None,
-    min_keys: int = 8,
-    seed: int = 0,
 ) -> dict[str, float]:
     """Measure saturation on data; the model's mode and the random state stay as they are.
 
@@ -52,8 +50,6 @@ def saturation_measures(
         batch_size: Sequences in a forward pass, for tokens and texts.
         attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
             :func:`sat_lens.data.batches`.
-        min_keys: Least number of visible keys of a row that counts for roles.
-        seed: Seed of the random keys of the control.
 
     Returns:
         ``loss`` and ``loss_saturated`` (next-token, nats; where the model predicts the next token),
@@ -80,10 +76,10 @@ def saturation_measures(
         "tokenizer": read_tokenizer(tokenizer),
     }
     with undisturbed(model):
-        return _outputs(model, data, reading, seed) | _heads(model, data, reading, min_keys)
+        return _outputs(model, data, reading) | _heads(model, data, reading)
 
 
-def _outputs(model: Any, data: Data, reading: dict[str, Any], seed: int) -> dict[str, float]:
+def _outputs(model: Any, data: Data, reading: dict[str, Any]) -> dict[str, float]:
     last = last_residual(model)
     sums: dict[str, float] = {}
     total, predicts = 0, None
@@ -99,7 +95,7 @@ def _outputs(model: Any, data: Data, reading: dict[str, Any], seed: int) -> dict
         )
         found = {"cos_saturated": math.nan, "cos_random": math.nan}
         if last in pair.soft.cache:
-            similarity = pair.similarity("resid_post", seed=seed)
+            similarity = pair.similarity("resid_post")
             found["cos_saturated"] = float(similarity.cos_saturated[-1])
             found["cos_random"] = float(similarity.cos_random[-1])
         if predicts and batch.output_tokens is not None:
@@ -114,8 +110,8 @@ def _outputs(model: Any, data: Data, reading: dict[str, Any], seed: int) -> dict
     return means | {"S": float(normalised_similarity(*cosines))}
 
 
-def _heads(model: Any, data: Data, reading: dict[str, Any], min_keys: int) -> dict[str, float]:
-    roles = head_roles(model, data, **reading, min_keys=min_keys, progress=False)
+def _heads(model: Any, data: Data, reading: dict[str, Any]) -> dict[str, float]:
+    roles = head_roles(model, data, **reading, progress=False)
     frame = roles.frame()
     means = {name: float(frame[name].mean()) for name in ("lean", "tv_argmax", "tv_mean")}
     counts = frame["role"].value_counts()

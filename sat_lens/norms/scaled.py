@@ -1,8 +1,8 @@
-"""Parameters multiplied by a factor while a block runs: the paper's own road to saturation.
+"""Parameters multiplied by a factor while a block runs: how the paper saturates a network.
 
-Multiplying all parameters by c is not attention-only saturation (:func:`sat_lens.saturate`).
-Scores grow with c squared, but biases, gains of layer norms and MLPs grow too, each at a power of
-its own; what they add drowns the residual stream, and the output has little in common with the
+Multiplying all parameters by c is not attention-only saturation (:func:`sat_lens.saturate`). Scores
+grow with c squared, but biases, gains of layer norms and MLPs grow too, each at a power of its own;
+what they add comes to dominate the residual stream, and the output has little in common with the
 model's long before attention is saturated. On a pretrained sentence encoder the cosine to the model
 was .19 at c = 1.5 and .01 at c = 2, while under attention-only saturation it was .66 (control:
 random keys, .10). Read a result as a statement about the paper's construction; for one about

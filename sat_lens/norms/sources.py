@@ -206,7 +206,7 @@ def config_of(model: Any) -> dict[str, Any]:
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors share that are the same memory, and so are tied."""
+    """Return a key that tied tensors share: the memory that they are in."""
     # A transposed view of a tied matrix is the same weights.
     return tensor.device, tensor.data_ptr(), tensor.numel()
 
