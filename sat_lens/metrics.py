@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sat_lens._checks import is_integer, is_number, shown
 from sat_lens.data import Batch
+from sat_lens.data.padding import WHOLE
 from sat_lens.errors import ArgumentError, NonFiniteError
 
 # A function of a model's logits that gives a scalar. It may carry ``positions``, the query
@@ -203,7 +204,8 @@ def next_token_loss(
         attention_mask: False or 0 at padding; None for prompts without any.
 
     Raises:
-        ArgumentError: A prompt has fewer than two tokens beside padding, so none to predict.
+        ArgumentError: These are no tokens, or a prompt has fewer than two beside padding, so none
+            to predict.
 
     Example:
         >>> import torch
@@ -211,6 +213,11 @@ def next_token_loss(
         >>> round(float(next_token_loss(torch.tensor([[0, 1]]))(torch.zeros(1, 2, 4))), 4)
         1.3863
     """
+    if not isinstance(tokens, Tensor) or tokens.dtype not in WHOLE or tokens.dim() != 2:
+        raise ArgumentError(
+            "The loss is of token ids, a tensor of whole numbers [batch, position]; found "
+            f"{shown(tokens)}."
+        )
     mask = None if attention_mask is None else _mask_of(attention_mask, tokens.shape)
     kept = torch.ones(tokens.shape).bool() if mask is None else mask
     if not bool(_predicting(kept).any(1).all()):

@@ -463,3 +463,21 @@ def test_a_pair_shows_what_it_holds_and_no_tensors(demo):
     assert first == "Soft and saturated run of demo, c = inf"
     assert second.startswith(f"{len(pair.soft.cache.keys())} activations in .soft.cache")
     assert "tensor" not in repr(pair)
+
+
+def test_a_single_token_says_why_it_has_no_similarity(demo):
+    found = pair_of(demo, torch.tensor([[5]])).similarity()
+    assert found.s.isnan().all()
+    assert "each query sees one key" in repr(found)
+    assert "..." not in repr(found)
+    assert "cosine above 0.99" not in repr(found)
+    above = pair_of(demo, TEXT, heads="L2H0").similarity().frame()["note"]
+    assert ["no chosen head comes before" in note for note in above] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("names", ["foo", ["blocks.0.hook_resid_post", "foo"]])
+def test_a_names_filter_that_matches_nothing(demo, names):
+    with pytest.raises(ArgumentError, match=r"'foo' is no hook point.*model.hook_dict"):
+        pair_of(demo, TEXT, names_filter=names)
+    both = ["blocks.0.hook_resid_post", "blocks.1.hook_out"]
+    assert set(both) <= set(pair_of(demo, TEXT, names_filter=both).soft.cache.keys())

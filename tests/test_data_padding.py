@@ -17,6 +17,7 @@ import sat_lens as sl
 from sat_lens.data import batches
 from sat_lens.data.padding import unpadded
 from sat_lens.errors import ArgumentError, DataError
+from sat_lens.intervention import verify_sites
 from sat_lens.norms import homogeneity_curve, saturation_measures
 
 TEXTS = ["import os, sys, re, json\n", "def area(width, height):\n    return width * height\n"]
@@ -384,3 +385,47 @@ def test_clean_and_corrupted_are_padded_alike(demo):
         pytest.raises(ArgumentError, match="padded at the same positions"),
     ):
         sl.sweep_heads(demo, tokens, at_last, tokens.flip(0), **options)
+
+
+CALLS = {
+    "pair": lambda model, data, **given: sl.run_with_saturation_cache(model, data, **given),
+    "roles": lambda model, data, **given: sl.head_roles(model, data, progress=False, **given),
+    "curve": lambda model, data, **given: sl.scaling_curve(
+        model, data, scales=[1.0], progress=False, **given
+    ),
+    "sweep": lambda model, data, **given: sl.sweep_heads(
+        model, data, LAST, heads="L0H0", progress=False, **given
+    ),
+    "search": lambda model, data, **given: sl.saturable_heads(
+        model, data, LAST, 1.0, heads="L0H0", progress=False, **given
+    ),
+    "gradient": lambda model, data, **given: sl.temperature_gradient(model, data, LAST, **given),
+    "homogeneity": lambda model, data, **given: homogeneity_curve(
+        model, data, scales=[1, 9], progress=False, **given
+    ),
+    "measures": saturation_measures,
+    "tracker": lambda model, data, **given: sl.SaturationTracker(data=data, **given).step(model, 0),
+    "sites": lambda model, data: sl.attention_sites(model, data),
+    "trial": lambda model, data: verify_sites(model, data),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.usefixtures("types_unchecked")
+def test_inputs_are_judged_the_same_everywhere(demo, call, monkeypatch):
+    for data, why in [
+        (torch.tensor([[0.0, 5.0]]), "whole numbers.*float32"),
+        (torch.tensor([[True, False]]), "whole numbers.*bool"),
+        ([[0, 5], [0, 6]], "found list"),
+        (torch.tensor([[0, 9999]]), "between 0 and 2047; found 9999"),
+        (torch.zeros(1, 0).long(), "holds nothing"),
+    ]:
+        with pytest.raises(DataError, match=why):
+            call(demo, data)
+    tokenizer = demo.tokenizer
+    monkeypatch.setattr(demo, "tokenizer", None)
+    with pytest.raises(DataError, match=r"texts and the model has no tokenizer.*tokenizer="):
+        call(demo, TEXTS)
+    if call not in (CALLS["sites"], CALLS["trial"]):
+        assert call(demo, TEXTS, tokenizer=tokenizer) is not None
+        assert call(demo, TEXTS, tokenizer=sl.models.DEMO_FOLDER) is not None

@@ -14,7 +14,7 @@ import transformers
 from everyday import further
 from torch import nn
 
-from sat_lens.errors import ArgumentError, DataError, UnsupportedModelError
+from sat_lens.errors import ArgumentError, DataError, FileFormatError, UnsupportedModelError
 from sat_lens.norms.measures import lens_model, shares_memory
 from sat_lens.training import SaturationTracker, read_training_log
 from sat_lens.training.tracker import is_due
@@ -279,3 +279,37 @@ def test_the_random_state_is_left_alone():
     state = torch.get_rng_state()
     SaturationTracker(data=FIXED).step(model, 0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_was_put_off_is_said_at_the_end(caplog):
+    model = native()
+    tracker = SaturationTracker(data=FIXED, measure_every=1, budget=1e-6)
+    for step in range(10):
+        tracker.step(model, step)
+    tracker.close()
+    tracker.close()
+    (record,) = caplog.records
+    assert "9 measures of saturation were put off by budget=1e-06" in record.message
+    assert "budget=None" in record.message
+    caplog.clear()
+    free = SaturationTracker(data=FIXED, measure_every=1, budget=None)
+    free.step(model, 0)
+    free.close()
+    assert not caplog.records
+
+
+def test_what_was_logged_can_be_drawn():
+    tracker = SaturationTracker(data=FIXED, every=1, budget=None)
+    with pytest.raises(ArgumentError, match="Nothing was logged yet"):
+        tracker.plot()
+    for step in range(3):
+        tracker.step(native(), step)
+    titles = [axes.get_title(loc="left") for axes in tracker.plot("A run").axes]
+    assert {"norms", "saturation"} <= set(titles)
+
+
+def test_a_folder_that_does_not_exist_is_not_made(tmp_path):
+    tracker = SaturationTracker(tmp_path / "nowhere" / "log.jsonl")
+    with pytest.raises(FileFormatError, match="No such file or directory"):
+        tracker.step(native(), 0)
+    assert list(tmp_path.iterdir()) == []

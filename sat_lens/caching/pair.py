@@ -36,6 +36,10 @@ from sat_lens.sites import Heads, ScaleLike, attention_sites, select_heads
 # Below this the random key is as near to the soft run as can be, and S says nothing.
 LEAST_DENOMINATOR = 0.01
 NO_ROOM = "S is undefined: random keys already give a cosine above 0.99"
+UNCHANGED = (
+    "S is undefined: random keys change nothing here; each query sees one key (a single token), or "
+    "no chosen head comes before"
+)
 # Names in models where TransformerLens gives no short alias.
 _ALSO = {
     "z": (".o.hook_in",),
@@ -69,15 +73,27 @@ class Similarity:
         The column ``note`` says why S is NaN where it is, and is empty elsewhere.
         """
         columns = {"S": self.s, "cos_saturated": self.cos_saturated, "cos_random": self.cos_random}
-        notes = [NO_ROOM if undefined else "" for undefined in self.s.isnan().tolist()]
+        notes = [
+            (UNCHANGED if random > 1 - 1e-9 else NO_ROOM) if s != s else ""
+            for s, random in zip(self.s.tolist(), self.cos_random.tolist(), strict=True)
+        ]
         return pd.DataFrame(
             {name: values.tolist() for name, values in columns.items()} | {"note": notes},
             index=pd.Index(self.names, name="activation"),
         )
 
     def __repr__(self) -> str:
-        """Show the table, notes and all."""
-        return f"Similarity of {self.activation}\n{self.frame()}"
+        """Show the table, and below it why S is undefined where it is."""
+        table = self.frame()
+        reasons: dict[str, list[str]] = {}
+        for name, note in table.pop("note").items():
+            if note:
+                reasons.setdefault(note, []).append(str(name))
+        notes = [
+            f"{', '.join(names) if len(names) < 3 else f'{len(names)} layers'}: {note}"
+            for note, names in reasons.items()
+        ]
+        return "\n".join([f"Similarity of {self.activation}", table.to_string(), *notes])
 
 
 def mean_cosine(
@@ -289,7 +305,15 @@ def pair_of(
         with contextlib.ExitStack() as stack:
             for context in around:
                 stack.enter_context(context)
-            logits, cache = model.run_with_cache(*inputs, names_filter=names_filter, **kwargs)
+            try:
+                logits, cache = model.run_with_cache(*inputs, names_filter=names_filter, **kwargs)
+            except KeyError as error:
+                if "names_filter" not in str(error):
+                    raise
+                raise _no_such_point(names_filter) from error
+        for name in names_filter if isinstance(names_filter, list) else ():
+            if name not in cache and name not in model.hook_dict:
+                raise _no_such_point(name)
         return CachedRun(logits, cache if device is None else cache.to(device))
 
     def run_random(seed: int, names: list[str]) -> CachedRun:
@@ -312,6 +336,14 @@ def pair_of(
         decoder_non_padding=of_decoder,
         _run_random=run_random,
         _sliced=kwargs.get("pos_slice") is not None,
+    )
+
+
+def _no_such_point(name: Any) -> ArgumentError:
+    return ArgumentError(
+        f"names_filter: {name!r} is no hook point of this model. Their names are in "
+        'model.hook_dict, such as "blocks.0.hook_out"; a function of the name chooses several: '
+        'names_filter=lambda name: name.endswith("hook_z").'
     )
 
 

@@ -157,20 +157,11 @@ def read_call(
     Raises:
         DataError: The model cannot read the input, or it cannot be told what is padding.
     """
-    texts = [inputs] if isinstance(inputs, str) else inputs
-    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        if tokenizer is not None:
-            (batch,) = batches(model, texts, len(texts), tokenizer=tokenizer)
-            inputs, arguments = batch.inputs, {**batch.kwargs, **arguments}
-        else:
-            tokenizer_of(model)
-    elif isinstance(inputs, Tensor):
-        _check_not_empty(inputs)
-        # Three dimensions are embeddings, and an inner layer takes what is no token.
-        if inputs.dim() < 3 and arguments.get("start_at_layer") is None:
-            _check_tokens(model, inputs)
-    else:
-        raise _unreadable(inputs)
+    if _are_texts(inputs) and tokenizer is not None:
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        (batch,) = batches(model, texts, len(texts), tokenizer=tokenizer)
+        inputs, arguments = batch.inputs, {**batch.kwargs, **arguments}
+    check_input(model, inputs, arguments)
     inferred: Counter[str] = Counter()
     rows = _sequences(inputs) if isinstance(inputs, Tensor) else inputs
     arguments, mask, of_decoder = with_masks(
@@ -181,6 +172,25 @@ def read_call(
         mask = padded_by(model, inputs, arguments)
     has_decoder = {"decoder_input", "decoder_input_ids"} & arguments.keys()
     return inputs, arguments, mask, of_decoder if has_decoder else mask
+
+
+def check_input(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise a DataError unless a model can read its main input: texts or a tensor."""
+    if _are_texts(inputs):
+        tokenizer_of(model)
+        return
+    if not isinstance(inputs, Tensor):
+        raise _unreadable(inputs)
+    _check_not_empty(inputs)
+    # Three dimensions are embeddings, and an inner layer takes what is no token.
+    if inputs.dim() < 3 and arguments.get("start_at_layer") is None:
+        _check_tokens(model, inputs)
+
+
+def _are_texts(inputs: Any) -> bool:
+    if isinstance(inputs, list) and inputs:
+        return all(isinstance(text, str) for text in inputs)
+    return isinstance(inputs, str)
 
 
 def batch_sizes(data: Any, batch_size: int) -> list[int] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sat_lens._checks import is_lens_model
+from sat_lens.data.reading import check_input
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.models import device_of, main_input_name, vocabulary_size, wrapped_model
 from sat_lens.sites.probe import head_count_hint, probe
@@ -60,6 +61,7 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
 
     Raises:
         UnsupportedModelError: The model has no softmax attention, or no forward pass worked.
+        DataError: ``inputs`` begins with neither text nor a tensor that the model can read.
         ArgumentError: ``model`` is neither of these.
 
     Example:
@@ -73,6 +75,8 @@ def attention_sites(model: Any, *inputs: Any, **kwargs: Any) -> list[AttentionSi
         known = _remembered.get(model)
         if known is not None and known.state == state:
             return list(known.sites)
+    if inputs:
+        check_input(model, inputs[0], kwargs)
     if inputs or kwargs:
         sites, idle = probe(model, paths, inputs, kwargs)
     else:

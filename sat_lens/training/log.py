@@ -26,7 +26,6 @@ class TrainingLog:
     def __init__(self, path: Path, model: str) -> None:
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             known = path.exists() and path.stat().st_size > 0
             if known:
                 _cut_torn_line(path)

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
+from sat_lens import figures
 from sat_lens._checks import check_count, check_module, check_share
 from sat_lens.data import repeatable
 from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
@@ -26,6 +27,9 @@ from sat_lens.norms.measures import (
     unwrapped,
 )
 from sat_lens.training.log import TrainingLog
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +51,8 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
       such as TransformerLens's: each step of an optimiser of the model's parameters counts.
 
     Args:
-        path: A file for one JSON object a line; each line is flushed, and an existing log is
-            continued. None writes no file.
+        path: A file, in a folder that exists, for one JSON object a line; each line is flushed, and
+            an existing log is continued. None writes no file.
         data: A small fixed batch: tokens, texts or batches (see :func:`sat_lens.data.batches`).
             About four sequences are enough. None logs norms only. With data, TransformerLens is
             imported now, so that the first step does not wait for it.
@@ -60,9 +64,9 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
             ``lambda row, step: wandb.log(row, step=step)``, or one that calls
             ``SummaryWriter.add_scalar`` for each number.
         budget: Share of the run's time that measuring may take. A saturation measure that would
-            exceed it is postponed to the first step where it fits; the first is always made, so a
-            run of about a minute can end above its budget. None never postpones: for toy models,
-            whose steps take next to no time.
+            exceed it is postponed to the first step where it fits, and :meth:`close` says how many
+            were; the first is always made, so a run of about a minute can end above its budget.
+            None never postpones: for toy models, whose steps take next to no time.
         attention_mask: Which tokens of the data are padding; see :func:`sat_lens.data.batches`.
         tokenizer: A tokenizer or its directory, where data are texts and the model has none.
         batch_size: Sequences in a forward pass.
@@ -122,6 +126,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._view: Any = None
         self._last_cost: float | None = None
         self._due = False
+        self._n_put_off = 0
 
     def step(self, model: nn.Module, step: int) -> dict[str, Any] | None:
         """Measure if a measurement is due at this step; call it after every step.
@@ -142,8 +147,10 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         if self._started is None:
             self._started = began
         with_norms = is_due(step, self._every, halves=True)
-        self._due = self._due or is_due(step, self._measure_every, halves=False)
+        is_new = is_due(step, self._measure_every, halves=False)
+        self._due = self._due or is_new
         with_measures = self._data is not None and self._due and self._affordable(began)
+        self._n_put_off += is_new and self._data is not None and not with_measures
         if not with_norms and not with_measures:
             return None
         return self._record(unwrapped(model), step, with_measures, began)
@@ -153,6 +160,16 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         by_step = {row["step"]: row for row in self.rows}
         rows = [by_step[step] for step in sorted(by_step)]
         return pd.DataFrame(rows).set_index("step") if rows else pd.DataFrame()
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw what was logged against the steps: norms, saturation and losses, a panel each.
+
+        Raises:
+            ArgumentError: Nothing was logged yet.
+        """
+        if not self.rows:
+            raise ArgumentError("Nothing was logged yet: call tracker.step(model, step) first.")
+        return figures.training_figure(self.frame(), title)
 
     @property
     def overhead(self) -> float:
@@ -190,7 +207,15 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
             self.close()
 
     def close(self) -> None:
-        """Close the file and release the model; the rows stay."""
+        """Close the file and release the model; the rows stay. Say how much was put off."""
+        if self._n_put_off:
+            logger.warning(
+                "%d measures of saturation were put off by budget=%g; pass budget=None for short "
+                "runs.",
+                self._n_put_off,
+                self._budget,
+            )
+            self._n_put_off = 0
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -258,6 +283,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
                 self._data,
                 batch_size=self._batch_size,
                 attention_mask=self._attention_mask,
+                tokenizer=self._tokenizer,
             )
             self._last_cost = time.perf_counter() - began
             return found
