@@ -41,6 +41,7 @@ def saturation_measures(
     batch_size: int = 8,
     attention_mask: Tensor | None = None,
     tokenizer: Any = None,
+    min_keys: int = 8,
 ) -> dict[str, float]:
     """Measure saturation on data; the model's mode and the random state stay as they are.
 
@@ -50,6 +51,7 @@ def saturation_measures(
         batch_size: Sequences in a forward pass, for tokens and texts.
         attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
             :func:`sat_lens.data.batches`.
+        min_keys: Least number of visible keys of a row that counts for roles.
 
     Returns:
         ``loss`` and ``loss_saturated`` (next-token, nats; where the model predicts the next token),
@@ -76,7 +78,7 @@ def saturation_measures(
         "tokenizer": read_tokenizer(tokenizer),
     }
     with undisturbed(model):
-        return _outputs(model, data, reading) | _heads(model, data, reading)
+        return _outputs(model, data, reading) | _heads(model, data, reading, min_keys)
 
 
 def _outputs(model: Any, data: Data, reading: dict[str, Any]) -> dict[str, float]:
@@ -110,8 +112,8 @@ def _outputs(model: Any, data: Data, reading: dict[str, Any]) -> dict[str, float
     return means | {"S": float(normalised_similarity(*cosines))}
 
 
-def _heads(model: Any, data: Data, reading: dict[str, Any]) -> dict[str, float]:
-    roles = head_roles(model, data, **reading, progress=False)
+def _heads(model: Any, data: Data, reading: dict[str, Any], min_keys: int) -> dict[str, float]:
+    roles = head_roles(model, data, **reading, min_keys=min_keys, progress=False)
     frame = roles.frame()
     means = {name: float(frame[name].mean()) for name in ("lean", "tv_argmax", "tv_mean")}
     counts = frame["role"].value_counts()
