@@ -395,6 +395,16 @@ def test_windows_are_the_stream_cut_up(demo, texts, context, limit):
     assert text_windows(demo, texts, context, limit).tolist() == expected
 
 
+def test_tokens_beyond_the_context_are_named_once(demo, caplog):
+    longer = torch.randint(5, 90, (4, demo.cfg.n_ctx + 1))
+    assert [batch.size for batch in batches(demo, longer, batch_size=1)] == [1] * 4
+    (record,) = caplog.records
+    assert "257 tokens are longer than the model's context of 256" in record.getMessage()
+    caplog.clear()
+    list(batches(demo, longer[:, :-1]))
+    assert not caplog.records
+
+
 def test_windows_of_nothing(demo):
     with refusal("no token"):
         text_windows(demo, [], 8)

@@ -66,7 +66,8 @@ def batches(
         tokenizer: A tokenizer or its directory, in the place of the model's own.
 
     A text or a row of tokens that is longer than the model's context is cut at its end; how many
-    were cut, and how many tokens went, is logged as a warning when the data has been read.
+    were cut, and how many tokens went, is logged as a warning when the data has been read. Batches
+    and token tensors are not cut; that they are longer than the context is logged once.
 
     Raises:
         DataError: The data is empty, or is or holds something that is none of these, or a token
@@ -80,10 +81,21 @@ def batches(
     """
     check_count("batch_size", batch_size, error=DataError)
     reading = _Reading(model, read_tokenizer(tokenizer), batch_size)
-    count = 0
+    count, context = 0, context_length(model)
     try:
         for batch in _read(reading, data, attention_mask):
             count += 1
+            length = 0 if batch.tokens is None else batch.tokens.shape[1]
+            if 0 < context < length:
+                _log.warning(
+                    "Sequences of %d tokens are longer than the model's context of %d. Models with "
+                    "a table of positions fail beyond it; others attend at distances that they "
+                    "were never trained on. Pass tokens[:, :%d], or shorter sequences.",
+                    length,
+                    context,
+                    context,
+                )
+                context = 0  # said once
             yield batch
     finally:
         say_padding(reading.inferred)
