@@ -1,6 +1,7 @@
 """The wheel and the sdist: what is in them, and that the wheel does its work far from here."""
 
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -79,7 +80,18 @@ def test_the_sdist_is_what_the_wheel_is_built_from(built, package):
         "README.md",
         "pyproject.toml",
         "setup.cfg",
+        "setup.py",
     }
+
+
+def test_the_description_has_no_picture_or_link_of_the_checkout(built):
+    wheel, _ = built
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+        description = archive.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in description
+    assert "## " in description
+    assert set(re.findall(r"\]\((?!https?://|#)", description)) == set()
 
 
 @pytest.fixture(scope="session")
