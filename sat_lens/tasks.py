@@ -10,7 +10,9 @@ When not to use it: as a benchmark. The tasks serve to check a method where the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -200,12 +202,15 @@ def train_on(
     batch: int = 64,
     learning_rate: float = 5e-3,
     positions: bool | None = None,
+    around: Callable[[Any, float], contextlib.AbstractContextManager[Any]] | None = None,
     seed: int = 0,
 ) -> Any:
     """Train a small attention model on a task, in seconds, and return it as a TransformerBridge.
 
     ``positions`` says whether the model has position embeddings. By default only tasks that need no
     counting get them: with positions a model can solve a^n b^n by looking at the last letter a.
+    ``around(model, done)`` gives a block around each forward pass, where ``done`` is the share of
+    the steps that are done: ``lambda model, done: sl.saturate(model, scale=2 ** (8 * done))``, say.
 
     Raises:
         ArgumentError: A size is no whole number of at least 1, or ``n_heads`` does not divide
@@ -257,9 +262,10 @@ def train_on(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
         chosen = torch.randint(len(task.tokens), (batch,), generator=generator)
-        logits = model(task.tokens[chosen])[..., : task.n_answers]
+        with around(model, step / steps) if around else contextlib.nullcontext():
+            logits = model(task.tokens[chosen])[..., : task.n_answers]
         counted = task.counted[chosen]
         loss = torch.nn.functional.cross_entropy(logits[counted], task.answers[chosen][counted])
         optimizer.zero_grad()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sat_lens import figures
 from sat_lens._checks import shown
-from sat_lens.attention import Limit, RandomKey, Scale, Uniform
+from sat_lens.attention import Limit, RandomKey, Scale, StraightThrough, Uniform
 from sat_lens.data import Batch, Data, read_batch
 from sat_lens.errors import ArgumentError, NonFiniteError, UnsupportedModelError
 from sat_lens.intervention import TransformOfHeads, attach_transforms, edits_on
@@ -118,6 +118,7 @@ def temperature_gradient(
     heads: Heads = None,
     *,
     scale: ScaleLike = 1.0,
+    hard: Limit | None = None,
     per_prompt: bool = False,
     attention_mask: Tensor | None = None,
     tokenizer: Any = None,
@@ -136,6 +137,9 @@ def temperature_gradient(
         heads: Which heads; None is all.
         scale: The inverse temperatures at which the gradient is taken, in any form that
             :func:`sat_lens.saturate` takes; positive and finite.
+        hard: A limit that the chosen heads are in, forward. The gradient is then that of the
+            softmax at ``scale``, straight through the hard pattern (see
+            :class:`sat_lens.transforms.StraightThrough`).
         per_prompt: Whether to keep one gradient for each prompt, which needs a metric with
             ``.per_prompt``, as those of :mod:`sat_lens.metrics` have.
         attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
@@ -172,7 +176,7 @@ def temperature_gradient(
     with (
         torch.enable_grad(),
         _refusing_detached_runs(model, sites, scales),
-        _attached(model, sites, scales, log_c),
+        _attached(model, sites, scales, log_c, hard),
     ):
         logits = logits_of(batch.run(model))
         check_reads_no_padding(chosen_metric, logits, batch)
@@ -200,10 +204,12 @@ def _attached(
     sites: list[AttentionSite],
     heads: Mapping[str, Mapping[int, Any]],
     log_c: Mapping[str, Float[Tensor, "*batch head"]],
+    hard: Limit | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
-    groups: dict[str, TransformOfHeads] = {
-        path: [(list(heads[path]), Scale(each.exp()))] for path, each in log_c.items()
-    }
+    groups: dict[str, TransformOfHeads] = {}
+    for path, each in log_c.items():
+        c = each.exp()
+        groups[path] = [(list(heads[path]), StraightThrough(hard, c) if hard else Scale(c))]
     return attach_transforms(model, sites, groups)
 
 
@@ -258,7 +264,7 @@ def _refuse_hard_blocks(
             hard = [
                 site.label(head)
                 for heads, transform in edit.groups
-                if isinstance(transform, (Limit, RandomKey, Uniform))
+                if isinstance(transform, (Limit, RandomKey, StraightThrough, Uniform))
                 for head in heads
                 if head in scales[site.path]
             ]
@@ -266,7 +272,8 @@ def _refuse_hard_blocks(
                 raise UnsupportedModelError(
                     f"A block around this call has made the pattern of {', '.join(hard[:8])} hard, "
                     "and a hard pattern passes no gradient of the scores. Leave these heads out, "
-                    "or call it outside of the block."
+                    "or call it outside of the block, with hard=Limit() for the straight-through "
+                    "gradient."
                 )
 
 

@@ -114,6 +114,13 @@ def test_annealing_is_what_makes_hard_attention_do_better(monkeypatch):
 
 
 @pytest.mark.slow
+def test_train_hard():
+    found, _ = shown("train_hard.py")
+    # Without a gradient through the patterns, queries and keys do not learn; with it they do.
+    assert found["straight_through_saturated"] < found["plain_saturated"] - 0.1
+
+
+@pytest.mark.slow
 def test_patch_with_transformer_lens():
     found, _ = shown("patch_with_transformer_lens.py")
     assert found["noising_apart"] < 1e-4

@@ -21,7 +21,14 @@ from sat_lens.attention.fused import (
     without_autocast,
 )
 from sat_lens.attention.masks import mask_threshold
-from sat_lens.attention.transforms import Limit, RandomKey, Scale, Transform, Uniform
+from sat_lens.attention.transforms import (
+    Limit,
+    RandomKey,
+    Scale,
+    StraightThrough,
+    Transform,
+    Uniform,
+)
 
 __all__ = [
     "AttentionCall",
@@ -29,6 +36,7 @@ __all__ = [
     "RandomKey",
     "RowDistances",
     "Scale",
+    "StraightThrough",
     "Transform",
     "Uniform",
     "distances_to_saturated",

@@ -156,6 +156,56 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
+class StraightThrough:
+    """A hard pattern forward, with the gradient of a soft one backward.
+
+    The pattern, and every number that follows from it, is that of ``hard``. Its gradient is that of
+    ``softmax(surrogate_scale * scores)``, so that a network can be trained while it is hard
+    (Bengio, Leonard and Courville 2013, arXiv 1308.3432, section 3). Only an intervention that
+    reaches the softmax itself can do so: :func:`sat_lens.saturate` with
+    ``gradient="straight-through"``, or :func:`sat_lens.replace_attention`. Called as a function of
+    scores it is ``hard``.
+
+    ``surrogate_scale`` may be a tensor, as in :class:`Scale`, and then has a gradient too.
+
+    Raises:
+        ArgumentError: ``surrogate_scale`` is no positive finite number.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.attention import StraightThrough
+        >>> StraightThrough()(torch.tensor([2.0, 2.0, 1.0])).softmax(-1)
+        tensor([0.5000, 0.5000, 0.0000])
+    """
+
+    hard: Transform = dataclasses.field(default_factory=Limit)
+    surrogate_scale: float | Float[Tensor, "*batch head"] = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.surrogate_scale, Tensor):
+            check_scale_tensor(self.surrogate_scale)
+        elif not is_number(self.surrogate_scale) or not 0 < self.surrogate_scale < math.inf:
+            raise ArgumentError(
+                "surrogate_scale, the inverse temperature whose gradient is taken, must be a "
+                f"finite number above 0; found {shown(self.surrogate_scale)}."
+            )
+
+    def at(self, site: str, heads: tuple[int, ...] = ()) -> StraightThrough:
+        """Return the same with ``hard`` bound to one attention module, if it draws at random."""
+        bind = getattr(self.hard, "at", None)
+        return dataclasses.replace(self, hard=bind(site, heads)) if callable(bind) else self
+
+    @property
+    def surrogate(self) -> Scale:
+        """The transform of whose softmax the gradient is."""
+        return Scale(self.surrogate_scale)
+
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        """Return what ``hard`` makes of the scores, without a gradient."""
+        return self.hard(scores.detach())
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomKey:
     """Attend to one visible key, drawn anew for every head, query and attention module.
 

@@ -120,6 +120,7 @@ class _AttachedEdit(Uncopied, threading.local):
         self.calls = 0
         self.calls_before_layer = 0
         self.untouched: dict[str, Tensor] = {}
+        self.surrogate: NewScores | None = None
 
     @contextlib.contextmanager
     def one_call(self) -> Iterator[None]:
@@ -145,7 +146,8 @@ class _AttachedEdit(Uncopied, threading.local):
         for prepare in self.before_call:
             prepare()
         if self.site.level == "scores":
-            yield
+            with self._adding_surrogate():
+                yield
         else:
             # At the level `kernel` too, a block inside this one may have made attention eager.
             fused = self.at_kernel if self.site.level == "kernel" else None
@@ -164,9 +166,11 @@ class _AttachedEdit(Uncopied, threading.local):
         if self.only_looks and in_backward():
             return None
         self.applied += 1
-        if isinstance(self.edit, TransformEdit) and self._is_first_to_see(point, scores):
-            self.edit.overwrite(scores)
-            return None
+        if isinstance(self.edit, TransformEdit):
+            self.surrogate = self.edit.surrogate(scores)
+            if self.surrogate is None and self._is_first_to_see(point, scores):
+                self.edit.overwrite(scores)
+                return None
         new = self._new(scores)
         return None if new is None else put_back(scores, new)
 
@@ -184,6 +188,36 @@ class _AttachedEdit(Uncopied, threading.local):
                     stacklevel=2,
                 )
         return new
+
+    @contextlib.contextmanager
+    def _adding_surrogate(self) -> Iterator[None]:
+        """At the level ``scores``, where a hook sees the scores only: reach the pattern as well."""
+        if not (isinstance(self.edit, TransformEdit) and self.edit.is_straight_through):
+            yield
+            return
+        self.surrogate = None
+        with Interception(softmax=self._soften):
+            yield
+        if self.surrogate is not None:
+            raise NotReachedError(
+                f"The scores of {self.site.path} were reached and its softmax was not, so that the "
+                'gradient="straight-through" has no pattern to go through. Call '
+                "sat_lens.attention_sites(model, *your_inputs) to look at it again."
+            )
+
+    def _soften(self, received: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
+        pattern, surrogate = softmax(received), self.surrogate
+        if surrogate is None:
+            return pattern
+        self.surrogate = None
+        return self._with_gradient(pattern, surrogate)
+
+    def _with_gradient(self, pattern: Tensor, surrogate: NewScores) -> Tensor:
+        """Add zeros that carry a gradient to the chosen heads of a pattern."""
+        rows = as_heads(pattern, self.site.layout, self.site.n_heads)
+        index = torch.tensor(surrogate.heads, device=rows.device)
+        new = rows.index_add(1, index, surrogate.scores.to(rows.dtype))
+        return from_heads(new, self.site.layout, like=pattern)
 
     def _is_first_to_see(self, point: nn.Module, scores: Tensor) -> bool:
         """Whether no cache, hook or gradient can need the scores as they are.
@@ -214,7 +248,9 @@ class _AttachedEdit(Uncopied, threading.local):
             return softmax(received)
         wide = torch.promote_types(scores.dtype, torch.float32)
         changed = put(scores.to(wide), new.heads, new.scores.to(wide))
-        return softmax(from_heads(changed, self.site.layout, like=received))
+        pattern = softmax(from_heads(changed, self.site.layout, like=received))
+        surrogate = self.edit.surrogate(scores) if isinstance(self.edit, TransformEdit) else None
+        return pattern if surrogate is None else self._with_gradient(pattern, surrogate)
 
     def at_kernel(self, call: AttentionCall) -> Tensor:
         """Edit at the level ``kernel``: the kernel gets the inverse temperature of each head."""
@@ -227,7 +263,13 @@ class _AttachedEdit(Uncopied, threading.local):
         now = (call.query.device, call.query.dtype)
         if now != self.site.runs_in:
             self._check_kernel(self.edit, now)
-        return rescaled_attention(call, self.edit.factors(self.site.n_heads))
+        out = rescaled_attention(call, self.edit.factors(self.site.n_heads))
+        scale = self.edit.surrogate_factors(self.site.n_heads)
+        if scale is None or not torch.is_grad_enabled():
+            return out
+        # The values' gradient is that of the hard pattern, so the soft one gets them without.
+        soft = rescaled_attention(dataclasses.replace(call, value=call.value.detach()), scale)
+        return out + (soft - soft.detach()) if soft.requires_grad else out
 
     def _check_kernel(self, edit: TransformEdit, now: tuple[torch.device, torch.dtype]) -> None:
         why = edit.why_not_fused(dataclasses.replace(self.site, runs_in=now))

@@ -19,6 +19,7 @@ from sat_lens.attention import (
     AttentionCall,
     Limit,
     Scale,
+    StraightThrough,
     Transform,
     Uniform,
     limit_is_exact,
@@ -108,6 +109,38 @@ class TransformEdit:
             if new is not scores:
                 scores.index_copy_(1, torch.tensor(heads, device=scores.device), new)
 
+    @property
+    def is_straight_through(self) -> bool:
+        """Whether a head is hard and takes the gradient of a soft pattern."""
+        return any(isinstance(transform, StraightThrough) for _, transform in self.groups)
+
+    def surrogate(self, scores: Float[Tensor, "batch head query key"]) -> NewScores | None:
+        """Return what to add to the pattern: zeros that carry the gradient of a soft pattern.
+
+        None where no transform is straight-through, or nothing has a gradient.
+        """
+        groups = [(h, new) for h, new in self.groups if isinstance(new, StraightThrough)]
+        if not groups or not torch.is_grad_enabled():
+            return None
+        parts = [_soft_pattern(scores, heads, new.surrogate) for heads, new in groups]
+        soft = torch.cat(parts, 1)
+        if not soft.requires_grad:
+            return None
+        return NewScores([head for heads, _ in groups for head in heads], soft - soft.detach())
+
+    def surrogate_factors(self, n_heads: int) -> Float[Tensor, "*batch head"] | None:
+        """Return the inverse temperature whose gradient each head takes; None where none does.
+
+        A head that takes its own gets 0, at which scores have no gradient.
+        """
+        groups: TransformOfHeads = [
+            (heads, new.surrogate) for heads, new in self.groups if isinstance(new, StraightThrough)
+        ]
+        if not groups:
+            return None
+        others = sorted(set(range(n_heads)) - {head for heads, _ in groups for head in heads})
+        return TransformEdit([*groups, (others, Uniform())]).factors(n_heads)
+
     def factors(self, n_heads: int) -> Float[Tensor, "*batch head"]:
         """Return the inverse temperature of each head; NaN where a transform is more than that."""
         c = torch.ones(n_heads, dtype=torch.float32)
@@ -176,6 +209,8 @@ class Observation:
 
 
 def _inverse_temperature(transform: Transform) -> float | Tensor:
+    if isinstance(transform, StraightThrough):
+        return _inverse_temperature(transform.hard)
     if type(transform) is Scale:
         return transform.c if transform.limit is None else _inverse_temperature(transform.limit)
     if type(transform) is Uniform:
@@ -183,9 +218,21 @@ def _inverse_temperature(transform: Transform) -> float | Tensor:
     return math.inf if transform == Limit() else math.nan
 
 
+def _soft_pattern(scores: Tensor, heads: list[int], scale: Scale) -> Tensor:
+    new = _transformed(scores, heads, scale)
+    empty = (new == -math.inf).all(-1, keepdim=True)
+    # Not by softmax, which an edit of this or another block intercepts.
+    rows = new.masked_fill(empty, 0.0).log_softmax(-1).exp()
+    return rows.masked_fill(empty, 0.0)
+
+
 def _transformed(
     scores: Tensor, heads: list[int], transform: Transform, *, overwrite: bool = False
 ) -> Tensor:
+    if isinstance(transform, StraightThrough):
+        transform = transform.hard
+        # An alias where there is no gradient would not do for what overwrites its argument.
+        scores = scores.detach() if scores.requires_grad else scores
     if len(heads) == scores.shape[1]:
         return transform_scores(scores, transform, all_heads=scores, overwrite=overwrite)
     return transform_scores(scores[:, heads], transform, all_heads=scores, overwrite=True)

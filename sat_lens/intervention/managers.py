@@ -7,14 +7,21 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sat_lens._checks import check_evaluation_mode, require_lens_model
-from sat_lens.attention import AttentionCall, Scale, Transform
+from sat_lens._checks import check_choice, check_evaluation_mode, require_lens_model
+from sat_lens.attention import (
+    AttentionCall,
+    Limit,
+    Scale,
+    StraightThrough,
+    Transform,
+    Uniform,
+)
 from sat_lens.attention.transforms import Ties, check_ties
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.intervention.attach import BlockState, attach_edits, refusing_attention_not_probed
@@ -90,7 +97,13 @@ def _managed(
 
 @_managed
 def saturate(
-    model: Any, heads: Heads = None, scale: ScaleLike = math.inf, ties: Ties = "exact"
+    model: Any,
+    heads: Heads = None,
+    scale: ScaleLike = math.inf,
+    ties: Ties = "exact",
+    *,
+    gradient: Literal["straight-through"] | None = None,
+    surrogate_scale: float = 1.0,
 ) -> Iterator[Any]:
     """Multiply the QK logits of chosen heads by an inverse temperature while the block lasts.
 
@@ -112,6 +125,10 @@ def saturate(
         ties: Which keys share a row in the limit: ``"exact"``, a number d >= 0 (keys within d of
             the maximum), or ``"nearest"`` (the saturated row nearest to the soft row). Others than
             exact ones need a head whose scale is infinite.
+        gradient: None leaves heads in a limit without a gradient of their scores, which is what
+            they have. ``"straight-through"`` gives them that of the softmax, so that a model can be
+            trained while it is hard; no number of the forward pass changes.
+        surrogate_scale: The inverse temperature of that softmax.
 
     Yields:
         The model.
@@ -119,7 +136,8 @@ def saturate(
     Raises:
         HeadSelectionError: A head does not exist, or none is selected.
         ArgumentError: A scale is negative or NaN, or ``ties`` is unknown, or there is no limit that
-            it could apply to.
+            it, or a
+            straight-through gradient, could apply to.
         UnsupportedModelError: A chosen head's attention cannot be reached.
         NotReachedError: In the block: a layer ran and its chosen heads were not changed.
 
@@ -138,6 +156,9 @@ def saturate(
     transforms = {path: _by_scale(chosen, ties) for path, chosen in scales.items()}
     if isinstance(scale, Tensor) and scale.requires_grad:
         transforms = _with_gradients(sites, scales, scale)
+    if gradient is not None:
+        check_choice("gradient", gradient, ("straight-through",))
+        transforms = _straight_through(transforms, surrogate_scale)
     with attach_transforms(model, sites, transforms) as block:
         yield model
         _warn_if_nothing_ran(block, "saturate")
@@ -331,6 +352,25 @@ def _by_scale(scale_of_head: Mapping[int, float], ties: Ties) -> TransformOfHead
     for head, c in scale_of_head.items():
         heads_of.setdefault(c, []).append(head)
     return [(heads, transform_for(c, ties)) for c, heads in heads_of.items()]
+
+
+def _straight_through(
+    transforms: Mapping[str, TransformOfHeads], surrogate_scale: float
+) -> dict[str, TransformOfHeads]:
+    hard = (Limit, Uniform)
+    if not any(isinstance(new, hard) for groups in transforms.values() for _, new in groups):
+        raise ArgumentError(
+            'gradient="straight-through" is for heads in a limit, and every scale is finite and '
+            "above 0, where patterns have gradients of their own. Leave it out, or use "
+            "scale=math.inf."
+        )
+    return {
+        path: [
+            (heads, StraightThrough(new, surrogate_scale) if isinstance(new, hard) else new)
+            for heads, new in groups
+        ]
+        for path, groups in transforms.items()
+    }
 
 
 def _with_gradients(

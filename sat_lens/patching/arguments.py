@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+from torch import Tensor
+
 from sat_lens._checks import check_share, is_integer
 from sat_lens.attention import Limit, Scale, Transform
 from sat_lens.data import Batch
@@ -68,7 +70,9 @@ def provenance_of(model: Any, transform: Transform) -> Provenance:
     """Return which model was put through which transform."""
     if isinstance(transform, Limit):
         return Provenance(model_name(model), scale="inf", ties=str(transform.ties))
-    scale = f"{transform.c:g}" if isinstance(transform, Scale) else name_of(transform)
+    scale = name_of(transform)
+    if isinstance(transform, Scale) and not isinstance(transform.c, Tensor):
+        scale = f"{transform.c:g}"
     return Provenance(model_name(model), scale=scale)
 
 
