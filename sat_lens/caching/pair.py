@@ -117,8 +117,8 @@ def mean_cosine(
         return cosines.mean()
     if cosines.shape[: mask.dim()] != mask.shape:
         raise ArgumentError(
-            f"An activation with positions {list(cosines.shape[:2])} cannot be freed of padding by "
-            f"a mask of {list(mask.shape)}. Give inputs of equal length."
+            f"The padding mask has shape {list(mask.shape)}, and the activation has prompts and "
+            f"positions {list(cosines.shape[:2])}. Give inputs of equal length."
         )
     return cosines[mask.cpu()].mean()
 
@@ -126,7 +126,7 @@ def mean_cosine(
 def normalised_similarity(
     cos_changed: Float[Tensor, "*any"], cos_random: Float[Tensor, "*#any"]
 ) -> Float[Tensor, "*any"]:
-    """Return S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN where there is no room.
+    """Return S: 0 at the cosine of a random key, 1 at a cosine of 1; NaN if the former is over .99.
 
     Example:
         >>> import torch
@@ -134,9 +134,9 @@ def normalised_similarity(
         >>> float(normalised_similarity(torch.tensor(0.75), torch.tensor(0.5)))
         0.5
     """
-    room = 1 - cos_random
-    s = (cos_changed - cos_random) / room
-    return s.masked_fill(room < LEAST_DENOMINATOR, math.nan)
+    denominator = 1 - cos_random
+    s = (cos_changed - cos_random) / denominator
+    return s.masked_fill(denominator < LEAST_DENOMINATOR, math.nan)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,8 +205,8 @@ class SaturationPair:
             )
         if self._sliced and activation != "logits":
             raise ArgumentError(
-                "The caches were cut with pos_slice, so that positions can no longer be told. Run "
-                "run_with_saturation_cache without it."
+                "The caches were cut with pos_slice, so it is not known which positions they hold. "
+                "Call run_with_saturation_cache without it."
             )
         names = ["logits"] if activation == "logits" else _names_of(self.soft.cache, activation)
         key = (seed, activation)

@@ -159,25 +159,11 @@ def sweep_heads(
     n_draws = controls if baseline == "random" else 0
 
     # 1. Read what is swept over.
+    reading: dict[str, Any] = {"attention_mask": attention_mask, "tokenizer": tokenizer}
     experiment, items, batch = Experiment.of(
-        "sweep_heads",
-        model,
-        inputs,
-        metric,
-        heads,
-        per_prompt=reduce is None,
-        attention_mask=attention_mask,
-        tokenizer=tokenizer,
+        "sweep_heads", model, inputs, metric, heads, per_prompt=reduce is None, **reading
     )
-    other = None
-    if corrupted is not None:
-        other = read_batch(
-            model,
-            corrupted,
-            "corrupted",
-            attention_mask=attention_mask,
-            tokenizer=tokenizer,
-        )
+    other = None if corrupted is None else read_batch(model, corrupted, "corrupted", **reading)
     if other is not None:
         check_same_shape(batch, other)
 
@@ -221,12 +207,12 @@ def sweep_heads(
 
     # 5. Lay them out.
     draws = [table.values for table in tables[1 : 1 + n_draws]]
+    labels = [item.label for item in items]
+    at = range(shape[1]) if positions == "each" else positions
     return HeadSweep(
         provenance=provenance_of(model, new),
         arguments={
-            "heads": {item.label: list(item.heads) for item in items}
-            if items[0].is_group
-            else [item.label for item in items],
+            "heads": {i.label: [*i.heads] for i in items} if items[0].is_group else labels,
             "direction": direction,
             "source": source,
             "component": component,
@@ -244,7 +230,7 @@ def sweep_heads(
         corrupted=None if other is None else {"input": other.inputs, **other.kwargs},
         items=tuple(items),
         shapes=experiment.shapes,
-        positions=tuple(range(shape[1]) if positions == "each" else positions or ()) or None,
+        positions=None if at is None else tuple(at),
         soft=soft.value,
         saturated=saturated.value,
         item_values=tables[0].values,
