@@ -33,7 +33,8 @@ def enforce(function: Callable[..., Any]) -> Callable[..., Any]:
     make the same checks again and again took a third of the time of some tests.
     """
     name = function.__module__, function.__qualname__
-    signature = (*name, function.__code__, *function.__annotations__.items())
+    # As text, for the arguments of a ParamSpec have no hash.
+    signature = (*name, function.__code__, str(function.__annotations__))
     if signature not in _known:
         _known[signature] = _CHECKED(function)
     return _known[signature]
