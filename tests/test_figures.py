@@ -323,3 +323,18 @@ def test_scales_stand_in_order_with_the_ends_apart():
 def test_what_cannot_be_drawn_is_refused(draw, found):
     with pytest.raises(ArgumentError, match=found):
         draw()
+
+
+def test_any_column_of_numbers_can_be_drawn():
+    frame = frame_of(4, 4)
+    frame["induction"] = [i / 16 for i in range(15)] + [math.nan]
+    frame["damage"] = [-0.5] + [2.0] * 15
+    for column, ticks in (("induction", ["0", "1"]), ("damage", ["-2", "0", "2"])):
+        figure = figures.column_figure(frame, column, "t")
+        cells, bar = figure.axes
+        assert len(cells.patches) == 16
+        assert [text.get_text() for text in bar.get_xticklabels()] == ticks
+        assert bar.get_xlabel() == column
+    for bad in ("role", "none"):
+        with pytest.raises(ArgumentError, match=bad):
+            figures.column_figure(frame, bad, "t")

@@ -14,7 +14,7 @@ from sat_lens.attention import distances_to_saturated
 from sat_lens.attention.critical import N_BINS, critical_bins, scale_of_bin
 from sat_lens.errors import ArgumentError, DataError, FileFormatError
 from sat_lens.roles import HeadRoles, merge
-from sat_lens.roles.rule import Targets, Thresholds, lean, offset_name, role_of, target_of
+from sat_lens.roles.rule import Targets, Thresholds, lean, offset_name, role_of, targets_of
 from sat_lens.vocabulary import ROLES
 
 NUMBERS = ["tv_argmax", "tv_mean", "tv_nearest", "lean", "lean_se", "c_lo", "c_hi", "sink_mass"]
@@ -316,17 +316,27 @@ def test_thresholds_are_arguments():
 @pytest.mark.parametrize(
     ("leaning", "targets", "wanted"),
     [
-        (0.9, Targets({"first": 0.6, "previous": 0.6}, -1, 0.9, 0.9), "first"),
-        (0.9, Targets({"special": 0.6}, -1, 0.9, 0.0), "special"),
-        (0.9, Targets({"previous": 0.4}, -1, 0.6, 0.0), "previous"),
-        (0.5, Targets({"previous": 0.4}, -1, 0.6, 0.0), ""),
-        (0.9, Targets({"induction": 0.6}, -14, 0.9, 0.0), "induction"),
-        (0.9, Targets({"induction": 0.1}, -14, 0.9, 0.0), "offset -14"),
-        (0.1, Targets({"duplicate": 0.9}, 0, 0.9, 0.0), ""),
+        (0.9, Targets({"first": 0.6, "previous": 0.6}, -1, 0.9, 0.9), ("first", "previous")),
+        (0.9, Targets({"first": 0.4, "previous": 0.1}, -1, 0.1, 0.6), ("first", "")),
+        (0.9, Targets({"special": 0.6}, -1, 0.9, 0.0), ("special", "previous")),
+        (0.9, Targets({"previous": 0.4}, -1, 0.6, 0.0), ("previous", "")),
+        (0.5, Targets({"previous": 0.4}, -1, 0.6, 0.0), ("", "")),
+        (0.9, Targets({"induction": 0.6}, -14, 0.9, 0.0), ("induction", "offset -14")),
+        (0.9, Targets({"induction": 0.1}, -14, 0.9, 0.0), ("offset -14", "")),
+        # Half of the rows that have such a key, and of all rows half on the first token.
+        (0.7, Targets({"induction": 0.8, "first": 0.6}, -9, 0.1, 0.6), ("induction", "first")),
+        # A token and an earlier one of its kind; on such rows as well it has more.
+        (
+            0.9,
+            Targets({"duplicate": 0.6, "previous": 0.9}, -1, 0.9, 0.0),
+            ("previous", "duplicate"),
+        ),
+        (0.1, Targets({"duplicate": 0.9}, 0, 0.9, 0.0), ("", "")),
+        (0.1, Targets({"first": 0.6, "duplicate": 0.9}, 0, 0.9, 0.0), ("first", "")),
     ],
 )
 def test_targets(leaning, targets, wanted):
-    assert target_of(leaning, targets) == wanted
+    assert targets_of(leaning, targets) == wanted
 
 
 def test_offsets_are_named_by_key_minus_query():

@@ -32,9 +32,13 @@ def frame_of(model, data, **kwargs):
 def test_a_head_without_a_counted_row_has_no_role_and_no_numbers():
     site = AttentionSite("blocks.0.attn", "", 0, "self", 1, "scores")
     row = head_row(site, 0, Sums.empty(1), Thresholds())
-    named = {"label", "stack", "layer", "head", "role", "target", "saturated", "sink", "n_rows"}
-    assert (row["role"], row["target"], row["saturated"], row["n_rows"]) == ("", "", False, 0)
-    assert all(math.isnan(value) for name, value in row.items() if name not in named)
+    named = {"label", "stack", "layer", "head", "n_rows"}
+    words = {"role": "", "target": "", "second_target": "", "role_no_sink": ""}
+    flags = dict.fromkeys(("saturable_exact", "saturable_nearest", "sink"), False)
+    assert row["n_rows"] == 0
+    assert {name: row[name] for name in words | flags} == words | flags
+    left = row.keys() - named - words.keys() - flags.keys()
+    assert all(math.isnan(row[name]) for name in left)
     assert DESCRIPTIONS[role_of(math.nan, math.nan, math.nan, math.nan)] == "no row counted"
     assert math.isnan(lean(math.nan, math.nan))
 
@@ -48,7 +52,7 @@ def test_a_stack_without_a_counted_row_stays_without_a_role_everywhere(tmp_path)
     frame = roles.frame()
     assert set(frame.loc[frame["stack"] != "decoder", "role"]) == {""}
     assert set(frame.loc[frame["stack"] == "decoder", "role"]) <= set(DESCRIPTIONS) - {""}
-    assert not frame.loc["encoder.L0H0", "saturated"]
+    assert not frame.loc["encoder.L0H0", ["saturable_exact", "saturable_nearest"]].any()
     assert not roles.compare(roles)["changed"].any()
     roles.plot()
     roles.save(tmp_path / "roles.st")

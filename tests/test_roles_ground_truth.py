@@ -47,7 +47,7 @@ def test_role_and_target_of_a_known_head(frame, place):
     if m is not None:
         assert row["median_m"] == m
         assert row["tv_nearest"] == pytest.approx(0, abs=1e-6)
-    assert row["saturated"]
+    assert row["saturable_nearest"]
 
 
 def test_numbers_of_known_heads_follow_from_counting(frame):

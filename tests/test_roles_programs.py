@@ -128,7 +128,7 @@ def test_roles_and_numbers_follow_from_the_selected_keys(case):
                 for column, value in numbers.items():
                     wanted.setdefault(column, []).append(value)
         assert row["n_rows"] == len(wanted["tv_mean"])
-        assert row["saturated"]
+        assert row["saturable_nearest"]
         for column, values in wanted.items():
             assert row[column] == pytest.approx(sum(values) / len(values), abs=1e-6), column
 

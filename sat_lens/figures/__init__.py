@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sat_lens.figures.drawing import (
+        column_figure,
         figure_bytes,
         growth_figure,
         headline,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "column_figure",
     "figure_bytes",
     "growth_figure",
     "headline",

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from pandas.api.types import is_numeric_dtype
 from torch import Tensor
 
 from sat_lens.errors import ArgumentError
@@ -602,19 +603,73 @@ def sweep_figure(
                 _cell(axes, column, row, _diverging(value / limit))
             else:
                 _cell(axes, column, row, PAPER, hatch="////")
-    scale = ScalarMappable(Normalize(-limit, limit), ListedColormap(
-        [_diverging(step / 16) for step in range(-16, 17)]))  # fmt: skip
-    bar = figure.colorbar(
-        scale, ax=axes, location="bottom", shrink=0.55, aspect=28, anchor=(0.0, 1.0), panchor=False
-    )
-    bar.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    bar = _color_bar(figure, [axes], -limit, limit)
     if reference is not None and math.isfinite(reference):
         bar.ax.axvline(min(max(reference, -limit), limit), color=INK, lw=1.2)
-    bar.ax.tick_params(length=2, labelsize=7.5, colors=QUIET)
-    bar.outline.set_visible(False)
     note = "" if reference is None else "; the line is the random control"
     bar.set_label(visible(f"{label}{note}"), size=8, color=INK)
     return figure
+
+
+@_plain_words
+def column_figure(frame: pd.DataFrame, column: str, title: str | None) -> Figure:
+    """Draw one number of every head: from 0 to 1 where it is a share, else up to the largest.
+
+    Args:
+        frame: A row a head, with the columns ``layer`` and ``head``, ``stack`` where there are
+            several, and ``column``.
+        column: What is drawn. Negative numbers are blue; what is not finite is hatched.
+        title: What was measured on what; None draws no title.
+
+    Raises:
+        ArgumentError: The table is empty or lacks a column, or the column holds no finite number.
+
+    Example:
+        >>> import pandas as pd
+        >>> from sat_lens.figures import column_figure
+        >>> frame = pd.DataFrame({"layer": [0, 0], "head": [0, 1], "lean": [0.2, 0.9]})
+        >>> column_figure(frame, "lean", "two heads").get_axes()[0].get_ylabel()
+        'layer'
+    """
+    _check_table(frame, ("layer", "head", column))
+    if (
+        not is_numeric_dtype(frame[column])
+        or not (numbers := frame[column].astype(float)).map(math.isfinite).any()
+    ):
+        raise ArgumentError(f"Needed a column of numbers; {column!r} holds no finite one.")
+    numbers = numbers[numbers.map(math.isfinite)]
+    low, high = min(float(numbers.min()), 0.0), float(numbers.max())
+    limit = 1.0 if low == 0 and high <= 1 else max(high, -low)
+    stacks = head_stacks(frame)
+    layers = [sorted(map(int, part["layer"].unique())) for _, part in stacks]
+    grids = [
+        (stack, rows, int(part["head"].max()) + 1)
+        for rows, (stack, part) in zip(layers, stacks, strict=True)
+    ]
+    figure, drawn, _ = _head_grids(grids, title, below=0.6)
+    for axes, rows, (_, part) in zip(drawn, layers, stacks, strict=True):
+        for record in records_of(part):
+            at, value = (record["head"], rows.index(record["layer"])), float(record[column])
+            finite = math.isfinite(value)
+            color = _diverging(value / limit) if finite else PAPER
+            _cell(axes, *at, color, hatch=None if finite else "////")
+    bar = _color_bar(figure, drawn, -limit if low < 0 else 0.0, limit)
+    bar.set_label(visible(column), size=8, color=INK)
+    return figure
+
+
+def _color_bar(figure: Figure, drawn: list[Axes], low: float, high: float) -> Any:
+    steps = range(-16 if low < 0 else 0, 17)
+    colors = ListedColormap([_diverging(step / 16) for step in steps])
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(low, high), colors), ax=drawn, location="bottom", shrink=0.55,
+        aspect=28, anchor=(0.0, 1.0), panchor=False,
+    )  # fmt: skip
+    ticks = sorted({low, 0.0, high})
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+    bar.ax.tick_params(length=2, labelsize=7.5, colors=QUIET)
+    bar.outline.set_visible(False)
+    return bar
 
 
 def _diverging(share: float) -> tuple[float, float, float, float]:

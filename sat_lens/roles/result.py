@@ -18,7 +18,7 @@ from sat_lens.attention.critical import N_BINS, scale_of_bin
 from sat_lens.errors import ArgumentError
 from sat_lens.results import Result, largest
 from sat_lens.roles.positions import ROWS_PER_SEQUENCE, Rows
-from sat_lens.roles.rule import IDEAL, Targets, Thresholds, lean, role_of, target_of
+from sat_lens.roles.rule import IDEAL, Targets, Thresholds, lean, role_of, targets_of
 from sat_lens.roles.sums import DAMAGES, M_BINS_PER_OCTAVE, OFFSET_BINS, Sums
 from sat_lens.sites import AttentionSite
 from sat_lens.vocabulary import CAUTION, DESCRIPTIONS, ROLES, TARGET_MARKS, counted
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # A change that arithmetic in float32 may make by itself.
 ROUNDING = 1e-5
+# Standard errors from which a number counts as different from zero.
+ERRORS = 2.0
 # What each mean is made of: the sum of a number over rows, and that of the rows themselves.
 _SUMS = {
     "tv_argmax": ("tv_argmax", "rows"),
@@ -85,49 +87,58 @@ class HeadRoles(Result, kind="head roles"):
         counted rows, weighted if a metric was given; "sampled" marks those over the sampled rows
         of each sequence. What could not be measured is NaN.
 
-        =============== ========================================================================
-        column          meaning and unit
-        =============== ========================================================================
-        stack           "" or the name of the stack
-        layer, head     block index and head index, from 0
-        role            the shape of the attention, see :mod:`sat_lens.roles.rule`; "" if no row was
-                        counted; in an untrained model ``mean`` throughout
-        target          where it looks: previous, self, next, offset k, first, special, induction,
-                        duplicate, or ""
-        saturated       whether tv_nearest is within the threshold
-        tv_argmax       mean total variation to the argmax row, in probability
-        tv_mean         mean total variation to the uniform row, in probability
-        tv_nearest      mean total variation to the nearest saturated row, in probability (sampled)
-        lean            tv_mean / (tv_argmax + tv_mean): 1 is argmax, 0 is uniform
-        lean_se         its standard error, from resampling sequences; NaN for one sequence
-        median_m        median number of keys of the nearest saturated row (sampled)
-        m_share         mean of that number over the number of visible keys (sampled)
-        n_eff_share     mean of effective keys over visible keys
-        sink_mass       mean probability on the first and the special tokens, where known
-        sink            whether that mass reaches the threshold
-        lean_no_sink    lean with those keys left out (sampled)
-        modal_offset    commonest place of the row's maximum among those at most 64 away: key minus
-                        query, in positions; NaN if all maxima lie farther away
-        modal_share     share of all rows with their maximum there
-        modal_mass      mean probability there (sampled)
-        previous, self, mean probability on the previous, the same and the next position and on the
-        next, first     first token that is no padding
-        special         mean probability on the special tokens
-        induction       mean probability on keys that follow an earlier occurrence of the query's
-                        token, over rows that have such a key
-        duplicate       mean probability on earlier occurrences of the query's token, likewise
-        c_lo            median greatest scale within .1 of uniform (16 of the sampled rows of each
-                        sequence); inf if every scale is
-        c_hi            median least scale within .1 of the limit (the same rows); 0 if every scale
-                        is
-        damage_argmax,  only if asked for: mean rise of the metric, in its unit, if the pattern is
-        damage_uniform, replaced by its argmax, by uniform, by its nearest saturated row, or the
-        damage_nearest, head's output by zero
+        ================= ========================================================================
+        column            meaning and unit
+        ================= ========================================================================
+        stack             "" or the name of the stack
+        layer, head       block index and head index, from 0
+        role              the shape of the attention, see :mod:`sat_lens.roles.rule`; "" if no row
+                          was counted; in an untrained model ``mean`` throughout
+        target            where it looks: previous, self, next, offset k, first, special, induction,
+                          duplicate, or ""
+        second_target     where else, on other rows or as much; or ""
+        saturable_exact   whether tv_argmax is small enough for exact saturation, and
+        saturable_nearest whether tv_nearest is for ties="nearest": in SmolLM2 all heads so marked
+                          can be saturated together for at most .1 nat (docs/real_models.md)
+        tv_argmax         mean total variation to the argmax row, in probability
+        tv_mean           mean total variation to the uniform row, in probability
+        tv_nearest        mean total variation to the nearest saturated row, likewise (sampled)
+        lean              tv_mean / (tv_argmax + tv_mean): 1 is argmax, 0 is uniform
+        lean_se           its standard error, from resampling sequences; NaN for one sequence
+        median_m          median number of keys of the nearest saturated row (sampled)
+        m_share           mean of that number over the number of visible keys (sampled)
+        n_eff_share       mean of effective keys over visible keys
+        sink_mass         mean probability on the first and the special tokens, where known
+        sink              whether that mass reaches the threshold
+        tv_argmax_no_sink tv_argmax with those keys left out (sampled)
+        tv_mean_no_sink   tv_mean, likewise
+        lean_no_sink      lean, likewise
+        role_no_sink      role, likewise, but never ``subset``
+        modal_offset      commonest place of the row's maximum among those at most 64 away: key
+                          minus query, in positions; NaN if all maxima lie farther away
+        modal_share       share of all rows with their maximum there
+        modal_mass        mean probability there (sampled)
+        previous, self,   mean probability on the previous, the same and the next position and on
+        next, first       the first token that is no padding
+        special           mean probability on the special tokens
+        induction         mean probability on keys that follow an earlier occurrence of the query's
+                          token, over rows that have such a key
+        duplicate         mean probability on earlier occurrences of the query's token, likewise
+        c_lo              median greatest scale within .1 of uniform (16 of the sampled rows of
+                          each sequence); inf if every scale is
+        c_hi              median least scale within .1 of the limit (the same rows); 0 if every
+                          scale is
+        damage_argmax,    only if asked for: mean rise of the metric, in its unit, if the pattern
+        damage_uniform,   is replaced by its argmax, by uniform, by its nearest saturated row, or
+        damage_nearest,   the head's output by zero
         damage_zero
-        relative_damage the damage of the role's own ideal pattern over damage_zero
-        agreement       share of sampled rows that have the head's own role
-        n_rows          number of counted rows
-        =============== ========================================================================
+        damage_zero_se    its standard error; a damage_zero within two of them is of a head that
+                          may not be needed at all
+        relative_damage   the damage of the role's own ideal pattern over damage_zero; NaN for a
+                          head that may not be needed
+        agreement         share of sampled rows that have the head's own role
+        n_rows            number of counted rows
+        ================= ========================================================================
 
         Distances between query and key (modal_offset, modal_share, modal_mass, previous, self,
         next, first, induction, duplicate) are NaN where rows and keys do not count the positions of
@@ -144,6 +155,8 @@ class HeadRoles(Result, kind="head roles"):
         if self.n_sequences < 2:
             # Resamples of one sequence are all alike; that is no certainty.
             table["lean_se"] = math.nan
+            if self.damage:
+                table[["damage_zero_se", "relative_damage"]] = math.nan
         return table
 
     @property
@@ -168,10 +181,21 @@ class HeadRoles(Result, kind="head roles"):
         for site in self.sites:
             self.sums[site.path].check(site.n_heads)
 
-    def plot(self, title: str | None = None) -> Figure:
-        """Draw the head-role map: layers down, heads across, one colour a role."""
+    def plot(self, title: str | None = None, column: str | None = None) -> Figure:
+        """Draw the head-role map, layers down and heads across: one colour a role.
+
+        Args:
+            title: What is written above; None names the model and the data.
+            column: Draw this column of :meth:`frame` in its place, such as ``"induction"``.
+
+        Raises:
+            ArgumentError: There is no such column, or it holds no numbers.
+        """
         whole = "" if self.complete else " (interrupted)"
-        return figures.role_figure(self.frame(), title or f"Head roles: {self.provenance}{whole}")
+        title = title or f"{column or 'Head roles'}: {self.provenance}{whole}"
+        if column is None:
+            return figures.role_figure(self.frame(), title)
+        return figures.column_figure(self.frame(), column, title)
 
     def compare(self, other: HeadRoles, *, errors: float = 2.0) -> pd.DataFrame:
         """Return which heads changed by more than the uncertainty.
@@ -260,6 +284,8 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
     leaning = lean(tv_argmax, tv_mean)
     masses = {name: of_head.mean(name) for name in TARGET_MARKS}
     offset, share = _mode(histograms["offsets"])
+    looks = Targets(masses, offset, share, of_head.mean("argmax_first"))
+    target, second_target = targets_of(leaning, looks, thresholds)
     sink_mass = of_head.mean("sink_mass")
     row = {
         "label": site.label(head),
@@ -267,10 +293,10 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "layer": site.layer,
         "head": head,
         "role": role,
-        "target": target_of(
-            leaning, Targets(masses, offset, share, of_head.mean("argmax_first")), thresholds
-        ),
-        "saturated": tv_nearest <= thresholds.near,
+        "target": target,
+        "second_target": second_target,
+        "saturable_exact": tv_argmax <= thresholds.saturable_exact,
+        "saturable_nearest": tv_nearest <= thresholds.saturable_nearest,
         "tv_argmax": tv_argmax,
         "tv_mean": tv_mean,
         "tv_nearest": tv_nearest,
@@ -281,7 +307,10 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
         "n_eff_share": of_head.mean("n_eff_share"),
         "sink_mass": sink_mass,
         "sink": sink_mass >= thresholds.sink,
+        "tv_argmax_no_sink": math.nan,
+        "tv_mean_no_sink": math.nan,
         "lean_no_sink": math.nan,
+        "role_no_sink": "",
         "modal_offset": offset,
         "modal_share": share,
         "modal_mass": _share_at_offset(histograms["offset_mass"], offset),
@@ -291,12 +320,20 @@ def head_row(site: AttentionSite, head: int, sums: Sums, thresholds: Thresholds)
     }
     # Without a sink that is known there is nothing to leave out.
     if of_head.counts("sink_rows"):
-        row["lean_no_sink"] = lean(*map(of_head.distance, ("tv_argmax_no_sink", "tv_mean_no_sink")))
+        to_argmax, to_mean = map(of_head.distance, ("tv_argmax_no_sink", "tv_mean_no_sink"))
+        row |= {"tv_argmax_no_sink": to_argmax, "tv_mean_no_sink": to_mean}
+        row["lean_no_sink"] = lean(to_argmax, to_mean)
+        # Which of the remaining keys form a subset is not measured.
+        row["role_no_sink"] = role_of(to_argmax, to_mean, math.inf, 1, thresholds)
     if of_head.counts("damage_sequences"):
         damage = {name: of_head.mean(f"damage_{name}") for name in DAMAGES}
         row |= {f"damage_{name}": value for name, value in damage.items()}
-        own = damage[IDEAL[role]] if role else math.nan
-        row["relative_damage"] = own / damage["zero"] if damage["zero"] else math.nan
+        zero_error = of_head.error("damage_zero")
+        row["damage_zero_se"] = zero_error
+        # A ratio to a number that may be zero means nothing.
+        needed = abs(damage["zero"]) > ERRORS * zero_error
+        own = damage[IDEAL[role]] if role and needed else math.nan
+        row["relative_damage"] = own / damage["zero"] if needed else math.nan
     row["agreement"] = _share_of(histograms["row_roles"], ROLES.index(role)) if role else math.nan
     row["n_rows"] = int(sums.counted[head])
     return row

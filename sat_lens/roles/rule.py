@@ -1,9 +1,11 @@
 """The rule that turns measured numbers into the name of a role.
 
-The thresholds were chosen on two models (a small language model and a sentence encoder) and are
-judgement, not law; they are arguments wherever a label is made. A label describes the shape of
-the attention and nothing else: an untrained model, whose attention is flat, labels every head
-``mean``, and a ``mean`` label alone is no evidence that a head counts.
+The thresholds of roles were chosen on two models (a small language model and a sentence encoder),
+those of ``saturable_exact`` and ``saturable_nearest`` on SmolLM2-135M, where all heads so marked
+can be saturated together for about .1 nat a token. They are judgement, not law, and arguments
+wherever a label is made. A label describes the shape of the attention and nothing else: an
+untrained model, whose attention is flat, labels every head ``mean``, and a ``mean`` label alone is
+no evidence that a head counts.
 
 When not to use it: to compare two heads that fall into the same role. Compare the numbers.
 """
@@ -40,6 +42,8 @@ class Thresholds:
     mean_lean: float = 0.45
     target: float = 0.50
     sink: float = 0.30
+    saturable_exact: float = 0.27
+    saturable_nearest: float = 0.24
 
     def __post_init__(self) -> None:
         """Check that every threshold is a number in [0, 1]."""
@@ -114,13 +118,18 @@ def roles_of(
     return role
 
 
-def target_of(leaning: float, targets: Targets, thresholds: Thresholds | None = None) -> str:
-    """Name where a head looks, or "" if nowhere in particular.
+def targets_of(
+    leaning: float, targets: Targets, thresholds: Thresholds | None = None
+) -> tuple[str, str]:
+    """Name where a head looks, and where else; "" for nowhere in particular.
 
-    Sinks (first and special tokens) come before offsets, because a sink is also at some offset;
-    induction comes before far offsets, which repeated text turns into the same. Where a row has its
-    maximum counts on the argmax side only: the maximum of a flat row means nothing. A head on the
-    mean side has a sink at most: among few kinds of tokens, much of a flat row falls on duplicates.
+    The masses on induction and duplicate keys are means over the rows that have such a key, all
+    others over all rows. A head that gives more to an induction key where there is one than to the
+    first token in general has the target induction, and the first token as its second. Else sinks
+    (first and special tokens) come before offsets, because a sink is also at some offset, and all
+    of them before far offsets, which repeated text turns into the same. Where a row has its maximum
+    counts on the argmax side only: the maximum of a flat row means nothing. A head on the mean side
+    has a sink at most: among few kinds of tokens, much of a flat row falls on duplicates.
 
     Args:
         leaning: The head's :func:`lean`.
@@ -128,26 +137,27 @@ def target_of(leaning: float, targets: Targets, thresholds: Thresholds | None = 
         thresholds: Where one role ends and the next begins.
 
     Example:
-        >>> from sat_lens.roles.rule import Targets, target_of
-        >>> looks = Targets({"first": 0.1, "previous": 0.7}, -1, 0.8, 0.1)
-        >>> target_of(0.9, looks), target_of(0.2, looks)
-        ('previous', '')
+        >>> from sat_lens.roles.rule import Targets, targets_of
+        >>> looks = Targets({"first": 0.6, "induction": 0.7}, -1, 0.3, 0.6)
+        >>> targets_of(0.9, looks), targets_of(0.2, looks)
+        (('induction', 'first'), ('first', ''))
     """
     t = thresholds or Thresholds()
     sharp, flat = leaning >= t.argmax_lean, leaning <= t.mean_lean
-    by_mass = {name for name, mass in targets.mass.items() if mass >= t.target}
-    has_mode = sharp and targets.modal_share >= t.target
-    modal = offset_name(int(targets.modal_offset)) if has_mode else ""
-    if "first" in by_mass or (sharp and targets.first_share >= t.target):
-        return "first"
-    if "special" in by_mass:
-        return "special"
-    if flat:
-        return ""
-    for name in ("previous", "self", "next", "induction", "duplicate"):
-        if name in by_mass or name == modal:
-            return name
-    return modal
+    found = {name: mass for name, mass in targets.mass.items() if mass >= t.target}
+    if sharp and targets.first_share >= t.target:
+        found.setdefault("first", targets.first_share)
+    if sharp and targets.modal_share >= t.target:
+        found.setdefault(offset_name(int(targets.modal_offset)), targets.modal_share)
+    places = ("first", "special") if flat else ("first", "special", "previous", "self", "next")
+    general = [name for name in places if name in found]
+    related = [] if flat else [name for name in ("induction", "duplicate") if name in found]
+    far = [] if flat else [name for name in found if name.startswith("offset")]
+    if related and (not general or found[related[0]] > found[general[0]]):
+        ordered = [*related, *general, *far]
+    else:
+        ordered = [*general, *related, *far]
+    return (*ordered, "", "")[0], (*ordered, "", "")[1]
 
 
 def offset_name(offset: int) -> str:

@@ -21,7 +21,7 @@ function choose(index, scroll) {
   byId("head-label").textContent = data.labels[index];
   byId("head-role").textContent = [role || data.descriptions[role], target].filter(Boolean).join(", ");
   byId("head-role").className = `chip ${roleClass(role)}`;
-  byId("head-words").textContent = words(role, target, head("saturated"));
+  byId("head-words").textContent = words(role, target, head("saturable_nearest"));
   showNumbers(head);
   showMasses(head);
   showPatterns(index, [role, target].filter(Boolean).join(" "));
@@ -31,12 +31,12 @@ function choose(index, scroll) {
   if (scroll) byId("head").scrollIntoView({ block: "start" });
 }
 
-function words(role, target, saturated) {
+function words(role, target, nearSaturated) {
   if (!role) return "No row of this head had enough keys to be counted, so it has no role.";
   const shape = data.descriptions[role] || "";
   const place = data.targets[target] || target;
   const looks = place ? `, looks at ${place}` : "";
-  const near = saturated ? "its rows are near to saturated ones" : "its rows are far from saturated ones";
+  const near = nearSaturated ? "its rows are near to saturated ones" : "its rows are far from saturated ones";
   const text = `${shape}${looks}; ${near}.`;
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
