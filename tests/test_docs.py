@@ -104,3 +104,10 @@ def test_a_pitfall_says_what_is_seen_why_and_what_to_do(page):
 def test_every_recipe_is_shown():
     shown = re.findall(r"literalinclude} \.\./hooks/(.*)\.py", (DOCS / "recipes.md").read_text())
     assert sorted(shown) == sorted(path.stem for path in (REPOSITORY / "hooks").glob("*.py"))
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("[!i]*.md")), ids=name_of)
+def test_a_page_of_docstrings_says_where_they_are_read(page):
+    text = page.read_text()
+    modules = re.findall(r"automodule:: (\S+)", text)
+    assert f"`python -m pydoc {modules[0]}`" in text.partition("```{eval-rst}")[0]
