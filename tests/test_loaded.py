@@ -222,3 +222,118 @@ def test_a_model_that_is_moved_to_half_precision_is_looked_at_again(dtype):
     model = llama()
     saturated(model)
     agree(model.to(dtype), llama().to(dtype))
+
+
+# Compiled models run uncompiled inside the block.
+
+
+def compiled_function(model: Any, backend: str) -> Any:
+    return torch.compile(model, backend=backend)
+
+
+def compiled_module(model: Any, backend: str) -> Any:
+    model.compile(backend=backend)
+    return model
+
+
+def compiled_layers(model: Any, backend: str) -> Any:
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    return model
+
+
+def compiled_attention(model: Any, backend: str) -> Any:
+    for layer in model.model.layers:
+        layer.self_attn = torch.compile(layer.self_attn, backend=backend)
+    return model
+
+
+COMPILED = [compiled_function, compiled_module, compiled_layers, compiled_attention]
+
+
+@pytest.fixture(autouse=True)
+def _compiler_stays_as_it_was():
+    yield
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("what", everyday(WHAT, "all"))
+@pytest.mark.parametrize("attention", everyday(["sdpa", "eager"], "eager"))
+@pytest.mark.parametrize("way", everyday(COMPILED, compiled_function))
+def test_compiled(way, attention, what):
+    check_compiled(way, "eager", attention, what)
+
+
+def check_compiled(way: Any, backend: str, attention: str, what: str) -> None:
+    oracle = llama(attention)
+    model = way(llama(attention), backend)
+    with torch.no_grad():
+        before = logits(model)
+    assert torch.equal(saturated(model, **WHAT[what]), saturated(oracle, **WHAT[what]))
+    with torch.no_grad():
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [compiled_function, compiled_module])
+def test_compiled_to_machine_code(way):
+    try:
+        torch.compile(lambda x: x.sin() + x, backend="inductor")(torch.ones(3))
+    except Exception as error:  # noqa: BLE001 - it needs a C++ compiler and Python's headers
+        pytest.skip(f"inductor does not work here: {type(error).__name__}")
+    check_compiled(way, "inductor", "eager", "all")
+
+
+def test_a_compiled_function_that_the_library_does_not_see():
+    model = llama("eager")
+    function = torch.compile(lambda tokens: logits(model, tokens), backend="eager")
+    with torch.no_grad():
+        function(TOKENS)
+        with sl.saturate(model):
+            found = function(TOKENS)
+    assert torch.equal(found, saturated(llama("eager")))
+
+
+def test_blocks_that_end_in_another_order_than_they_began():
+    one, two = llama(), llama()
+    first, second = sl.saturate(one), sl.saturate(two)
+    model = torch.compile(one, backend="eager")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    with torch.no_grad():
+        assert torch.allclose(logits(model), logits(two), atol=1e-5)
+
+
+def test_a_block_inside_of_a_compiled_function():
+    model = llama()
+
+    @torch.compile(backend="eager")
+    def function(tokens: Tensor) -> Tensor:
+        with sl.saturate(model):
+            return logits(model, tokens)
+
+    with pytest.raises(sl.SatLensError, match="inside a compiled function"):
+        function(TOKENS)
+
+
+@pytest.mark.slow
+def test_a_compiled_bridge():
+    config = transformers.LlamaConfig(**tiny.SIZE)
+    model, oracle = (tiny.bridge("LlamaForCausalLM", config) for _ in range(2))
+    model.compile(backend="eager")
+    logits(model)
+    agree(model, oracle)
+    hooked = [
+        of.run_with_hooks(TOKENS, fwd_hooks=sl.saturation_hooks(of, "L0H0"))
+        for of in (model, oracle)
+    ]
+    assert torch.equal(*hooked)
+    swept = [
+        sl.sweep_heads(of, TOKENS, lambda logits: logits[:, -1, 5].mean(), progress=False).values
+        for of in (model, oracle)
+    ]
+    assert torch.equal(*swept)

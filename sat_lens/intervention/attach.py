@@ -32,7 +32,13 @@ from sat_lens.intervention.edits import (
 )
 from sat_lens.sites import AttentionSite
 from sat_lens.sites.discovery import parts_not_probed
-from sat_lens.sites.interception import Interception, Uncopied, surrounding, wrap_forward
+from sat_lens.sites.interception import (
+    Interception,
+    Uncopied,
+    surrounding,
+    uncompiled,
+    wrap_forward,
+)
 from sat_lens.sites.recomputation import check_recomputation, held_again, in_backward
 from sat_lens.sites.site import as_heads, from_heads
 
@@ -56,7 +62,7 @@ def attach_edits(
             hook of somebody else made an edit that the model throws away.
     """
     block = BlockState()
-    with contextlib.ExitStack() as stack:
+    with uncompiled(), contextlib.ExitStack() as stack:
         for site in sites:
             if site.path in edits:
                 stack.enter_context(_attached(model, site, edits[site.path], block))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sat_lens.attention import AttentionCall
-from sat_lens.errors import SatLensError
+from sat_lens.errors import SatLensError, UnsupportedModelError
 
 # (the tensor that softmax received, the call itself) -> the pattern to use in its place
 OnSoftmax = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -178,3 +180,39 @@ def _remove_ended(module: nn.Module) -> None:
         module.__dict__.pop("forward", None)
     else:
         module.__dict__["forward"] = outermost
+
+
+# What torch.compile compiled calls neither a function mode nor a wrapped forward.
+
+_compiler_lock = threading.Lock()
+_uncompiled: list[Any] = []  # how the compiler was set before, and an entry for each block since
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run all that torch.compile compiled as it was before, while the block lasts.
+
+    Raises:
+        UnsupportedModelError: The block itself is in a compiled function.
+    """
+    if "torch._dynamo" not in sys.modules:
+        # Nothing is compiled, and to import the compiler takes seconds.
+        yield
+        return
+    try:
+        with _compiler_lock:
+            # Blocks need not end in the order in which they began.
+            _uncompiled.append(None if _uncompiled else torch.compiler.set_stance("force_eager"))
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            "Attention is changed or observed inside a compiled function, where it cannot be "
+            "reached. Put the block around the call of what is compiled, which runs uncompiled "
+            "there, or mark the function with @torch.compiler.disable."
+        ) from error
+    try:
+        yield
+    finally:
+        with _compiler_lock:
+            if len(_uncompiled) == 1:
+                _uncompiled[0].__exit__(None, None, None)
+            _uncompiled.pop()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sat_lens.attention import AttentionCall
 from sat_lens.errors import UnsupportedModelError
 from sat_lens.models import device_of
-from sat_lens.sites.interception import Interception
+from sat_lens.sites.interception import Interception, uncompiled
 from sat_lens.sites.site import (
     AttentionSite,
     Kind,
@@ -58,6 +58,7 @@ def probe(
     used = {device_of(model), *(p.device for p in model.parameters())}
     devices = [device for device in used if device.type == "cuda"]
     with (
+        uncompiled(),
         torch.no_grad(),
         torch.random.fork_rng(devices=devices),
         _without_hooks(model),
