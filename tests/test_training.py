@@ -16,8 +16,7 @@ from torch import nn
 
 from sat_lens.errors import ArgumentError, DataError, FileFormatError, UnsupportedModelError
 from sat_lens.norms.measures import lens_model, shares_memory
-from sat_lens.training import SaturationTracker, read_training_log
-from sat_lens.training.tracker import is_due
+from sat_lens.training import SaturationTracker, is_due, read_training_log
 
 LLAMA = ("LlamaForCausalLM", "LlamaConfig", tiny.SIZE | {"attention_dropout": 0.1})
 NEOX = ("GPTNeoXForCausalLM", "GPTNeoXConfig", tiny.SIZE | {"hidden_dropout": 0.1})
@@ -190,7 +189,7 @@ def test_the_budget_puts_measures_off_and_makes_them_later(monkeypatch):
         clock[0] += 1.0
         return {"S": 1.0}
 
-    monkeypatch.setattr("sat_lens.training.tracker.saturation_measures", measures)
+    monkeypatch.setattr("sat_lens.training.saturation_measures", measures)
     for step in range(200):
         if tracker.step(model, step):
             done.append(step)

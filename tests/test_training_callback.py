@@ -84,7 +84,7 @@ def test_norms_that_fail_later_end_no_run(monkeypatch):
     def fails(_model):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("sat_lens.training.tracker.parameter_norms", fails)
+    monkeypatch.setattr("sat_lens.training.parameter_norms", fails)
     assert tracker.step(model, 1)["problem"] == "out of memory"
     with pytest.raises(RuntimeError, match="out of memory"):
         SaturationTracker(every=1).step(model, 0)

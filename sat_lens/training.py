@@ -1,11 +1,22 @@
-"""The tracker: what it measures, when, and how it leaves the training run undisturbed."""
+"""Follow norms and saturation while a model trains.
+
+It works as a callback of the Hugging Face Trainer, as an object whose ``step`` your own loop calls,
+or around a loop without callbacks, such as TransformerLens's.
+
+When not to use it: for a run that is over. :func:`sat_lens.norm_growth` reads its checkpoints, also
+the ``model_N.pt`` that TransformerLens's training loop can write. There ``model_0.pt`` is the model
+after the first step, and N starts anew in each epoch, so keep a copy of the initial model and name
+the steps yourself: ``norm_growth({0: initial, 1: "model_0.pt", 101: "model_100.pt"})``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +26,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from sat_lens import figures
-from sat_lens._checks import check_count, check_module, check_share
+from sat_lens._checks import check_count, check_module, check_share, is_count, is_number
 from sat_lens.data import repeatable
-from sat_lens.errors import ArgumentError, NonFiniteError, SatLensError
+from sat_lens.errors import ArgumentError, FileFormatError, NonFiniteError, SatLensError
 from sat_lens.norms import parameter_norms, saturation_measures
 from sat_lens.norms.measures import (
     import_transformer_lens,
@@ -26,14 +37,20 @@ from sat_lens.norms.measures import (
     shares_memory,
     unwrapped,
 )
-from sat_lens.training.log import TrainingLog
+from sat_lens.results import library_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["SaturationTracker", "read_training_log"]
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 0.02
+_KIND = "sat_lens training log"
+_FORMAT = 1
+# Columns that hold texts; all others hold numbers.
+_TEXTS = ("problem",)
 
 
 class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -121,7 +138,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._attention_mask = attention_mask
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._file: TrainingLog | None = None
+        self._file: _Log | None = None
         self._started: float | None = None
         self._view: Any = None
         self._last_cost: float | None = None
@@ -157,8 +174,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     def frame(self) -> pd.DataFrame:
         """Return what this object logged, one row a step; of a repeated step the last row."""
-        by_step = {row["step"]: row for row in self.rows}
-        rows = [by_step[step] for step in sorted(by_step)]
+        rows = _by_step(self.rows)
         return pd.DataFrame(rows).set_index("step") if rows else pd.DataFrame()
 
     def plot(self, title: str | None = None) -> Figure:
@@ -292,7 +308,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
         self.rows.append(row)
         if self._path is not None:
             if self._file is None:
-                self._file = TrainingLog(self._path, type(model).__name__)
+                self._file = _Log(self._path, type(model).__name__)
             self._file.write(row)
         if self._log is not None:
             numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, float)}
@@ -312,3 +328,113 @@ def is_due(step: int, every: int | None, halves: bool) -> bool:
         return True
     octave = 1 << (step.bit_length() - 1)
     return step == octave or (halves and octave >= 16 and step == round(octave * 2**0.5))
+
+
+class _Log:
+    """Appends lines to a file, each flushed at once; a log that exists is continued."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        try:
+            known = path.exists() and path.stat().st_size > 0
+            if known:
+                _cut_torn_line(path)
+                known = path.stat().st_size > 0
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise FileFormatError(f"{path} cannot be written: {error.strerror}.") from error
+        if not known:
+            versions = library_versions()
+            self.write({"kind": _KIND, "format": _FORMAT, "model": model, "versions": versions})
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one line; JSON has no NaN and no infinity, so these become null."""
+        lost = [k for k, v in entry.items() if isinstance(v, float) and not math.isfinite(v)]
+        self._file.write(json.dumps({**entry, **dict.fromkeys(lost)}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_training_log(path: str | Path) -> pd.DataFrame:
+    """Read what a :class:`SaturationTracker` wrote, even while it is still writing.
+
+    A last line that was cut off when the run was killed is left out. Where a resumed run logged a
+    step again, the later line counts.
+
+    Returns:
+        One row a step, indexed by step.
+
+    Raises:
+        ArgumentError: ``path`` is not a path.
+        FileFormatError: There is no such file, it was not written by sat_lens, or a complete line
+            is broken.
+
+    Example:
+        >>> from sat_lens.training import read_training_log
+        >>> read_training_log("nowhere.jsonl")
+        Traceback (most recent call last):
+        ...
+        sat_lens.errors.FileFormatError: nowhere.jsonl cannot be read: No such file or directory.
+    """
+    if not isinstance(path, (str, Path)):
+        raise ArgumentError(f"A training log is a file, given by its path; found {path!r}.")
+    header, *rows = _lines(Path(path))
+    if header.get("format") != _FORMAT:
+        raise FileFormatError(
+            f"{path} was written by a newer sat_lens. Update sat_lens to read it."
+        )
+    frame = pd.DataFrame(_by_step(rows))
+    if frame.empty:
+        frame = pd.DataFrame({"step": pd.Series(dtype="int64")})
+    numbers = frame.columns.difference(_TEXTS)
+    frame[numbers] = frame[numbers].apply(pd.to_numeric)
+    return frame.set_index("step")
+
+
+def _by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    last = {row["step"]: row for row in rows}
+    return [last[step] for step in sorted(last)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        *whole, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be read: {error.strerror}.") from error
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"Line {number} of {path} is broken: {error}.") from error
+        if not isinstance(entry, dict) or (entries and not _is_row(entry)):
+            raise FileFormatError(f"Line {number} of {path} is not from a training log.")
+        entries.append(entry)
+    if not entries or entries[0].get("kind") != _KIND:
+        cut_off = "holds a single line, which is cut off"
+        what = cut_off if torn and not entries else "was not written by sat_lens"
+        raise FileFormatError(f"{path} {what}.")
+    return entries
+
+
+def _is_row(entry: Mapping[str, Any]) -> bool:
+    step = entry.get("step")
+    return (
+        is_count(step, at_least=0)
+        and step < 2**63
+        and all(isinstance(v, str) for k, v in entry.items() if k in _TEXTS)
+        and all(v is None or is_number(v) for k, v in entry.items() if k not in _TEXTS)
+    )
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Make a log ready to be continued; refuse a file that is something else."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole or not content.startswith(b'{"kind": "sat_lens'):
+        _lines(path)
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
