@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, cast
 
 import torch
 from jaxtyping import Float
@@ -89,10 +89,10 @@ def _managed(
     make = contextlib.contextmanager(function)
 
     @functools.wraps(function)
-    def manager(*args: Arguments.args, **kwargs: Arguments.kwargs) -> _Managed:
+    def manager(*args: Any, **kwargs: Any) -> _Managed:
         return _Managed(function.__name__, lambda: make(*args, **kwargs))
 
-    return manager
+    return cast("Callable[Arguments, contextlib.AbstractContextManager[Any]]", manager)
 
 
 @_managed
@@ -245,13 +245,14 @@ def saturation_hooks(
                 + ": its scores' hook does not carry what its softmax receives. "
                 "Use `with sat_lens.saturate(model): ...`."
             )
+    shared.called = False
     return hooks
 
 
 class _Hooks:
     """What the hooks of one call of :func:`saturation_hooks` share: whether one was called."""
 
-    called = False
+    called = True  # until somebody has them
 
     def __del__(self) -> None:
         if not self.called:
