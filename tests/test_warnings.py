@@ -20,11 +20,12 @@ blocks = pytest.mark.parametrize(("name", "block"), BLOCKS.items(), ids=BLOCKS)
 
 @pytest.fixture
 def silent():
-    """No warning may come."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    """No warning of ours may come, also not when objects are dropped."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         yield
         gc.collect()
+    assert [str(one.message) for one in said if one.category is UserWarning] == []
 
 
 @blocks

@@ -136,8 +136,7 @@ def saturate(
     Raises:
         HeadSelectionError: A head does not exist, or none is selected.
         ArgumentError: A scale is negative or NaN, or ``ties`` is unknown, or there is no limit that
-            it, or a
-            straight-through gradient, could apply to.
+            it, or a straight-through gradient, could apply to.
         UnsupportedModelError: A chosen head's attention cannot be reached.
         NotReachedError: In the block: a layer ran and its chosen heads were not changed.
 
