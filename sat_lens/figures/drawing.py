@@ -286,12 +286,13 @@ def figure_bytes(
 
 @_plain_words
 def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
-    """Draw every measure against the inverse temperature, one panel a measure.
+    """Draw every measure against the inverse temperature, one panel per measure.
 
     The axis is logarithmic; 0 and infinity stand apart at its ends.
 
     Args:
-        frame: A row a scale (the index), a column a measure, as ``ScalingCurve.frame()`` returns.
+        frame: One row per scale (the index) and one column per measure, as
+            ``ScalingCurve.frame()`` returns.
         title: What was measured on what; None draws no title.
 
     Raises:
@@ -330,7 +331,7 @@ def scaling_curve_figure(frame: pd.DataFrame, title: str | None) -> Figure:
 
 
 def measure_groups(columns: Iterable[str]) -> dict[str, list[str]]:
-    """Group the columns of a curve into panels: one a measure, with all its layers."""
+    """Group the columns of a curve into panels: one per measure, with all its layers."""
     groups: dict[str, list[str]] = {words: [] for words in WORDS.values()}
     for name in columns:
         match = _OF_A_LAYER.fullmatch(name)
@@ -379,10 +380,10 @@ def growth_figure(
     log_x: bool = True,
     log_y: bool = True,
 ) -> Figure:
-    """Draw measures against training steps, one line a column.
+    """Draw measures against training steps, one line per column.
 
     Args:
-        frame: A row a step.
+        frame: One row per step.
         title: What was measured on what; None draws no title.
         x: The column of the horizontal axis; the index is taken where there is no such column.
         columns: Which columns to draw; None is every column of numbers.
@@ -423,8 +424,8 @@ def training_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     Norms are on a logarithmic axis, the rest is not. What was not measured is left out.
 
     Args:
-        frame: A row a step (the index), as ``NormGrowth.frame()``, ``SaturationTracker.frame()``
-            and ``read_training_log()`` return.
+        frame: One row per step (the index), as ``NormGrowth.frame()``,
+            ``SaturationTracker.frame()`` and ``read_training_log()`` return.
         title: What was measured on what; None draws no title.
 
     Raises:
@@ -469,9 +470,9 @@ def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
     Left of its bar a head is close to uniform, right of it close to its limit; the line is c = 1.
 
     Args:
-        frame: A row a head (the index: its label) with the columns ``role``, ``c_lo`` and ``c_hi``,
-            as ``HeadRoles.frame()`` returns. Heads without both numbers are left out; bars end at
-            c = 256 and 1/256.
+        frame: One row per head (the index: its label) with the columns ``role``, ``c_lo`` and
+            ``c_hi``, as ``HeadRoles.frame()`` returns. Heads without both numbers are left out;
+            bars end at c = 256 and 1/256.
         title: What was measured on what; None draws no title.
 
     Raises:
@@ -515,11 +516,11 @@ def scale_range_figure(frame: pd.DataFrame, title: str | None) -> Figure:
 
 @_plain_words
 def role_figure(frame: pd.DataFrame, title: str | None) -> Figure:
-    """Draw the head-role map: one colour a role, stronger the clearer the role is.
+    """Draw the head-role map: one colour per role, stronger the clearer the role is.
 
     Args:
-        frame: A row a head, as ``HeadRoles.frame()`` returns; the columns ``layer``, ``head`` and
-            ``role`` are needed, ``target``, ``agreement`` and ``stack`` are used where they are.
+        frame: One row per head, as ``HeadRoles.frame()`` returns; the columns ``layer``, ``head``
+            and ``role`` are needed, ``target``, ``agreement`` and ``stack`` are optional.
         title: What was measured on what; None draws no title.
 
     Raises:
@@ -571,7 +572,7 @@ def sweep_figure(
     """Draw signed effects of heads, in diverging colours centred on 0; NaN is hatched.
 
     Args:
-        values: One effect a head; NaN where no such head was asked for.
+        values: One effect per head; NaN where no such head was asked for.
         title: What was measured on what; None draws no title.
         label: What the colour means, with its unit.
         reference: An effect to mark on the colour bar, of a random control for example.
@@ -694,10 +695,10 @@ def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def _head_grids(
     grids: list[tuple[str, list[int], int]], title: str | None, below: float
 ) -> tuple[Figure, list[Axes], float]:
-    """Make a figure with a grid a stack, one unit a cell, and ``below`` inches for the legend.
+    """Make a figure with one grid per stack, and ``below`` inches for the legend.
 
-    A grid is the stack's name, its layers, and its number of heads. The last value returned is the
-    width of a cell in inches.
+    A grid is the stack's name, its layers, and its number of heads; a cell is one unit wide. The
+    last value returned is the width of a cell in inches.
     """
     heads = [count for _, _, count in grids]
     cell = min(max(7.2 / sum(heads), 0.2), 0.42)
@@ -759,14 +760,14 @@ def _cell(axes: Axes, x: int, y: int, color: Any, hatch: str | None = None) -> N
 
 
 def _ink_on(role: str, shade: float) -> str:
-    """On strong colours letters keep their own colour, on pale ones they have the page's."""
+    """On strong colours letters have a colour of their own, on pale ones that of the page."""
     if shade < 0.5 or role not in ROLE_COLORS:
         return INK
     return ON_BLUE if role == "mean" else ON_COLOR
 
 
 def _check_table(frame: object, columns: Sequence[str] = ()) -> None:
-    """Raise an ArgumentError unless it is a table with rows, with these columns or with any."""
+    """Raise an ArgumentError unless it is a table with rows and these columns."""
     if not isinstance(frame, pd.DataFrame):
         raise ArgumentError(
             f"Needed a pandas table, such as the frame() of a result; found {type(frame).__name__}."

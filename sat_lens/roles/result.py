@@ -1,4 +1,4 @@
-"""The roles of all heads: one row a head, with numbers, uncertainty and provenance."""
+"""The roles of all heads: one row per head, with numbers, uncertainty and provenance."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class HeadRoles(Result, kind="head roles"):
     }
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a head, indexed by label, in the model's order.
+        """Return one row per head, indexed by label, in the model's order.
 
         Distances, masses and shares are fractions of a row's probability or of rows, in [0, 1].
         Scales are factors on the model's own logits, without a unit. Means and medians are over the
@@ -182,7 +182,7 @@ class HeadRoles(Result, kind="head roles"):
             self.sums[site.path].check(site.n_heads)
 
     def plot(self, title: str | None = None, column: str | None = None) -> Figure:
-        """Draw the head-role map, layers down and heads across: one colour a role.
+        """Draw the head-role map, layers down and heads across: one colour per role.
 
         Args:
             title: What is written above; None names the model and the data.
@@ -203,11 +203,11 @@ class HeadRoles(Result, kind="head roles"):
         At two standard errors about one head in twenty is marked by chance.
 
         Returns:
-            One row a head: ``role`` and ``role_other``, ``target`` and ``target_other``, ``lean``,
-            ``lean_other``, ``change`` (of the lean, other minus this), ``change_se``; ``moved``,
-            the names of what moved by more than ``errors`` standard errors: the lean, and where
-            the label is another also the numbers behind it (distances, the mass on a target); and
-            ``changed``, whether anything did.
+            One row per head: ``role`` and ``role_other``, ``target`` and ``target_other``,
+            ``lean`` and ``lean_other``; ``change`` (of the lean, other minus this) and
+            ``change_se``; ``moved``, the names of the numbers that moved by more than ``errors``
+            standard errors (the lean, and where a label differs the distances or masses that it
+            rests on); and ``changed``, whether there is any.
 
         Raises:
             ArgumentError: The other is no such result, or has different heads; or ``errors`` is no
@@ -224,9 +224,10 @@ class HeadRoles(Result, kind="head roles"):
         """Compare with the untrained model: which labels were learned?
 
         Returns:
-            One row a head: ``role``, ``target``, ``lean``, the same of the initialisation with the
-            suffix ``_initial``, the change of the lean, what ``moved``, and ``learned``: whether
-            anything did, beyond the uncertainty. An unlearned ``mean`` is no finding.
+            One row per head: ``role``, ``target`` and ``lean``, the same of the initialisation with
+            the suffix ``_initial``, and ``change``, ``change_se`` and ``moved`` as in
+            :meth:`compare`; ``learned`` is whether anything moved. An unlearned ``mean`` is no
+            finding.
 
         Raises:
             ArgumentError: The initialisation is no such result, or has different heads.

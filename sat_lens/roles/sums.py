@@ -86,7 +86,7 @@ class Sums:
         )
 
     def add(self, other: Sums) -> None:
-        """Take the sums of other data in."""
+        """Add the sums of other data."""
         for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
             mine += theirs
 
@@ -95,7 +95,7 @@ class Sums:
         damage: dict[str, Float[Tensor, "batch head"]],
         resampling: Float[Tensor, "batch resample"],
     ) -> None:
-        """Take the damage that replacements did to each sequence of a batch in."""
+        """Add the damage that replacements did to each sequence of a batch."""
         self.by_name["damage_sequences"] += resampling.sum(0)[:, None]
         for name in DAMAGES:
             self.by_name[f"damage_{name}"] += resampling.T @ damage[name].double()

@@ -171,7 +171,8 @@ def packed(
     """
     stack = patterns.site.stack
     stacks = ("decoder", "encoder") if patterns.site.kind == "cross" else (stack, stack)
-    queries, keys = map(_tokens_at, (tokens, tokens), stacks, patterns.soft.shape[-2:])
+    counts = patterns.soft.shape[-2:]
+    queries, keys = (_tokens_at(tokens, *side) for side in zip(stacks, counts, strict=True))
     for text in (queries, keys):
         if text not in texts:
             texts.append(text)
@@ -213,7 +214,7 @@ def encode_saturated(pattern: Float[Tensor, "query key"], causal: bool) -> dict[
 
 
 def _tokens_at(tokens: Tokens | None, stack: str, count: int) -> list[str]:
-    """Return the visible tokens of a stack; raise an ArgumentError unless they are as many."""
+    """Return the visible tokens of a stack, of which there must be ``count``."""
     if tokens is None:
         return [str(position) for position in range(count)]
     if isinstance(tokens, Mapping):
@@ -229,8 +230,8 @@ def _tokens_at(tokens: Tokens | None, stack: str, count: int) -> list[str]:
         found = f"{len(tokens)}" if listed else f"one {kind}"
         where = f" of the {stack}" if stack else ""
         raise ArgumentError(
-            f"Needed {count} tokens{where}, one a position of the pair's text; found {found}. Take "
-            'token_strings(model, ids), and with several stacks a dict {"encoder": [...], '
+            f"Needed {count} tokens{where}, one per position of the pair's text; found {found}. "
+            'Take token_strings(model, ids), and with several stacks a dict {"encoder": [...], '
             '"decoder": [...]}.'
         )
     return [visible(str(token)) for token in tokens]

@@ -76,9 +76,9 @@ def write_report(
         tokens: What stands at each position, from :func:`sat_lens.viz.token_strings`; with several
             stacks a dict ``{"encoder": [...], "decoder": [...]}``; None numbers the positions.
         curve: A scaling curve, for the section on the spectrum.
-        sweep: A result whose ``frame()`` has a row a head (index: label) with the column
+        sweep: A result whose ``frame()`` has one row per head (index: label) with the column
             ``effect``, and ``random_effect`` where a random control was run.
-        growth: A result whose ``frame()`` has a row a checkpoint, with the column ``step``.
+        growth: A result whose ``frame()`` has one row per checkpoint, with the column ``step``.
         title: The page's title; None names the model.
 
     Returns:
@@ -201,12 +201,12 @@ def _head_table(roles: HeadRoles, sweep: Any) -> pd.DataFrame:
     effects = _frame_of("sweep", sweep)
     if "effect" not in effects.columns or not set(effects.index) <= set(frame.index):
         raise ArgumentError(
-            "The sweep's frame() needs a row a head, indexed by the labels of the roles, with the "
+            "The sweep's frame() needs one row per head, with the labels of the roles and the "
             f"column 'effect'; found the columns {', '.join(map(str, effects.columns))} and labels "
             f"such as {', '.join(map(str, effects.index[:3]))}."
         )
     if effects.index.has_duplicates:
-        # A sweep over positions has several rows a head: the largest stands for it, as is said.
+        # A sweep over positions has several rows per head: the largest is shown, as the page says.
         effects = effects.assign(size=effects["effect"].abs()).sort_values(
             "size", ascending=False, kind="stable"
         )
@@ -228,7 +228,7 @@ def _check_size(found: list[Patterns]) -> None:
 
 
 def _role_maps(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Lay out the clickable map of heads, a panel a stack, as the template reads it."""
+    """Lay out the clickable map of heads, one panel per stack, as the template reads it."""
     # Stacks may alternate in the table; a cell's index is its place there.
     index = {label: place for place, label in enumerate(frame.index)}
     maps = []
@@ -276,7 +276,7 @@ def clearest(frame: pd.DataFrame) -> int:
 def _one_line(
     roles: HeadRoles, pair: SaturationPair, frame: pd.DataFrame, maps: list[dict[str, Any]]
 ) -> str:
-    rows = f"{int(frame['n_rows'].max()):,} rows a head"
+    rows = f"{int(frame['n_rows'].max()):,} rows per head"
     sequences = counted(roles.n_sequences, "sequence")
     source = f" of {roles.provenance.data}" if roles.provenance.data else ""
     shape = ", ".join(
@@ -307,7 +307,7 @@ def _legend(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _scale_charts(frame: pd.DataFrame) -> list[Markup]:
-    """Draw one small chart a measure against the inverse temperature."""
+    """Draw one small chart per measure against the inverse temperature."""
     return [
         _chart(figures.scaling_curve_figure(frame[names], None), f"{words} against c")
         for words, names in measure_groups(map(str, frame.columns)).items()

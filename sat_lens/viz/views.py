@@ -178,7 +178,7 @@ def tokens(
     """Show a number for every token, by colour; for all heads with a choice of layer and head.
 
     Args:
-        tokens: One text a position.
+        tokens: One text per position.
         values: ``[position]``, or ``[position, layer, head]``; NaN shows as 0.
         title: What the numbers are.
 
@@ -213,7 +213,7 @@ def top_tokens(
     """Show the tokens with the largest and the smallest values, head by head.
 
     Args:
-        tokens: One text a position.
+        tokens: One text per position.
         values: A number for every position, layer and head, coloured on a scale from 0 to 1; NaN
             counts as 0.
         title: What the numbers are.
