@@ -88,6 +88,26 @@ def is_lens_model(model: object) -> bool:
     return hasattr(model, "hook_dict")
 
 
+def is_plain(model: object) -> bool:
+    """Whether this is a Hugging Face model that TransformerLens has not wrapped."""
+    return (
+        isinstance(model, nn.Module)
+        and hasattr(getattr(model, "config", None), "_attn_implementation")
+        and not is_lens_model(model)
+    )
+
+
+def inner_model_hint(model: object) -> str:
+    """Return a sentence that names the model inside of a wrapper; empty if there is none."""
+    held = model._modules if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
+    for name, part in held.items():
+        if is_lens_model(part) or is_plain(part):
+            return (
+                f" It holds the model as its .{name}: pass that. Running the wrapper runs it, too."
+            )
+    return ""
+
+
 def require_lens_model(model: object, what: str) -> None:
     """Raise an UnsupportedModelError unless TransformerLens wraps the model, as ``what`` needs."""
     if not is_lens_model(model):
@@ -95,6 +115,7 @@ def require_lens_model(model: object, what: str) -> None:
             f"{what} needs a TransformerLens model (a TransformerBridge or a HookedTransformer); "
             f"found {type(model).__name__}. A Hugging Face model becomes one with "
             "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)."
+            + inner_model_hint(model)
         )
 
 

@@ -337,3 +337,265 @@ def test_a_compiled_bridge():
         for of in (model, oracle)
     ]
     assert torch.equal(*swept)
+
+
+# Wrappers of training: what forwards attributes is taken as it is, and the others name the model.
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Holder(nn.Module):
+    """As a Lightning module or Trainer's user holds a model, under any name."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.net = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net(*args, **kwargs)
+
+
+class Engine(Holder):
+    """As deepspeed's engine, which looks up in its model what it lacks itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.net, name)
+
+
+def replicated(model: Any) -> Any:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: Any) -> Any:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+    return torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+
+
+def sharded_as_of_old(model: Any) -> Any:
+    return torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("what", everyday(WHAT, "c = 4"))
+@pytest.mark.parametrize("wrap", everyday([sharded, sharded_as_of_old, Engine], sharded))
+def test_wrappers_that_forward_attributes(wrap, what):
+    agree(wrap(llama()), llama(), **WHAT[what])
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(replicated, "module"), (nn.DataParallel, "module"), (Holder, "net")]
+)
+def test_wrappers_that_do_not(wrap, name):
+    model = llama()
+    wrapper = wrap(model)
+    for refused in (sl.saturate(wrapper), sl.replace_attention(wrapper, lambda scores: scores)):
+        with pytest.raises(sl.SatLensError, match=rf"holds the model as its \.{name}"), refused:
+            pass
+    with pytest.raises(sl.SatLensError, match=rf"holds the model as its \.{name}"):
+        sl.run_with_saturation_cache(wrapper, TOKENS)
+    with torch.no_grad(), sl.saturate(model):
+        found = logits(wrapper)
+    assert torch.equal(found, saturated(llama()))
+
+
+# Generation: whatever keeps keys and values, each step sees what one long pass sees.
+
+
+def greedy(model: Any, steps: int = 6) -> Tensor:
+    """Generate without any cache, one forward pass for each token."""
+    tokens = TOKENS[:1]
+    for _ in range(steps):
+        tokens = torch.cat([tokens, logits(model, tokens, use_cache=False)[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+def generated(model: Any, steps: int = 6, **settings: Any) -> Tensor:
+    settings = {"do_sample": False, "eos_token_id": None} | settings
+    return model.generate(TOKENS[:1], max_new_tokens=steps, **settings)
+
+
+def mistral(attention: str) -> Any:
+    config = transformers.MistralConfig(**tiny.SIZE, num_key_value_heads=2, sliding_window=6)
+    return tiny.hf_model("MistralForCausalLM", config, attention)
+
+
+class Rounded(transformers.DynamicCache):
+    """Keys and values in eight bits, as quantised caches keep them."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step = 16 / 127
+        rounded = ((x / step).round().clamp(-128, 127).to(torch.int8) for x in (keys, values))
+        return super().update(*(x.to(keys) * step for x in rounded), *args, **kwargs)
+
+
+GENERATING: dict[str, dict[str, Any]] = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("attention", everyday(["sdpa", "eager"], "sdpa"))
+@pytest.mark.parametrize("build", everyday([llama, mistral], mistral))
+@pytest.mark.parametrize("how", everyday(GENERATING, "static cache"))
+def test_generation_with_any_cache(how, build, attention):
+    model = build(attention)
+    with torch.no_grad(), sl.saturate(model):
+        expected = greedy(model)
+        assert torch.equal(generated(model, **GENERATING[how]), expected)
+    with torch.no_grad():
+        assert not torch.equal(greedy(model), expected)
+
+
+@pytest.mark.parametrize("what", everyday(WHAT, "all"))
+def test_generation_with_a_quantised_cache(what):
+    found = []
+    for attention in ("sdpa", "eager"):
+        model = llama(attention)
+        with torch.no_grad(), sl.saturate(model, **WHAT[what]):
+            cache = Rounded(config=model.config)
+            found.append(generated(model, past_key_values=cache))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("attention", everyday(["sdpa", "eager"], "sdpa"))
+def test_assisted_generation_changes_no_token(attention):
+    """The assistant, which is not saturated, proposes; the saturated model decides."""
+    model = llama(attention)
+    with torch.no_grad(), sl.saturate(model):
+        found = generated(model, assistant_model=llama("sdpa"))
+        assert torch.equal(found, greedy(model))
+
+
+def test_beams():
+    found = []
+    for attention in ("sdpa", "eager"):
+        model = llama(attention)
+        with torch.no_grad(), sl.saturate(model):
+            found.append(generated(model, num_beams=3))
+    with torch.no_grad():
+        soft = generated(llama(), num_beams=3)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], soft)
+
+
+def test_a_pipeline():
+    folder = str(sl.models.DEMO_FOLDER)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+    def text() -> str:
+        settings = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+        return pipeline("def area(width, height):", **settings)[0]["generated_text"]
+
+    soft = text()
+    with sl.saturate(model):
+        hard = text()
+        tokens = tokenizer("def area(width, height):", return_tensors="pt")
+        new = model.generate(**tokens, max_new_tokens=8, do_sample=False)[0]
+    assert hard != soft
+    assert hard == tokenizer.decode(new[tokens.input_ids.shape[1] :], skip_special_tokens=True)
+    assert text() == soft
+
+
+def test_tied_weights():
+    tied = llama(tie_word_embeddings=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    untied = copy.deepcopy(tied)
+    untied.lm_head.weight = nn.Parameter(tied.lm_head.weight.detach().clone())
+    agree(tied, untied)
+
+
+# Inputs under the model's own names.
+
+
+def whisper() -> Any:
+    size = {name: value for name, value in tiny.BART.items() if "position" not in name}
+    config = transformers.WhisperConfig(**size, num_mel_bins=8, max_source_positions=50)
+    return tiny.hf_model("WhisperForConditionalGeneration", config, "eager")
+
+
+def test_inputs_under_the_names_of_the_model():
+    model = whisper()
+    sounds, decoded = torch.randn(1, 8, 100), TOKENS[:1]
+    named = {"input_features": sounds, "decoder_input_ids": decoded}
+    sl.attention_sites(model, **named)
+    tables = [
+        sl.head_roles(model, [batch], min_keys=2, progress=False).frame()
+        for batch in (named, {"input_values": sounds, "decoder_input_ids": decoded})
+    ]
+    assert tables[0].equals(tables[1])
+    with torch.no_grad(), sl.saturate(model):
+        found = model(**named).logits
+    with torch.no_grad():
+        assert not torch.allclose(found, model(**named).logits, atol=1e-2)
+
+
+# Adapters. PEFT's layers stand inside of the attention modules, and its wrapper forwards.
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+def adapted(peft: Any, model: Any) -> Any:
+    torch.manual_seed(0)
+    first, second = (
+        peft.LoraConfig(target_modules=modules, init_lora_weights=False, lora_alpha=32)
+        for modules in (["q_proj", "v_proj"], ["k_proj"])
+    )
+    model = peft.get_peft_model(model, first)
+    model.add_adapter("second", second)
+    return model.eval()
+
+
+@pytest.mark.parametrize("what", everyday(WHAT, "all"))
+@pytest.mark.parametrize("active", everyday(["default", "second", "both", "none"], "both"))
+def test_adapters(peft, active, what):
+    model = adapted(peft, llama())
+    names = {"both": ["default", "second"], "none": ["default"]}.get(active, [active])
+    model.base_model.set_adapter(names)
+    if active == "none":
+        with model.disable_adapter():
+            agree(model, llama(), **WHAT[what])
+        return
+    merged = copy.deepcopy(model).merge_and_unload()
+    expected = saturated(merged, **WHAT[what])
+    torch.testing.assert_close(saturated(model, **WHAT[what]), expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(expected, saturated(llama(), **WHAT[what]), atol=1e-2)
+    assert [site.labels for site in sl.attention_sites(model)] == [
+        site.labels for site in sl.attention_sites(merged)
+    ]
+
+
+@pytest.mark.parametrize("kind", everyday(["prompt", "prefix", "ia3"], "prefix"))
+def test_other_kinds_of_adapters(peft, kind):
+    """The fused and the eager attention of the same model are each other's oracle."""
+    found = []
+    for attention in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        config = {
+            "prompt": lambda: peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3),
+            "prefix": lambda: peft.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=3),
+            "ia3": lambda: peft.IA3Config(
+                target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False
+            ),
+        }[kind]()
+        found.append(saturated(peft.get_peft_model(llama(attention), config).eval()))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)

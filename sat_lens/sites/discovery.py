@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from sat_lens._checks import is_lens_model
+from sat_lens._checks import inner_model_hint, is_lens_model, is_plain
 from sat_lens.data.reading import check_input
 from sat_lens.errors import ArgumentError, UnsupportedModelError
 from sat_lens.models import device_of, main_input_name, vocabulary_size, wrapped_model
@@ -93,15 +93,6 @@ def parts_not_probed(model: Any) -> list[str]:
     return [] if known is None else list(known.idle)
 
 
-def is_plain(model: Any) -> bool:
-    """Whether this is a Hugging Face model that TransformerLens has not wrapped."""
-    return (
-        isinstance(model, nn.Module)
-        and hasattr(getattr(model, "config", None), "_attn_implementation")
-        and not is_lens_model(model)
-    )
-
-
 def has_several_stacks(sites: list[AttentionSite]) -> bool:
     """Whether results must be told apart by stack (encoder, decoder, cross)."""
     return len({site.stack for site in sites}) > 1
@@ -111,7 +102,7 @@ def _attention_paths(model: Any) -> list[str]:
     if not is_lens_model(model):
         raise ArgumentError(
             f"Needed a TransformerLens model (a TransformerBridge or a HookedTransformer) or a "
-            f"Hugging Face model, and a {type(model).__name__} was given."
+            f"Hugging Face model, and a {type(model).__name__} was given.{inner_model_hint(model)}"
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
