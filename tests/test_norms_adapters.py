@@ -10,6 +10,7 @@ import torch
 import transformers
 from everyday import everyday, further
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import sat_lens as sl
 from sat_lens.errors import FileFormatError, ModelError
@@ -25,8 +26,9 @@ class LoRA(nn.Module):
     def __init__(self, layer, scaling=2.0):
         super().__init__()
         self.base_layer, self.scaling, self.dropout = layer, scaling, nn.Dropout(0.5)
-        self.lora_A = nn.Linear(layer.in_features, 2, bias=False)
-        self.lora_B = nn.Linear(2, layer.out_features, bias=False)
+        n_in, n_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.T.shape
+        self.lora_A = nn.Linear(n_in, 2, bias=False)
+        self.lora_B = nn.Linear(2, n_out, bias=False)
 
     def forward(self, x):
         update = self.lora_B(self.lora_A(self.dropout(x)))
@@ -93,6 +95,25 @@ def test_scaling_parameters_scales_what_is_left_after_merging(which, c):
         torch.testing.assert_close(model(tokens).logits, merged(tokens).logits)
         assert_same_norms(model, merged)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_joint_matrices_are_measured_with_their_adapters():
+    # TransformerLens splits them, and leaves the adapters out.
+    model = tiny.hf_model("GPT2LMHeadModel", transformers.GPT2Config(**tiny.GPT))
+    plain = copy.deepcopy(model)
+    for block, merged in zip(model.transformer.h, plain.transformer.h, strict=True):
+        adapted = block.attn.c_attn = LoRA(block.attn.c_attn)
+        update = adapted.scaling * adapted.lora_B.weight @ adapted.lora_A.weight
+        merged.attn.c_attn.weight.data += update.detach().T
+    assert_same_norms(model, plain)
+    tokens = tiny.tokens(length=12)
+    tracker = sl.SaturationTracker(data=tokens, every=1, measure_every=1, budget=None)
+    for step in (0, 1):
+        row = tracker.step(model.train(), step)
+        with torch.no_grad():
+            loss = model.eval()(tokens, labels=tokens).loss
+            model.transformer.h[0].attn.c_attn.lora_B.weight.mul_(5)
+        assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_growth_over_models_with_adapters_and_files_without(tmp_path):

@@ -92,24 +92,34 @@ def _is_disabled(layer: Any) -> bool:
     return bool(getattr(layer, "disable_adapters", False))
 
 
+def merged_layer(layer: Any) -> nn.Module:
+    """Return the layer that an adapted layer amounts to: a copy with the active adapters merged."""
+    layer = copy.deepcopy(layer).eval()
+    if _BASE not in layer._modules:
+        return _base_of(layer)
+    if not hasattr(layer, "merge"):
+        _merge_by_running(layer)
+    elif _is_disabled(layer) and layer.merged:
+        layer.unmerge()
+    elif not _is_disabled(layer) and not layer.merged:
+        layer.merge()
+    return _base_of(layer)
+
+
 def _merged(layer: Any, name: str) -> Tensor:
-    if _BASE in layer._modules:
-        layer = copy.deepcopy(layer).eval()
-        if not hasattr(layer, "merge"):
-            return _by_running(layer, name)
-        if _is_disabled(layer) and layer.merged:
-            layer.unmerge()
-        elif not _is_disabled(layer) and not layer.merged:
-            layer.merge()
-    return _base_of(layer).get_parameter(name).detach()
+    return merged_layer(layer).get_parameter(name).detach()
 
 
-def _by_running(layer: Any, name: str) -> Tensor:
-    """Read a parameter off what a linear layer makes of zero and of the basis vectors."""
-    like = _base_of(layer).get_parameter("weight")
-    size = int(layer.base_layer.in_features)
-    rows = torch.cat([torch.zeros(1, size), torch.eye(size)]).to(like.device).double()
+def _merge_by_running(layer: Any) -> None:
+    """Read a linear layer's parameters off what it makes of zero and of the basis vectors."""
+    base = _base_of(layer)
+    weight, bias = base.get_parameter("weight"), base._parameters.get("bias")
+    kept, is_linear = weight.dtype, isinstance(base, nn.Linear)
+    # GPT-2's Conv1D keeps its matrix as [in, out].
+    rows = torch.eye(weight.shape[int(is_linear)], dtype=torch.float64, device=weight.device)
     with torch.no_grad():
-        outputs = layer.double()(rows)
-    weight = (outputs[1:] - outputs[0]).mT
-    return (weight if name == "weight" else outputs[0]).to(like)
+        outputs = layer.double()(torch.cat([torch.zeros_like(rows[:1]), rows]))
+    matrix = outputs[1:] - outputs[0]
+    weight.data = (matrix.mT if is_linear else matrix).to(kept)
+    if bias is not None:
+        bias.data = outputs[0].to(kept)

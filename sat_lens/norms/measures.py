@@ -27,6 +27,8 @@ from sat_lens.data.texts import read_tokenizer
 from sat_lens.errors import ArgumentError, FileFormatError, ModelError, UnsupportedModelError
 from sat_lens.metrics import next_token_loss
 from sat_lens.models import check_complete, last_residual, load_error, quiet_loading
+from sat_lens.norms.adapters import adapted_layers, merged_layer
+from sat_lens.norms.names import is_joint
 from sat_lens.roles import ROLES, head_roles
 from sat_lens.version import newer_lens
 
@@ -224,6 +226,10 @@ def _twin(model: nn.Module) -> Any:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module.__dict__.pop("forward", None)
+    for path, layer in list(adapted_layers(twin)):
+        # Of a joint matrix a bridge takes the parts, without their adapters.
+        if is_joint(f"{path}.weight"):
+            twin.set_submodule(path, merged_layer(layer))
     if hasattr(twin, "set_attn_implementation"):
         twin.set_attn_implementation("eager")
     return twin

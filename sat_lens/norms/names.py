@@ -139,6 +139,13 @@ def superseded(names: Iterable[str]) -> set[str]:
     return found
 
 
+def is_joint(name: str) -> bool:
+    """Whether a parameter is a joint matrix, which a TransformerBridge splits."""
+    (place,) = parameter_places([name]).values()
+    joint = place.projection in ("joint", "interleaved")
+    return joint or name.removesuffix(".weight").rpartition(".")[2] in _PARTS
+
+
 def inner_norms(names: Iterable[str], of: str = "qkv") -> list[str]:
     """Return the norms inside attention, between a projection and what uses it.
 
