@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sat_lens.roles import HeadRoles, head_roles
     from sat_lens.sites import attention_sites
     from sat_lens.spectrum import scaling_curve
-    from sat_lens.temperature import temperature_gradient
+    from sat_lens.temperature import temperature_gradient, tune_temperature
     from sat_lens.training import SaturationTracker
     from sat_lens.viz import write_report
 
@@ -48,6 +48,7 @@ _PLACES = {
     "sweep_heads": "sat_lens.patching",
     "temperature_gradient": "sat_lens.temperature",
     "transforms": "sat_lens.attention",
+    "tune_temperature": "sat_lens.temperature",
     "write_report": "sat_lens.viz",
 }
 _ROOMS = ("metrics", "norms", "patching", "roles", "tasks", "training", "viz")
@@ -78,6 +79,7 @@ __all__ = [
     "temperature_gradient",
     "training",
     "transforms",
+    "tune_temperature",
     "viz",
     "write_report",
 ]

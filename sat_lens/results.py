@@ -56,6 +56,7 @@ _HOMES = {
     "saturable heads": "sat_lens.patching",
     "scaling curve": "sat_lens.spectrum",
     "temperature gradient": "sat_lens.temperature",
+    "tuned temperature": "sat_lens.temperature",
 }
 _Own = TypeVar("_Own", bound="Result")
 

@@ -1,4 +1,4 @@
-"""Temperature as an instrument: the gradient of a metric in each head's inverse temperature.
+"""Temperature as an instrument: a metric's gradient in it, head by head, and fits by that.
 
 The inverse temperature c_h multiplies the scores s of head h. By the chain rule
 
@@ -16,24 +16,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sat_lens import figures
-from sat_lens._checks import shown
+from sat_lens._checks import check_choice, check_count, check_number, shown
 from sat_lens.attention import Limit, RandomKey, Scale, StraightThrough, Uniform
-from sat_lens.data import Batch, Data, read_batch
-from sat_lens.errors import ArgumentError, NonFiniteError, UnsupportedModelError
+from sat_lens.data import Batch, Data, batches, read_batch, repeatable
+from sat_lens.errors import ArgumentError, DataError, NonFiniteError, UnsupportedModelError
 from sat_lens.intervention import TransformOfHeads, attach_transforms, edits_on
 from sat_lens.intervention.edits import TransformEdit
-from sat_lens.metrics import Metric, call_metric, check_reads_no_padding, metric_of
-from sat_lens.models import logits_of, model_name
+from sat_lens.metrics import (
+    Metric,
+    call_metric,
+    check_reads_no_padding,
+    metric_of,
+    read_metric,
+)
+from sat_lens.models import device_of, logits_of, model_name
 from sat_lens.results import Provenance, Result, largest
 from sat_lens.sites import (
     AttentionSite,
@@ -199,6 +207,244 @@ def temperature_gradient(
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TunedTemperature(Result, kind="tuned temperature"):
+    """An inverse temperature for each head, fitted; made by :func:`tune_temperature`.
+
+    Attributes:
+        provenance: The model, the data and the versions.
+        labels: The labels of the heads.
+        per: What shares one number: ``"head"``, ``"layer"`` or ``"model"``.
+        scales: ``[head]``, the fitted inverse temperatures.
+        history: The metric on the batch of each step, before that step.
+        before: The metric on held-out data as the model is: one value for each prompt, or for each
+            batch where the metric has none by prompt.
+        after: The same with the fitted temperatures.
+        complete: False if the fit was interrupted.
+    """
+
+    labels: tuple[str, ...]
+    per: str
+    scales: Float[Tensor, " head"]
+    history: Float[Tensor, " step"]
+    before: Float[Tensor, " value"]
+    after: Float[Tensor, " value"]
+    complete: bool = True
+
+    @property
+    def scale(self) -> dict[str, float]:
+        """The fitted temperatures in the form that :func:`sat_lens.saturate` takes."""
+        return dict(zip(self.labels, self.scales.tolist(), strict=True))
+
+    @property
+    def values(self) -> Grid:
+        """The fitted temperatures as ``[layer, head]``; a dict by stack where there are several."""
+        return _head_grid(self.labels, self.scales)
+
+    @property
+    def change(self) -> tuple[float, float]:
+        """The mean change of the metric on held-out data and its standard error, value by value.
+
+        The error is NaN for a single value.
+        """
+        difference = (self.after - self.before).double()
+        n = len(difference)
+        error = float(difference.std() / n**0.5) if n > 1 else math.nan
+        return float(difference.mean()), error
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting the numbers."""
+        mean, error = self.change
+        if abs(mean) < 2 * error:
+            return [*super().notes, "On held-out data the change is within two standard errors."]
+        return [*super().notes]
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a head, indexed by label: ``scale`` and ``log2_scale``."""
+        columns = {"scale": self.scales.tolist(), "log2_scale": self.scales.log2().tolist()}
+        return pd.DataFrame(columns, index=pd.Index(self.labels, name="label"))
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw the fitted temperatures as a map of heads: layers down, heads across.
+
+        Raises:
+            ArgumentError: The model has several stacks (select the heads of one).
+        """
+        grid = _one_stack(_head_grid(self.labels, self.scales.log2()))
+        what = "log2 of the fitted inverse temperature: above 0 sharper, below 0 flatter"
+        return figures.sweep_figure(grid, title or str(self.provenance), what)
+
+    def _lines(self) -> list[str]:
+        mean, error = self.change
+        least, most = float(self.scales.min()), float(self.scales.max())
+        return [
+            f"one c per {self.per}, {len(self.history)} steps; c from {least:.3g} to {most:.3g}",
+            f"metric on held-out data: {float(self.before.mean()):.4g} as it is, "
+            f"{float(self.after.mean()):.4g} tuned; change {mean:+.2g}, standard error {error:.1g}",
+        ]
+
+    def _check(self) -> None:
+        _check_heads(self.labels, scales=self.scales)
+        if self.before.shape != self.after.shape:
+            raise ValueError("the held-out values before and after differ in number")
+
+
+def tune_temperature(
+    model: Any,
+    data: Data,
+    metric: Metric | str = "loss",
+    per: Literal["head", "layer", "model"] = "head",
+    steps: int = 50,
+    *,
+    heads: Heads = None,
+    held_out: Data | None = None,
+    learning_rate: float = 0.05,
+    batch_size: int = 8,
+    progress: bool = True,
+    data_name: str = "",
+) -> TunedTemperature:
+    """Fit the inverse temperatures that minimise a metric, by Adam on log c, with weights frozen.
+
+    The fit starts at c = 1, which is the model as it is. A step takes one forward and one backward
+    pass on one batch; batches come in turn. Ctrl-C ends the fit early, and the result says so.
+
+    Args:
+        model: A TransformerLens model or a plain Hugging Face model in evaluation mode.
+        data: Tokens, texts or batches; see :func:`sat_lens.data.batches`.
+        metric: What is made small: ``"loss"``, the next-token loss, or a function of the logits of
+            one batch with a gradient.
+        per: What shares one number: each ``"head"`` has its own, or a ``"layer"``, or the
+            ``"model"``.
+        steps: How many steps Adam takes.
+        heads: Which heads are tuned; None is all. The others stay as they are.
+        held_out: Data of the same kind to judge the fit by. None holds back every fifth batch.
+        learning_rate: Adam's, of log c: about what c changes by in a step, as a share of itself.
+        batch_size: Sequences in a forward pass, for tokens and texts.
+        progress: Whether to show a progress bar.
+        data_name: What the data is called in the result.
+
+    Returns:
+        A :class:`TunedTemperature`: ``.scale``, which :func:`sat_lens.saturate` takes, the metric
+        on held-out data before and after, ``.frame()``, ``.plot()``.
+
+    Raises:
+        ArgumentError: The metric has no gradient, or an argument is none of those above.
+        DataError: There is no second batch to hold back.
+        NonFiniteError: The metric or a gradient is NaN or infinite.
+        HeadSelectionError, UnsupportedModelError: As for :func:`temperature_gradient`.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> model = sl.load_model("demo")
+        >>> texts = ["import os, sys", "def f(x):", "for i in range(3):"]
+        >>> found = sl.tune_temperature(model, texts, steps=2, batch_size=1, progress=False)
+        >>> with sl.saturate(model, scale=found.scale):
+        ...     logits = model("import os")
+    """
+    check_choice("per", per, ("head", "layer", "model"))
+    check_count("steps", steps)
+    check_number("learning_rate", learning_rate, at_least=0)
+    sites = attention_sites(model)
+    chosen = select_with_scales(sites, heads, 1.0)
+    _refuse_hard_blocks(model, sites, chosen)
+    fitted, judged = _fitted_and_judged(model, data, held_out, batch_size)
+    group_of = _groups(sites, chosen, per)
+    log_c = torch.zeros(
+        1 + max(map(max, group_of.values())), device=device_of(model), requires_grad=True
+    )
+
+    def by_site() -> dict[str, Tensor]:
+        return {path: log_c[groups] for path, groups in group_of.items()}
+
+    optimizer = torch.optim.Adam([log_c], lr=learning_rate)
+    history: list[float] = []
+    complete = True
+    bar = tqdm(desc="tune temperature", total=steps, unit="step", disable=not progress)
+    with bar, torch.enable_grad(), _refusing_detached_runs(model, sites, chosen):
+        try:
+            for batch in itertools.islice(fitted(), steps):
+                with _attached(model, sites, chosen, by_site()):
+                    logits = logits_of(batch.run(model))
+                of_batch = metric_of(metric, batch)
+                check_reads_no_padding(of_batch, logits, batch)
+                value = _metric_with_gradient(of_batch, batch, logits, None)
+                (log_c.grad,) = torch.autograd.grad(value, log_c)
+                _check_gradients(("log c",), log_c.grad.abs().max()[None])
+                optimizer.step()
+                history.append(float(value.detach()))
+                bar.update()
+        except KeyboardInterrupt:
+            complete = False
+    before = _judge(model, judged, metric)
+    with torch.no_grad(), _attached(model, sites, chosen, by_site()):
+        after = _judge(model, judged, metric)
+    scales = torch.cat(list(by_site().values())).detach().exp().cpu()
+    labels = tuple(s.label(head) for s in sites for head in chosen.get(s.path, ()))
+    provenance = Provenance(model_name(model), data_name)
+    return TunedTemperature(
+        provenance, labels, per, scales, torch.tensor(history), before, after, complete
+    )
+
+
+def _fitted_and_judged(
+    model: Any, data: Data, held_out: Data | None, batch_size: int
+) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Iterator[Batch]]]:
+    """What the fit reads, over and over, and what it is judged by."""
+    again = repeatable(data)
+    if held_out is not None:
+        apart = repeatable(held_out)
+        return (
+            lambda: _endless(lambda: batches(model, again, batch_size)),
+            lambda: batches(model, apart, batch_size),
+        )
+    if len(list(itertools.islice(batches(model, again, batch_size), 2))) < 2:
+        raise DataError(
+            "The data are one batch, and one more is needed to judge the fit by. Give more data, a "
+            "smaller batch_size, or held_out=..."
+        )
+
+    def part(wanted: bool) -> Iterator[Batch]:
+        # The second batch, so that two batches are enough, and every fifth from there.
+        for i, batch in enumerate(batches(model, again, batch_size)):
+            if (i % 5 == 1) == wanted:
+                yield batch
+
+    return lambda: _endless(lambda: part(False)), lambda: part(True)
+
+
+def _endless(read: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    while True:
+        yield from read()
+
+
+def _groups(
+    sites: list[AttentionSite], chosen: Mapping[str, Mapping[int, float]], per: str
+) -> dict[str, list[int]]:
+    """Number what shares one temperature, and say for each head of each site which it is."""
+    numbers: dict[Any, int] = {}
+    found: dict[str, list[int]] = {}
+    for site in sites:
+        for head in chosen.get(site.path, ()):
+            key = {"head": (site.path, head), "layer": (site.stack, site.layer), "model": ()}[per]
+            number = numbers.setdefault(key, len(numbers))
+            found.setdefault(site.path, []).append(number)
+    return found
+
+
+def _judge(
+    model: Any, read: Callable[[], Iterator[Batch]], metric: Metric | str
+) -> Float[Tensor, " value"]:
+    found = []
+    with torch.no_grad():
+        for batch in read():
+            of_batch = metric_of(metric, batch)
+            n_prompts = batch.size if hasattr(of_batch, "per_prompt") else None
+            value = read_metric(of_batch, logits_of(batch.run(model)), n_prompts)
+            found.append(value.reshape(-1))
+    return torch.cat(found)
+
+
 def _attached(
     model: Any,
     sites: list[AttentionSite],
@@ -214,8 +460,7 @@ def _attached(
 
 
 def _log_of(scales: list[float], n_prompts: int | None, model: Any) -> Tensor:
-    device = next((p.device for p in model.parameters()), None)
-    log_c = torch.tensor(scales, device=device).log()
+    log_c = torch.tensor(scales, device=device_of(model)).log()
     shape = log_c.shape if n_prompts is None else (n_prompts, len(scales))
     return log_c.expand(shape).clone().requires_grad_()
 

@@ -22,6 +22,7 @@ import sat_lens as sl
 from sat_lens.attention import AttentionCall, Scale, rescaled_attention, transform_scores
 from sat_lens.errors import (
     ArgumentError,
+    DataError,
     HeadSelectionError,
     NonFiniteError,
     UnsupportedModelError,
@@ -269,3 +270,101 @@ def test_a_model_that_switches_gradients_off_is_refused():
         sl.temperature_gradient(model, batch_of(args, kwargs), projection)
     with pytest.raises(UnsupportedModelError, match="no_grad"):
         sl.temperature_gradient(model, batch_of(args, kwargs), projection, "H_blocks.L1H0")
+
+
+# Fits.
+
+
+def target(model: Any, tokens: Tensor, scale: Any) -> Any:
+    """The divergence from the model at other temperatures, which is least at those."""
+    with torch.no_grad(), sl.saturate(model, scale=scale):
+        return sl.metrics.kl_to_soft(model(tokens))
+
+
+@pytest.mark.parametrize("per", ["model", "layer", "head"])
+def test_temperatures_that_are_known_are_found(demo, per):
+    tokens = torch.arange(24).reshape(2, 12) + 40
+    wanted = {"L0H1": 2.0, "L0H6": 2.0, "L2H3": 0.7}
+    if per == "model":
+        wanted = dict.fromkeys(wanted, 1.6)
+    metric = target(demo, tokens, wanted)
+    before = demo(tokens)
+    found = sl.tune_temperature(
+        demo, [tokens] * 2, metric, per, 80, heads=list(wanted), learning_rate=0.1, progress=False
+    )
+    assert found.scale == pytest.approx(wanted, rel=0.1)
+    assert found.history[-1] < 0.05 * found.history[0]
+    assert float(found.after.mean()) < 0.05 * float(found.before.mean())
+    shared = {"model": 1, "layer": 2, "head": 3}[per]
+    assert len(found.scales.unique()) == shared
+    assert torch.equal(demo(tokens), before)
+    with sl.saturate(demo, scale=found.scale):
+        torch.testing.assert_close(metric.per_prompt(demo(tokens)).detach(), found.after)
+
+
+def test_a_fused_model_is_tuned_as_an_eager_one():
+    found = [
+        sl.tune_temperature(plain(how), TOKENS, steps=3, batch_size=1, progress=False)
+        for how in ("sdpa", "eager")
+    ]
+    torch.testing.assert_close(found[0].scales, found[1].scales, rtol=1e-3, atol=0)
+    assert found[0].before.shape == (1,)
+    assert (found[0].scales != 1).all()
+
+
+def test_data_are_held_back(demo):
+    tokens = torch.arange(7 * 8).reshape(7, 8) + 30
+    found = sl.tune_temperature(demo, tokens, steps=1, batch_size=1, heads="L0H0", progress=False)
+    # The second and the seventh of seven batches.
+    expected = sl.metrics.next_token_loss(tokens[[1, 6]]).per_prompt(demo(tokens[[1, 6]]))
+    torch.testing.assert_close(found.before, expected.detach(), rtol=1e-4, atol=1e-4)
+    other = sl.tune_temperature(
+        demo, tokens[:1], steps=1, heads="L0H0", held_out=tokens[3:5], progress=False
+    )
+    assert len(other.before) == 2
+
+
+def test_an_interrupt_keeps_the_fit(demo, monkeypatch):
+    steps = iter([None, None])
+
+    def step(self):
+        if next(steps, "end") == "end":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    tokens = torch.arange(16).reshape(2, 8)
+    found = sl.tune_temperature(demo, [tokens] * 2, steps=9, heads="L0H0", progress=False)
+    assert not found.complete
+    assert len(found.history) == 2
+    assert "interrupted" in repr(found)
+
+
+def test_a_fit_is_saved_and_drawn(demo, tmp_path):
+    tokens = torch.arange(16).reshape(2, 8)
+    found = sl.tune_temperature(demo, tokens, steps=2, batch_size=1, progress=False)
+    found.save(tmp_path / "fit")
+    again = sl.load(tmp_path / "fit")
+    assert again.scale == found.scale
+    assert again.values.shape == (4, 8)
+    assert list(found.frame().columns) == ["scale", "log2_scale"]
+    assert "held-out" in repr(found)
+    assert found.plot().axes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"per": "group"}, ArgumentError, "'head', 'layer', 'model'"),
+        ({"steps": 0}, ArgumentError, "steps"),
+        ({"batch_size": 8}, DataError, "held_out"),
+        ({"metric": lambda logits: logits.detach().sum()}, ArgumentError, "with a gradient"),
+        ({"metric": lambda logits: logits.sum() / 0}, NonFiniteError, "divides by"),
+        ({"metric": lambda logits: (logits - logits).sum().sqrt()}, NonFiniteError, "log c"),
+    ],
+)
+def test_refusals_of_fits(demo, options, error, message, types_unchecked):
+    tokens = torch.arange(16).reshape(2, 8)
+    with pytest.raises(error, match=message):
+        sl.tune_temperature(
+            demo, tokens, **{"steps": 1, "batch_size": 1, "progress": False, **options}
+        )
