@@ -8,6 +8,7 @@ import warnings
 import pytest
 import tiny
 import torch
+import transformers
 from everyday import everyday
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -429,3 +430,42 @@ def test_inputs_are_judged_the_same_everywhere(demo, call, monkeypatch):
     if call not in (CALLS["sites"], CALLS["trial"]):
         assert call(demo, TEXTS, tokenizer=tokenizer) is not None
         assert call(demo, TEXTS, tokenizer=sl.models.DEMO_FOLDER) is not None
+
+
+@pytest.mark.parametrize("text", ["<pad><pad>import os", "import os<pad>"])
+def test_padding_that_is_written_out_is_refused(demo, text):
+    for call in (CALLS["pair"], CALLS["roles"], CALLS["sweep"]):
+        with pytest.raises(DataError, match=r"padded.*'<pad>' written.*skip_special_tokens"):
+            call(demo, [TEXTS[0], text])
+
+
+def test_one_token_that_begins_texts_may_be_written_out(one_special_token):
+    bos = one_special_token.tokenizer.bos_token
+    assert list(batches(one_special_token, [f"{bos}import os"]))
+    with pytest.raises(DataError, match="written out"):
+        list(batches(one_special_token, [f"{bos}{bos}import os"]))
+
+
+@pytest.mark.parametrize("given_as", ["dict", "mask", "tokens"])
+def test_plain_models_do_not_count_padding_in_positions(given_as):
+    """GPT-2 numbers positions from the first token, padding or not, unless it is told otherwise."""
+    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight)
+    tokens = tiny.tokens(2, 9)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], 1)
+    padded[1, 3] = 0
+    mask = (padded != 0).long()
+    data = {"dict": [{"input_ids": padded, "attention_mask": mask}]}.get(given_as, padded)
+    given = {"mask": {"attention_mask": mask}, "tokens": {"tokenizer": Special()}}.get(given_as, {})
+    (batch,) = batches(model, data, **given)
+    assert batch.kwargs["position_ids"][0].tolist() == [0, 0, 0, *range(9)]
+    with torch.no_grad():
+        logits = batch.run(model).logits
+        for i, row in enumerate((tokens[:1], tokens[1:, 1:])):
+            alone = model(row).logits[0]
+            torch.testing.assert_close(logits[i, -len(alone) :], alone, rtol=0, atol=1e-5)
+    own = {"input_ids": padded, "attention_mask": mask, "position_ids": mask}
+    (batch,) = batches(model, [own])
+    assert batch.kwargs["position_ids"] is mask

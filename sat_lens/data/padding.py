@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sat_lens._checks import is_lens_model
 from sat_lens.errors import DataError
 from sat_lens.models import wrapped_model
 
@@ -53,7 +54,7 @@ def checked_mask(
 def mask_arguments(
     model: Any, name: str, mask: Bool[Tensor, "batch position"]
 ) -> dict[str, Tensor]:
-    """Return a mask as an argument of the model's forward pass.
+    """Return a mask as an argument of the model's forward pass, with the positions that it implies.
 
     A decoder's mask is left out where the model does not take it.
     """
@@ -61,7 +62,22 @@ def mask_arguments(
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
     names = (name,) if name.startswith("decoder") else _MASKS
     chosen = next((each for each in names if each in taken), name if takes_any else "")
-    return {chosen: mask.long()} if chosen else {}
+    return ({chosen: mask.long()} if chosen else {}) | _position_ids(model, name, mask)
+
+
+def _position_ids(model: Any, name: str, mask: Bool[Tensor, "batch position"]) -> dict[str, Tensor]:
+    """Return positions that count no padding, for a plain model that would count it on the left.
+
+    TransformerLens derives them by itself, and so does ``generate`` of transformers.
+    """
+    generates = getattr(model, "can_generate", None)
+    if name != "attention_mask" or is_lens_model(model) or bool(mask[:, 0].all()):
+        return {}
+    if not callable(generates) or not generates():
+        return {}
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def with_masks(
@@ -107,6 +123,8 @@ def with_masks(
             inferred.update(amount_of(shown))
             called |= mask_arguments(model, name, shown)
     of_input, of_decoder = map(as_mask, masks.values())
+    if of_input is not None and not cached:
+        called = _position_ids(model, "attention_mask", of_input) | called
     return called, of_input, of_decoder
 
 

@@ -23,7 +23,7 @@ from sat_lens.data.padding import (
     say_padding,
     with_masks,
 )
-from sat_lens.data.texts import read_tokenizer, text_row, tokenizer_of
+from sat_lens.data.texts import check_text, read_tokenizer, text_row, tokenizer_of
 from sat_lens.errors import DataError
 from sat_lens.models import context_length, device_of, main_input_name, vocabulary_size
 
@@ -189,7 +189,8 @@ def read_call(
 def check_input(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
     """Raise a DataError unless a model can read its main input: texts or a tensor."""
     if _are_texts(inputs):
-        tokenizer_of(model)
+        for text in [inputs] if isinstance(inputs, str) else inputs:
+            check_text(tokenizer_of(model), text)
         return
     if not isinstance(inputs, Tensor):
         raise _unreadable(inputs)

@@ -73,9 +73,26 @@ def text_row(model: Any, text: str, tokenizer: Any = None) -> list[int]:
             "texts out, or join texts into windows of equal length with sat_lens.data.text_windows."
         )
     tokenizer = tokenizer_of(model, tokenizer)
+    check_text(tokenizer, text)
     row = list(tokenizer(text, verbose=False)["input_ids"])
     bos = getattr(tokenizer, "bos_token_id", None)
     return row if bos is None or row[:1] == [bos] else [bos, *row]
+
+
+def check_text(tokenizer: Any, text: str) -> None:
+    """Raise a DataError if a text is padded with the pad token written out, as by ``decode``."""
+    pad = getattr(tokenizer, "pad_token", None)
+    ends = [getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos")]
+    if not isinstance(pad, str) or not pad:
+        return
+    # One that also begins or ends texts may be there for that.
+    run = pad * 2 if pad in ends else pad
+    if text.startswith(run) or text.endswith(run):
+        raise DataError(
+            f"One of the texts is padded: it begins or ends with the pad token {pad!r} written "
+            "out, which would count as text. Leave it out: "
+            "tokenizer.decode(ids, skip_special_tokens=True)."
+        )
 
 
 def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
