@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 
@@ -167,7 +168,7 @@ def test_the_similarity_follows_its_definition(demo):
     with torch.no_grad(), sl.replace_attention(demo, sl.transforms.RandomKey(3)):
         random = demo.run_with_cache(TEXT)[1]
     frame = found.frame()
-    assert list(frame.columns) == ["S", "cos_saturated", "cos_random", "note"]
+    assert list(frame.columns) == ["S", "S_se", "cos_saturated", "cos_random", "note"]
     for layer, (name, row) in enumerate(frame.iterrows()):
         assert name == f"blocks.{layer}.hook_resid_post"
         soft, hard, control = (
@@ -481,3 +482,23 @@ def test_a_names_filter_that_matches_nothing(demo, names):
         pair_of(demo, TEXT, names_filter=names)
     both = ["blocks.0.hook_resid_post", "blocks.1.hook_out"]
     assert set(both) <= set(pair_of(demo, TEXT, names_filter=both).soft.cache.keys())
+
+
+def test_s_has_the_error_of_a_ratio_and_is_marked_where_it_rests_on_little(demo):
+    """The oracle is the spread of S over resamples of the positions."""
+    pair = pair_of(demo, TEXT)
+    found = pair.similarity("resid_post")
+    runs = (pair.soft, pair.saturated, pair._random[0, "resid_post"])
+    soft, *others = (run.cache["resid_post", 2][0].double() for run in runs)
+    near, far = (torch.cosine_similarity(soft, other, dim=-1) for other in others)
+    drawn = torch.randint(len(near), (4000, len(near)), generator=torch.Generator().manual_seed(0))
+    resampled = (near[drawn] - far[drawn]).mean(1) / (1 - far[drawn]).mean(1)
+    assert float(found.s_error[2]) == pytest.approx(float(resampled.std()), rel=0.2)
+    cosines = torch.tensor([0.5, 0.95, 0.995, 1.0], dtype=torch.float64)
+    frame = dataclasses.replace(
+        found, names=list("abcd"), cos_saturated=cosines, cos_random=cosines
+    ).frame()
+    assert frame["S"].isna().tolist() == frame["S_se"].isna().tolist() == [False, False, True, True]
+    words = ["", "rests on little", "undefined", "change nothing"]
+    assert all(word in note for word, note in zip(words, frame["note"], strict=True))
+    assert frame["note"].iloc[0] == ""

@@ -35,6 +35,9 @@ from sat_lens.sites import Heads, ScaleLike, attention_sites, select_heads
 
 # Below this the random key is as near to the soft run as can be, and S says nothing.
 LEAST_DENOMINATOR = 0.01
+# Below this S rests on a small part of the activation, and a small change of either moves it far.
+WEAK_DENOMINATOR = 0.1
+WEAK = "S rests on little: random keys already give a cosine above 0.9; mind its error"
 NO_ROOM = "S is undefined: random keys already give a cosine above 0.99"
 UNCHANGED = (
     "S is undefined: random keys change nothing here; each query sees one key (a single token), or "
@@ -53,14 +56,16 @@ class Similarity:
 
     ``S = (cos(soft, saturated) - cos(soft, random key)) / (1 - cos(soft, random key))``: 1 if the
     saturated run gives the same direction, 0 if it does no better than attending to random keys,
-    NaN where the denominator is below .01. The raw cosine alone misleads: a randomly initialised
-    model scores higher on it than a trained one.
+    NaN where the denominator is below .01, and marked where it is below .1. The raw cosine alone
+    misleads: a randomly initialised model scores higher on it than a trained one. ``s_error`` is
+    the standard error of S over positions, as if these were independent; NaN for a single one.
     """
 
     activation: str
     names: list[str]
     cos_saturated: Float[Tensor, " layer"]
     cos_random: Float[Tensor, " layer"]
+    s_error: Float[Tensor, " layer"]
 
     @property
     def s(self) -> Float[Tensor, " layer"]:
@@ -68,15 +73,17 @@ class Similarity:
         return normalised_similarity(self.cos_saturated, self.cos_random)
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a layer: ``S`` beside the two cosines that it is made of.
+        """Return one row a layer: ``S``, its error ``S_se``, and the cosines that it is made of.
 
-        The column ``note`` says why S is NaN where it is, and is empty elsewhere.
+        The column ``note`` says why S is NaN or weak where it is, and is empty elsewhere.
         """
-        columns = {"S": self.s, "cos_saturated": self.cos_saturated, "cos_random": self.cos_random}
-        notes = [
-            (UNCHANGED if random > 1 - 1e-9 else NO_ROOM) if s != s else ""
-            for s, random in zip(self.s.tolist(), self.cos_random.tolist(), strict=True)
-        ]
+        columns = {
+            "S": self.s,
+            "S_se": self.s_error.masked_fill(self.s.isnan(), math.nan),
+            "cos_saturated": self.cos_saturated,
+            "cos_random": self.cos_random,
+        }
+        notes = [_note(random) for random in self.cos_random.tolist()]
         return pd.DataFrame(
             {name: values.tolist() for name, values in columns.items()} | {"note": notes},
             index=pd.Index(self.names, name="activation"),
@@ -96,6 +103,13 @@ class Similarity:
         return "\n".join([f"Similarity of {self.activation}", table.to_string(), *notes])
 
 
+def _note(cos_random: float) -> str:
+    if cos_random > 1 - 1e-9:
+        return UNCHANGED
+    denominator = 1 - cos_random
+    return NO_ROOM if denominator < LEAST_DENOMINATOR else WEAK * (denominator < WEAK_DENOMINATOR)
+
+
 def mean_cosine(
     first: Float[Tensor, "batch position *rest"],
     second: Float[Tensor, "batch position *rest"],
@@ -112,15 +126,35 @@ def mean_cosine(
         >>> round(float(mean_cosine(torch.ones(1, 2, 3), 2 * torch.ones(1, 2, 3))), 6)
         1.0
     """
+    return _cosines(first, second, mask).mean()
+
+
+def _cosines(
+    first: Float[Tensor, "batch position *rest"],
+    second: Float[Tensor, "batch position *rest"],
+    mask: Tensor | None,
+) -> Float[Tensor, " kept"]:
     cosines = torch.cosine_similarity(first.double(), second.double(), dim=-1).cpu()
     if mask is None or bool(mask.all()):
-        return cosines.mean()
+        return cosines.flatten()
     if cosines.shape[: mask.dim()] != mask.shape:
         raise ArgumentError(
             f"The padding mask has shape {list(mask.shape)}, and the activation has prompts and "
             f"positions {list(cosines.shape[:2])}. Give inputs of equal length."
         )
-    return cosines[mask.cpu()].mean()
+    return cosines[mask.cpu()].flatten()
+
+
+def _error_of_s(
+    saturated: Float[Tensor, " kept"], random: Float[Tensor, " kept"]
+) -> Float[Tensor, ""]:
+    """Return the standard error of S, a ratio of two means, to first order."""
+    if len(saturated) < 2:
+        return torch.tensor(math.nan, dtype=torch.float64)
+    denominator = (1 - random).mean()
+    s = (saturated - random).mean() / denominator
+    rest = (saturated - random) - s * (1 - random)
+    return rest.std() / len(rest) ** 0.5 / denominator
 
 
 def normalised_similarity(
@@ -195,7 +229,7 @@ class SaturationPair:
             >>> import sat_lens as sl
             >>> pair = sl.run_with_saturation_cache(sl.load_model("demo"), "import os, sys")
             >>> pair.similarity("resid_post").frame().shape
-            (4, 4)
+            (4, 5)
         """
         activation = activation.removeprefix("hook_")
         if activation == "attn_scores":
@@ -213,19 +247,21 @@ class SaturationPair:
         if key not in self._random:
             self._random[key] = self._run_random(seed, names)
         runs = (self.soft, self.saturated, self._random[key])
-        cosines = []
+        cosines, errors = [], []
         for name in names:
             soft, *others = (_by_position(run, name, activation) for run in runs)
             in_decoder = name.startswith(("decoder", "logits"))
             mask = self.decoder_non_padding if in_decoder else self.non_padding
-            cosines.append(torch.stack([mean_cosine(soft, other, mask) for other in others]))
+            by_position = [_cosines(soft, other, mask) for other in others]
+            cosines.append(torch.stack([cosine.mean() for cosine in by_position]))
+            errors.append(_error_of_s(*by_position))
         saturated, random = torch.stack(cosines, dim=1)
         if not bool((saturated + random).isfinite().all()):
             raise NonFiniteError(
                 f"{activation!r} is not finite everywhere, so it has no cosine. In half precision "
                 "activations can overflow: load the model in float32."
             )
-        return Similarity(activation, names, saturated, random)
+        return Similarity(activation, names, saturated, random, torch.stack(errors))
 
 
 def run_with_saturation_cache(
