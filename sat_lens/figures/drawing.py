@@ -21,12 +21,12 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from pandas.api.types import is_numeric_dtype
 from torch import Tensor
 
 from sat_lens.errors import ArgumentError
@@ -534,29 +534,22 @@ def role_figure(frame: pd.DataFrame, title: str | None) -> Figure:
         'layer'
     """
     _check_table(frame, ("layer", "head", "role"))
-    stacks = head_stacks(frame)
     known = [role for role in DESCRIPTIONS if role or (frame["role"] == "").any()]
-    layers = [sorted(map(int, part["layer"].unique())) for _, part in stacks]
-    grids = [
-        (stack, rows, int(part["head"].max()) + 1)
-        for rows, (stack, part) in zip(layers, stacks, strict=True)
-    ]
-    figure, drawn, inches = _head_grids(grids, title, below=0.2 * len(known) + 0.9)
-    for axes, rows, (_, part) in zip(drawn, layers, stacks, strict=True):
-        for record in records_of(part):
-            role, at = str(record["role"]), (record["head"], rows.index(record["layer"]))
-            shade = _LEAST_SHADE + (1 - _LEAST_SHADE) * clarity(record)
-            if role in ROLE_COLORS:
-                _cell(axes, *at, (*to_rgb(ROLE_COLORS[role]), shade))
-            else:
-                _cell(axes, *at, OTHER_COLOR, hatch="////")
-            mark = target_mark(str(record.get("target", "") or ""))
-            if mark:
-                size = inches * 72 * (0.5 if len(mark) == 1 else 0.34)
-                axes.text(
-                    *at, mark, size=size, color=_ink_on(role, shade), weight="bold",
-                    ha="center", va="center_baseline",
-                )  # fmt: skip
+    figure, cells, inches = _head_cells(frame, title, below=0.2 * len(known) + 0.9)
+    for axes, at, record in cells:
+        role = str(record["role"])
+        shade = _LEAST_SHADE + (1 - _LEAST_SHADE) * clarity(record)
+        if role in ROLE_COLORS:
+            _cell(axes, *at, (*to_rgb(ROLE_COLORS[role]), shade))
+        else:
+            _cell(axes, *at, OTHER_COLOR, hatch="////")
+        mark = target_mark(str(record.get("target", "") or ""))
+        if mark:
+            size = inches * 72 * (0.5 if len(mark) == 1 else 0.34)
+            axes.text(
+                *at, mark, size=size, color=_ink_on(role, shade), weight="bold",
+                ha="center", va="center_baseline",
+            )  # fmt: skip
     _role_legend(figure, known, set(frame["role"]), set(frame.get("target", ())))
     return figure
 
@@ -594,17 +587,10 @@ def sweep_figure(
             f"Needed a matrix of values with a finite one among them; found shape "
             f"{list(values.shape)}."
         )
-    table = values.detach().double().cpu()
-    limit = float(table[table.isfinite()].abs().max()) or 1.0
-    grid = ("", list(range(len(table))), table.shape[1])
-    figure, (axes,), _ = _head_grids([grid], title, below=0.6)
-    for row, line in enumerate(table.tolist()):
-        for column, value in enumerate(line):
-            if math.isfinite(value):
-                _cell(axes, column, row, _diverging(value / limit))
-            else:
-                _cell(axes, column, row, PAPER, hatch="////")
-    bar = _color_bar(figure, [axes], -limit, limit)
+    table = pd.DataFrame(values.detach().double().cpu().numpy())
+    frame = table.rename_axis("layer").reset_index().melt("layer", var_name="head")
+    limit = float(values[values.isfinite()].abs().max()) or 1.0
+    figure, bar = _number_map(frame.sort_values(["layer", "head"]), "value", title, -limit, limit)
     if reference is not None and math.isfinite(reference):
         bar.ax.axvline(min(max(reference, -limit), limit), color=INK, lw=1.2)
     note = "" if reference is None else "; the line is the random control"
@@ -617,7 +603,7 @@ def column_figure(frame: pd.DataFrame, column: str, title: str | None) -> Figure
     """Draw one number of every head: from 0 to 1 where it is a share, else up to the largest.
 
     Args:
-        frame: A row a head, with the columns ``layer`` and ``head``, ``stack`` where there are
+        frame: One row per head, with the columns ``layer`` and ``head``, ``stack`` where there are
             several, and ``column``.
         column: What is drawn. Negative numbers are blue; what is not finite is hatched.
         title: What was measured on what; None draws no title.
@@ -633,44 +619,37 @@ def column_figure(frame: pd.DataFrame, column: str, title: str | None) -> Figure
         'layer'
     """
     _check_table(frame, ("layer", "head", column))
-    if (
-        not is_numeric_dtype(frame[column])
-        or not (numbers := frame[column].astype(float)).map(math.isfinite).any()
-    ):
+    numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
+    numbers = numbers[np.isfinite(numbers)]
+    if numbers.empty:
         raise ArgumentError(f"Needed a column of numbers; {column!r} holds no finite one.")
-    numbers = numbers[numbers.map(math.isfinite)]
     low, high = min(float(numbers.min()), 0.0), float(numbers.max())
     limit = 1.0 if low == 0 and high <= 1 else max(high, -low)
-    stacks = head_stacks(frame)
-    layers = [sorted(map(int, part["layer"].unique())) for _, part in stacks]
-    grids = [
-        (stack, rows, int(part["head"].max()) + 1)
-        for rows, (stack, part) in zip(layers, stacks, strict=True)
-    ]
-    figure, drawn, _ = _head_grids(grids, title, below=0.6)
-    for axes, rows, (_, part) in zip(drawn, layers, stacks, strict=True):
-        for record in records_of(part):
-            at, value = (record["head"], rows.index(record["layer"])), float(record[column])
-            finite = math.isfinite(value)
-            color = _diverging(value / limit) if finite else PAPER
-            _cell(axes, *at, color, hatch=None if finite else "////")
-    bar = _color_bar(figure, drawn, -limit if low < 0 else 0.0, limit)
+    figure, bar = _number_map(frame, column, title, -limit if low < 0 else 0.0, limit)
     bar.set_label(visible(column), size=8, color=INK)
     return figure
 
 
-def _color_bar(figure: Figure, drawn: list[Axes], low: float, high: float) -> Any:
-    steps = range(-16 if low < 0 else 0, 17)
-    colors = ListedColormap([_diverging(step / 16) for step in steps])
+def _number_map(
+    frame: pd.DataFrame, column: str, title: str | None, low: float, high: float
+) -> tuple[Figure, Colorbar]:
+    """Draw a number of every head in diverging colours, above a bar; gaps are hatched."""
+    figure, cells, _ = _head_cells(frame, title, below=0.6)
+    for axes, at, record in cells:
+        value = float(record[column])
+        finite = math.isfinite(value)
+        color = _diverging(value / high) if finite else PAPER
+        _cell(axes, *at, color, hatch=None if finite else "////")
+    colors = [_diverging(step / 16) for step in range(-16 if low < 0 else 0, 17)]
     bar = figure.colorbar(
-        ScalarMappable(Normalize(low, high), colors), ax=drawn, location="bottom", shrink=0.55,
-        aspect=28, anchor=(0.0, 1.0), panchor=False,
+        ScalarMappable(Normalize(low, high), ListedColormap(colors)), ax=list(figure.axes),
+        location="bottom", shrink=0.55, aspect=28, anchor=(0.0, 1.0), panchor=False,
     )  # fmt: skip
     ticks = sorted({low, 0.0, high})
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.ax.tick_params(length=2, labelsize=7.5, colors=QUIET)
     bar.outline.set_visible(False)
-    return bar
+    return figure, bar
 
 
 def _diverging(share: float) -> tuple[float, float, float, float]:
@@ -692,35 +671,42 @@ def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _head_grids(
-    grids: list[tuple[str, list[int], int]], title: str | None, below: float
-) -> tuple[Figure, list[Axes], float]:
+def _head_cells(
+    frame: pd.DataFrame, title: str | None, below: float
+) -> tuple[Figure, list[tuple[Axes, tuple[int, int], dict[str, Any]]], float]:
     """Make a figure with one grid per stack, and ``below`` inches for the legend.
 
-    A grid is the stack's name, its layers, and its number of heads; a cell is one unit wide. The
-    last value returned is the width of a cell in inches.
+    Returns:
+        The figure; for each head its grid, its column and row there, and its row of the table; and
+        the width of a cell, one unit of a grid, in inches.
     """
-    heads = [count for _, _, count in grids]
+    stacks = head_stacks(frame)
+    heads = [int(part["head"].max()) + 1 for _, part in stacks]
+    layers = [sorted(map(int, part["layer"].unique())) for _, part in stacks]
     cell = min(max(7.2 / sum(heads), 0.2), 0.42)
-    width = max(cell * sum(heads) + 0.5 * len(grids) + 0.4, 6.2)
-    tallest = max(len(layers) for _, layers, _ in grids)
-    figure = _new_figure(title, width, cell * tallest + (0.7 if len(grids) > 1 else 0.5) + below)
-    drawn = list(figure.subplots(1, len(grids), squeeze=False, width_ratios=heads)[0])
+    width = max(cell * sum(heads) + 0.5 * len(stacks) + 0.4, 6.2)
+    height = cell * max(map(len, layers)) + (0.7 if len(stacks) > 1 else 0.5) + below
+    figure = _new_figure(title, width, height)
+    grids = figure.subplots(1, len(stacks), squeeze=False, width_ratios=heads)[0]
     every = math.ceil(0.2 / cell) if cell < 0.3 else 1
-    for axes, (stack, layers, count) in zip(drawn, grids, strict=True):
-        axes.set(xlim=(-0.5, count - 0.5), ylim=(len(layers) - 0.5, -0.5))
+    cells = []
+    for axes, (stack, part), count, rows in zip(grids, stacks, heads, layers, strict=True):
+        axes.set(xlim=(-0.5, count - 0.5), ylim=(len(rows) - 0.5, -0.5))
         axes.set(aspect="equal", anchor="NW")
         axes.set_xticks(range(0, count, every))
-        numbers = [str(layer) for layer in layers]
-        axes.set_yticks(range(0, len(numbers), every), numbers[::every])
+        axes.set_yticks(range(0, len(rows), every), [str(layer) for layer in rows[::every]])
         axes.tick_params(length=0, labelsize=7.5, colors=QUIET, top=True, labeltop=True)
         axes.tick_params(axis="x", bottom=False, labelbottom=False, pad=1)
-        label(axes, x="head", y="layer" if axes is drawn[0] else "")
+        label(axes, x="head", y="layer" if axes is grids[0] else "")
         axes.xaxis.set_label_position("top")
         if stack:
             axes.set_title(visible(stack), size=9, color=INK, pad=4)
         axes.spines[:].set_visible(False)
-    return figure, drawn, cell
+        cells += [
+            (axes, (int(record["head"]), rows.index(record["layer"])), record)
+            for record in records_of(part)
+        ]
+    return figure, cells, cell
 
 
 def _role_legend(figure: Figure, known: list[str], roles: set[str], targets: set[str]) -> None:
