@@ -225,10 +225,10 @@ def train_on(
     """
     try:
         # Slow to import, and missing in older versions.
-        from transformer_lens.config import TransformerBridgeConfig
-        from transformer_lens.model_bridge import TransformerBridge
+        from transformer_lens import config as lens
+        from transformer_lens import model_bridge
 
-        boot = TransformerBridge.boot_native
+        boot = model_bridge.TransformerBridge.boot_native
     except (ImportError, AttributeError) as error:
         raise ModelError(
             "Training a model on a task needs TransformerLens 3.9 or newer "
@@ -240,7 +240,7 @@ def train_on(
         check_count(name, size)
     if d_model % n_heads:
         raise ArgumentError(f"n_heads must divide d_model = {d_model}; found {n_heads}.")
-    config = TransformerBridgeConfig(
+    config = lens.TransformerBridgeConfig(
         d_model=d_model,
         d_head=d_model // n_heads,
         n_heads=n_heads,

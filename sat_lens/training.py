@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SaturationTracker", "read_training_log"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 0.02
 _KIND = "sat_lens training log"
@@ -225,7 +225,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
     def close(self) -> None:
         """Close the file and release the model; the rows stay. Say how much was put off."""
         if self._n_put_off:
-            logger.warning(
+            _log.warning(
                 "%d measures of saturation were put off by budget=%g; pass budget=None for short "
                 "runs.",
                 self._n_put_off,
@@ -281,7 +281,7 @@ class SaturationTracker(TrainerCallback):  # type: ignore[misc]  # transformers 
             worked = self._last_cost is not None if with_measures else bool(self.rows)
             if not worked:
                 raise
-            logger.warning("Step %d was not fully measured: %s", step, error)
+            _log.warning("Step %d was not fully measured: %s", step, error)
             row["problem"] = str(error)
         self._write(row, model)
         self._due = self._due and not with_measures

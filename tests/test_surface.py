@@ -258,6 +258,34 @@ def test_no_two_files_import_each_other():
     assert found == set()
 
 
+def test_imports_within_functions_are_few_and_say_why():
+    found = []
+    for path in SOURCES:
+        lines = path.read_text().splitlines()
+        tree = ast.parse("\n".join(lines))
+        own = set(at_module_level(tree))
+        for node in ast.walk(tree):
+            in_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            own |= set(ast.walk(node)) if in_types else set()
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in own:
+                found.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}")
+                above = lines[node.lineno - 3 : node.lineno - 1]
+                assert any(line.strip().startswith("#") for line in above), found[-1]
+    assert len(found) <= 8, found
+
+
+def test_no_function_or_class_has_two_meanings():
+    """Commands are named by what the user types."""
+    homes = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            named = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
+            if named and path.parent.name != "cli":
+                homes.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
 def test_files_keep_the_style():
     for path in [*SOURCES, *PAPER]:
         text = path.read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Int
 from torch import Tensor
 
@@ -128,8 +129,6 @@ def read_tokenizer(tokenizer: Any) -> Any:
         raise ArgumentError(
             f"tokenizer is a tokenizer or its directory; found {type(tokenizer).__name__}."
         )
-    import transformers  # slow to import
-
     try:
         return transformers.AutoTokenizer.from_pretrained(
             str(tokenizer), local_files_only=True, trust_remote_code=False

@@ -95,14 +95,13 @@ def hub_checkpoints(name: str, steps: Iterable[int] | None) -> list[Checkpoint]:
     """List the published checkpoints of a model, by TransformerLens's registry."""
     try:
         # Slow to import, and missing in older versions.
-        from transformer_lens.tools.model_registry.checkpoints import get_checkpoint_labels
-        from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
+        from transformer_lens.tools.model_registry import checkpoints, registry_io
     except ImportError as error:
         raise ModelError("Checkpoints of hub models need TransformerLens 4.") from error
-    full_name = resolve_model_alias(name) or name
+    full_name = registry_io.resolve_model_alias(name) or name
     pattern = next((p for owner, p in _REVISIONS.items() if full_name.startswith(owner)), None)
     try:
-        known = get_checkpoint_labels(full_name)[0] if pattern else []
+        known = checkpoints.get_checkpoint_labels(full_name)[0] if pattern else []
     except ValueError:
         known = []
     if pattern is None or not known:

@@ -37,7 +37,7 @@ from sat_lens.norms.names import (
     superseded,
 )
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Under which keys a training script's file may keep its state dict.
@@ -167,7 +167,7 @@ def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Par
     renamed = (_without_tables(own.name, _state_tensors(state), own.config) for state in states)
     found = max((own, *renamed), key=lambda parameters: len(parameters.tensors.keys() & names))
     if found.size < own.size:
-        logger.warning(
+        _log.warning(
             "The files leave out %d of the %d parameters of %s, as TransformerLens's state dict "
             "does with some models; norms are of the others.",
             own.size - found.size,

@@ -19,7 +19,7 @@ from torch import Tensor
 from sat_lens.attention import AttentionCall
 from sat_lens.attention.critical import critical_bins
 from sat_lens.attention.distances import distance_to_uniform, distances_to_saturated
-from sat_lens.attention.engine import has_only_extreme_masks
+from sat_lens.attention.engine import BLOCK_ELEMENTS, has_only_extreme_masks
 from sat_lens.attention.masks import EXTREME, mask_threshold
 from sat_lens.errors import NonFiniteError
 from sat_lens.roles.positions import NO_POSITION, RELATIONS, OneSequence, Positions
@@ -33,7 +33,6 @@ from sat_lens.roles.sums import (
     Sums,
 )
 
-BLOCK_ELEMENTS = 2**18
 FUSED_BLOCK_ELEMENTS = 2**22
 # Eight pieces leave out seven sixteenths of a causal pattern; short ones would cost more than that.
 PIECES = 8
