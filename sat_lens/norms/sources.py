@@ -83,7 +83,7 @@ class Parameters:
         """Read one of them."""
         return self.tensors[name].read()
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each, by name."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
