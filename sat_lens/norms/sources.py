@@ -146,7 +146,11 @@ def module_parameters(model: nn.Module) -> Parameters:
 def check_has_values(name: str, parameter: Tensor) -> None:
     """Raise a ModelError for a parameter on the meta device."""
     if parameter.is_meta:
-        raise ModelError(f"{name} has no values (it is on the meta device). Load the weights.")
+        raise ModelError(
+            f"{name} has no values here: it is on the meta device, or offloaded by accelerate. "
+            "Load the model with its weights in memory, or read norms from its files: "
+            "sat_lens.norm_growth."
+        )
 
 
 def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Parameters:
@@ -155,7 +159,7 @@ def named_as_in_files(model: nn.Module, own: Parameters, names: Set[str]) -> Par
     A file's names are those of the model, or of its state dict (a TransformerBridge changes them
     there), or what transformers turns those into when it saves.
     """
-    if own.tensors.keys() == names:
+    if own.adapted or own.tensors.keys() == names:
         return own
     states = [model.state_dict()]
     if hasattr(model, "save_pretrained"):
