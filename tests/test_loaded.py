@@ -14,11 +14,15 @@ import pytest
 import tiny
 import torch
 import transformers
+import zoo
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from everyday import everyday
 from torch import Tensor, nn
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import sat_lens as sl
+from sat_lens import cli
+from sat_lens.intervention import verify_bridge
 from sat_lens.sites import discovery
 
 TOKENS = tiny.tokens()
@@ -599,3 +603,105 @@ def test_other_kinds_of_adapters(peft, kind):
         }[kind]()
         found.append(saturated(peft.get_peft_model(llama(attention), config).eval()))
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+# A bridge that leaves an adapter out: its hooks are right, and its model is wrong.
+
+
+class Adapted(nn.Module):
+    """A projection with a low-rank update beside it, as PEFT's layers keep it."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+        self.weight, self.bias = base.weight, base.bias
+        self.nx, self.nf = getattr(base, "nx", None), getattr(base, "nf", None)
+        self.a = nn.Parameter(torch.randn(self.weight.shape[0], 2))
+        self.b = nn.Parameter(torch.randn(2, self.weight.shape[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a @ self.b
+
+
+def gpt2() -> Any:
+    return tiny.hf_model("GPT2LMHeadModel", transformers.GPT2Config(**tiny.GPT), "eager")
+
+
+def bridged(model: Any) -> Any:
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    return bridge.eval()
+
+
+def with_a_dropped_adapter() -> Any:
+    model = gpt2()
+    attention = model.transformer.h[1].attn
+    attention.c_attn = Adapted(attention.c_attn)
+    return bridged(model)
+
+
+def test_a_bridge_that_drops_an_adapter():
+    bridge = with_a_dropped_adapter()
+    before = logits(bridge)
+    trial = verify_bridge(bridge)
+    assert not trial.ok
+    assert "not those of the wrapped model" in str(trial)
+    assert "merge_and_unload" in str(trial)
+    assert torch.equal(logits(bridge), before)
+    own = gpt2()
+    kept = bridge.original_model.transformer.h[1].attn._original_component.c_attn
+    own.transformer.h[1].attn.c_attn = kept
+    assert verify_bridge(bridge, TOKENS).apart == pytest.approx(
+        float((logits(own) - before).abs().max()), rel=1e-4
+    )
+
+
+def test_a_dropped_adapter_of_peft(peft):
+    settings = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False, lora_alpha=64)
+    adapted = peft.get_peft_model(gpt2(), settings).eval()
+    own = logits(adapted)
+    bridge = bridged(adapted.get_base_model())
+    trial = verify_bridge(bridge, TOKENS)
+    assert trial.apart == pytest.approx(float((logits(bridge) - own).abs().max()), rel=1e-4)
+    assert not trial.ok
+    merged = peft.get_peft_model(gpt2(), settings).eval().merge_and_unload()
+    assert verify_bridge(bridged(merged)).ok
+
+
+def test_check_says_so(run_check):
+    status, out = run_check(with_a_dropped_adapter())
+    assert status == 1
+    assert "not those of the wrapped model" in out
+    assert out.count("changes the output") == 2
+    status, out = run_check(bridged(gpt2()))
+    assert status == 0
+    assert "The logits are those of the wrapped model" in out
+
+
+@pytest.fixture
+def run_check(monkeypatch, capsys):
+    def run(model: Any) -> tuple[int, str]:
+        monkeypatch.setattr("sat_lens.models.load_model", lambda name: model)
+        status = cli.main(["check", "any"])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_what_wraps_no_model_is_not_compared():
+    folded = bridged(gpt2())
+    folded.enable_compatibility_mode()
+    for model in (folded, gpt2()):
+        trial = verify_bridge(model)
+        assert trial.ok
+        assert "not compared" in str(trial)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [case.name for case in zoo.CASES if case.name != "native"])
+def test_bridges_without_adapters_agree_with_their_models(name):
+    case = zoo.case(name)
+    args, kwargs = case.inputs()
+    model = case.build()
+    trial = verify_bridge(model, *args, **kwargs)
+    assert trial.ok
+    assert trial.apart <= 1e-4 * trial.largest or not hasattr(model, "original_model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sat_lens import models
-from sat_lens.intervention import verify_sites
+from sat_lens.intervention import verify_bridge, verify_sites
 from sat_lens.sites.discovery import parts_not_probed
 
 LEGEND = """
@@ -35,4 +35,6 @@ def run(options: argparse.Namespace) -> int:
     found = {trial.site.level for trial in trials}
     levels = [f"  {level:8} {where}" for level, where in LEVELS.items() if level in found]
     print(LEGEND.format(levels="\n".join(levels) or "  none: nothing could be reached"))
-    return 0 if all(trial.ok for trial in trials) and not untried else 1
+    bridge = verify_bridge(model)
+    print(bridge)
+    return 0 if all(trial.ok for trial in trials) and not untried and bridge.ok else 1

@@ -22,9 +22,10 @@ from sat_lens.intervention.managers import (
     saturate,
     saturation_hooks,
 )
-from sat_lens.intervention.verify import SiteTrial, verify_sites
+from sat_lens.intervention.verify import BridgeTrial, SiteTrial, verify_bridge, verify_sites
 
 __all__ = [
+    "BridgeTrial",
     "Edit",
     "NewScores",
     "SiteTrial",
@@ -38,5 +39,6 @@ __all__ = [
     "saturate",
     "saturation_hooks",
     "transform_for",
+    "verify_bridge",
     "verify_sites",
 ]

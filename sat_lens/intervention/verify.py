@@ -10,17 +10,20 @@ has another module changed. What does not clearly change its copy is tried again
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat_lens.attention import RandomKey
 from sat_lens.intervention.attach import attach_edits
 from sat_lens.intervention.edits import Edit, NewScores, TransformEdit
 from sat_lens.intervention.managers import replace_attention
-from sat_lens.models import logits_of
+from sat_lens.models import logits_of, wrapped_model
 from sat_lens.sites import AttentionSite, attention_sites
 from sat_lens.sites.discovery import on_made_up_inputs
 
@@ -134,3 +137,104 @@ def _alone(
     with replace_attention(model, RandomKey(), heads=site.labels):
         after = logits_of(model(*args, **kwargs))
     return float((after - before).abs().max())
+
+
+# Whether a bridge computes what the model that it wraps computes.
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgeTrial:
+    """How far a bridge's logits are from those of the model inside, at most; NaN if none is."""
+
+    apart: float
+    largest: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the two agree, up to rounding; True where there is no second model."""
+        return not self.apart > self.tolerance * max(self.largest, 1.0)
+
+    def __str__(self) -> str:
+        if math.isnan(self.apart):
+            return (
+                "The logits were not compared with a wrapped model's: there is none, its weights "
+                "were folded, or it takes other inputs."
+            )
+        if self.ok:
+            return f"The logits are those of the wrapped model, up to {self.apart:.3g}."
+        return (
+            "The logits are not those of the wrapped model: they differ by up to "
+            f"{self.apart:.3g}, and the largest is {self.largest:.3g}. TransformerLens leaves out "
+            "a part of it, such as an adapter on projections that it takes apart (LoRA on GPT-2's "
+            "c_attn). Merge adapters before the bridge is made (model.merge_and_unload()), or use "
+            "the Hugging Face model itself, which sat_lens takes as it is."
+        )
+
+
+def verify_bridge(model: Any, *inputs: Any, **kwargs: Any) -> BridgeTrial:
+    """Compare a bridge's soft logits with those of the Hugging Face model that it wraps.
+
+    A bridge's hooks can be right and its model wrong: TransformerLens computes attention by its own
+    modules, which know nothing of what somebody else put into those of the wrapped model.
+
+    Args:
+        model: A ``TransformerBridge``; for any other model the answer is NaN.
+        *inputs: Example inputs, for a model that made-up tokens do not fit.
+        **kwargs: Further arguments of the model's own forward.
+
+    Example:
+        >>> import sat_lens as sl
+        >>> from sat_lens.intervention import verify_bridge
+        >>> verify_bridge(sl.load_model("demo")).ok
+        True
+    """
+    wrapped = wrapped_model(model)
+    if wrapped is model or getattr(model, "compatibility_mode", False):
+        return BridgeTrial(math.nan, math.nan, 0.0)
+
+    def run(args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        own = {_OWN_NAMES.get(name, name): v for name, v in extra.items() if name != "return_type"}
+        found = logits_of(model(*args, **extra))
+        with _without_bridges(wrapped):
+            try:
+                return found, logits_of(wrapped(*args, **own))
+            except Exception:  # noqa: BLE001 - it takes other inputs than the bridge
+                return found, None
+
+    with torch.no_grad():
+        given = inputs or kwargs
+        found, expected = run(inputs, kwargs) if given else on_made_up_inputs(model, run)
+    if expected is None or found.shape != expected.shape:
+        return BridgeTrial(math.nan, math.nan, 0.0)
+    tolerance = max(LEAST_TOLERANCE, 16 * torch.finfo(found.dtype).eps)
+    apart = (found.float() - expected.float()).abs().max()
+    return BridgeTrial(float(apart), float(expected.abs().max()), tolerance)
+
+
+LEAST_TOLERANCE = 1e-3
+_OWN_NAMES = {"decoder_input": "decoder_input_ids"}
+
+
+@contextlib.contextmanager
+def _without_bridges(wrapped: nn.Module) -> Iterator[None]:
+    """Put the wrapped model's own modules back where TransformerLens put its bridges."""
+    replaced: list[tuple[nn.Module, str, nn.Module | None]] = []
+    todo, seen = [wrapped], {wrapped}
+    while todo:
+        module = todo.pop()
+        for name, part in module._modules.items():
+            own = part
+            while own is not None and "_original_component" in own._modules:
+                own = own._modules["_original_component"]
+            if own is not part:
+                replaced.append((module, name, part))
+            if own is not None and own not in seen:
+                seen.add(own)
+                todo.append(own)
+            module._modules[name] = own
+    try:
+        yield
+    finally:
+        for module, name, part in replaced:
+            module._modules[name] = part
