@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -53,6 +55,18 @@ def test_what_was_asked_for_comes_back_from_a_file(model, tmp_path):
     found = HeadRoles.load(tmp_path / "one.st")
     assert (found.rows, found.query_positions, found.damage) == ("all", (8, 9, 10, 11), False)
     assert found.fingerprint == roles.fingerprint == fingerprint(model)
+
+
+def test_the_device_of_a_kernel_is_no_setting(tmp_path):
+    model = tiny.hf_model("LlamaForCausalLM", transformers.LlamaConfig(**tiny.SIZE), "sdpa")
+    parts = [sl.head_roles(model, tiny.tokens(seed=i), min_keys=2, progress=False) for i in (0, 1)]
+    sites = [dataclasses.replace(site, runs_in=None) for site in sl.attention_sites(model)]
+    assert {site.level for site in sites} == {"kernel"}
+    for i, part in enumerate(parts):
+        part.save(tmp_path / str(i))
+        assert list(part.sites) == sites
+    merged = sl.HeadRoles.merge([sl.load(tmp_path / str(i)) for i in (0, 1)])
+    assert merged.n_sequences == sum(part.n_sequences for part in parts)
 
 
 def test_parts_of_two_models_of_one_name_do_not_merge(model):

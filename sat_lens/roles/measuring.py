@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
@@ -139,7 +140,8 @@ def head_roles(
         raise DataError(_nothing_counted(min_keys, metric))
     return HeadRoles(
         provenance=Provenance(model_name(model), data_name),
-        sites=tuple(sites),
+        # Where a kernel ran is no setting of the measurement, and parts may run on several devices.
+        sites=tuple(dataclasses.replace(site, runs_in=None) for site in sites),
         sums=sums,
         thresholds=limits,
         min_keys=min_keys,
