@@ -112,6 +112,18 @@ def test_under_autocast_the_pattern_is_that_of_the_scores_that_arrive(demo, scal
             assert torch.allclose(cache["pattern", layer].double(), exact, atol=1e-6)
 
 
+def test_statistics_under_autocast_are_in_float32(demo):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, cache = demo.run_with_cache(TOKENS)
+        table = sl.head_roles(demo, TOKENS, min_keys=1, progress=False).frame()
+    for layer in range(demo.cfg.n_layers):
+        hidden = torch.ones(10, 10).triu(1).bool()
+        scores = cache["attn_scores", layer][0].float().masked_fill(hidden, -math.inf)
+        first = scores.softmax(-1)[..., 0].mean(-1)
+        found = table[table.index.str.startswith(f"L{layer}H")]["first"]
+        assert torch.allclose(torch.tensor(found.to_list()).float(), first, atol=1e-6)
+
+
 @pytest.mark.parametrize("c", [0.3, 3.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_kernel_is_as_exact_under_autocast(c, dtype):
