@@ -30,6 +30,7 @@ from sat_lens.errors import ArgumentError
 from sat_lens.intervention import attach_transforms
 from sat_lens.metrics import Metric, call_metric, check_reads_no_padding, metric_of, read_metric
 from sat_lens.roles.positions import fitting_mask
+from sat_lens.roles.sums import DAMAGES
 from sat_lens.sites import AttentionSite
 
 
@@ -130,29 +131,24 @@ def head_damage(
         before = values(soft)
         del soft
 
-        def damage(intervention: contextlib.AbstractContextManager[Any]) -> Tensor:
+        def damage(site: AttentionSite, head: int, name: str) -> Tensor:
+            intervention: contextlib.AbstractContextManager[Any]
+            if name == "zero":
+                zero = functools.partial(_without, site.n_heads, head)
+                intervention = replaced(model, site, "z", zero)
+            else:
+                new = {site.path: [([head], REPLACEMENTS[name])]}
+                intervention = attach_transforms(model, sites, new)
             with intervention:
                 return values(batch.run(model)) - before
 
-        found: dict[str, dict[str, Tensor]] = {}
-        for site in sites:
-            heads = range(site.n_heads)
-            found[site.path] = {
-                name: torch.stack(
-                    [
-                        damage(attach_transforms(model, sites, {site.path: [([h], new)]}))
-                        for h in heads
-                    ],
-                    1,
-                )
-                for name, new in REPLACEMENTS.items()
+        return {
+            site.path: {
+                name: torch.stack([damage(site, h, name) for h in range(site.n_heads)], 1)
+                for name in DAMAGES
             }
-            zeroed = [
-                damage(replaced(model, site, "z", functools.partial(_without, site.n_heads, head)))
-                for head in heads
-            ]
-            found[site.path]["zero"] = torch.stack(zeroed, 1)
-    return found
+            for site in sites
+        }
 
 
 def _without(n_heads: int, head: int, z: Tensor) -> Tensor:
