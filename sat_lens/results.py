@@ -330,9 +330,8 @@ def _decoded(hint: Any, value: Any, tensors: Mapping[str, Tensor], name: str) ->
         return tuple(
             inner(of, v, i) for i, (of, v) in enumerate(zip(arguments, value, strict=True))
         )
-    elif origin in (tuple, list, frozenset, Sequence) and isinstance(value, list):
-        made = list if origin is Sequence else origin
-        return made(inner(arguments[0], v, i) for i, v in enumerate(value))
+    elif origin in (tuple, list, frozenset) and isinstance(value, list):
+        return origin(inner(arguments[0], v, i) for i, v in enumerate(value))
     elif origin in (dict, Mapping) and isinstance(value, dict):
         return {k: inner(arguments[1], v, k) for k, v in value.items()}
     elif hint is float and is_number(value):
