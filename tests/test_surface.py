@@ -43,6 +43,7 @@ ROOMS = [
     ["roles"],
     ["patching"],
     ["norms"],
+    ["monitor"],
     ["training"],
     ["tasks"],
     ["viz"],
