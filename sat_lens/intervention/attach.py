@@ -93,7 +93,8 @@ def edits_on(module: nn.Module) -> list[Edit]:
         >>> from sat_lens.intervention import edits_on
         >>> model = sl.load_model("demo")
         >>> with sl.saturate(model):
-        ...     edits_on(model.blocks[0].attn)
+        ...     found, _ = edits_on(model.blocks[0].attn), model("def")
+        >>> found
         [TransformEdit(groups=[([0, 1, 2, 3, 4, 5, 6, 7], Limit(ties='exact'))])]
     """
     owners = [getattr(around, "__self__", None) for around in surrounding(module)]
