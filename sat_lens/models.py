@@ -38,10 +38,14 @@ from sat_lens.version import newer_lens
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 HUB_TIMEOUT = 5.0
+# Files of this size are read in seconds.
+MANY_BYTES = 2**28
 GGUF = ".gguf"
 
 
-def load_model(name: str | Path = DEMO, *, device: str | None = None, **options: Any) -> Any:
+def load_model(
+    name: str | Path = DEMO, *, device: str | None = None, progress: bool = True, **options: Any
+) -> Any:
     """Load a model as a ``TransformerBridge``, in float32 and evaluation mode.
 
     Args:
@@ -49,6 +53,8 @@ def load_model(name: str | Path = DEMO, *, device: str | None = None, **options:
             or a directory that holds one, or a hub name such as ``"gpt2"``, optionally with a
             revision: ``"gpt2@main"``.
         device: Where the model goes: to the CPU, if ``device_map`` does not say where either.
+        progress: Whether to show bars of what is downloaded, and of what is read from a hub model
+            or from large files.
         **options: Further arguments of ``TransformerBridge.boot_transformers``, such as
             ``device_map`` for a model that is spread over devices or offloaded to the disk.
 
@@ -92,7 +98,8 @@ def load_model(name: str | Path = DEMO, *, device: str | None = None, **options:
         device = "cpu"
     if isinstance(placed, (torch.device, int)):
         options["device_map"] = {"": placed}
-    with hub_or_cache(path), installing_nothing(), quiet_loading() as said:
+    bars = progress and _takes_long(path)
+    with hub_or_cache(path), installing_nothing(), quiet_loading(bars) as said:
         try:
             model = TransformerBridge.boot_transformers(path, device=device, **options)
         except Exception as error:
@@ -420,6 +427,12 @@ class _Listener(logging.Handler):
         self.said.append(_ANSI.sub("", record.getMessage()))
 
 
+def _takes_long(path: str) -> bool:
+    """Whether loading can take so long that somebody wants to see how far it is."""
+    folder = Path(path)
+    return not folder.is_dir() or sum(f.stat().st_size for f in folder.iterdir()) >= MANY_BYTES
+
+
 @contextlib.contextmanager
 def hub_or_cache(path: str) -> Iterator[None]:
     """Read what is not a directory from the hub, or from the local cache where no hub answers.
@@ -469,14 +482,15 @@ def installing_nothing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[list[str]]:
-    """Keep progress bars and advice of the loading libraries to ourselves; give what was said."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+def quiet_loading(bars: bool = False) -> Iterator[list[str]]:
+    """Keep advice of the loading libraries to ourselves, and their bars; give what was said."""
+    level, hide = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled() and not bars
     root_level = logging.getLogger().level
     library = logging.getLogger("transformers")
     handlers, listener = list(library.handlers), _Listener()
     hf_logging.set_verbosity_warning()
-    hf_logging.disable_progress_bar()
+    if hide:
+        hf_logging.disable_progress_bar()
     logging.getLogger().setLevel(logging.ERROR)
     library.handlers = [listener]
     try:
@@ -485,5 +499,5 @@ def quiet_loading() -> Iterator[list[str]]:
         library.handlers = handlers
         hf_logging.set_verbosity(level)
         logging.getLogger().setLevel(root_level)
-        if bars:
+        if hide:
             hf_logging.enable_progress_bar()

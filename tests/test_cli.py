@@ -33,7 +33,7 @@ def one_model(demo, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     load = sat_lens.models.load_model
     monkeypatch.setattr(
-        "sat_lens.models.load_model", lambda name: demo if name == "demo" else load(name)
+        "sat_lens.models.load_model", lambda name, **_: demo if name == "demo" else load(name)
     )
 
 
@@ -162,7 +162,7 @@ def test_check_tells_by_its_status_what_cannot_be_touched(run, monkeypatch):
 
     config = transformers.BertConfig(**tiny.SIZE)
     model = tiny.bridge("BertForMaskedLM", config, attn_implementation="sdpa")
-    monkeypatch.setattr("sat_lens.models.load_model", lambda name: model)
+    monkeypatch.setattr("sat_lens.models.load_model", lambda name, **_: model)
     status, out, _ = run("check", "fused")
     assert status == 1
     assert out.count("cannot be saturated") == 2
@@ -171,7 +171,9 @@ def test_check_tells_by_its_status_what_cannot_be_touched(run, monkeypatch):
 def test_check_tells_by_its_status_what_it_could_not_try(run, monkeypatch):
     import zoo
 
-    monkeypatch.setattr("sat_lens.models.load_model", lambda name: zoo.case("mistral3").build())
+    monkeypatch.setattr(
+        "sat_lens.models.load_model", lambda name, **_: zoo.case("mistral3").build()
+    )
     status, out, _ = run("check", "mistral3")
     assert status == 1
     assert out.count("changes the output") == 2
@@ -185,7 +187,7 @@ def test_check_of_a_model_without_attention(run, monkeypatch):
 
     config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)
     model = tiny.bridge("MambaForCausalLM", config)
-    monkeypatch.setattr("sat_lens.models.load_model", lambda name: model)
+    monkeypatch.setattr("sat_lens.models.load_model", lambda name, **_: model)
     status, out, error = run("check", "mamba")
     assert (status, out) == (2, "")
     one_line(error, "softmax attention", "none ran", "Mamba")
@@ -243,7 +245,7 @@ def test_a_hub_name_without_a_network_as_the_installed_command():
 def test_a_mistake_is_one_line_before_the_model_is_loaded(
     run, tmp_path, monkeypatch, arguments, words
 ):
-    def load(name):
+    def load(name, **_):
         pytest.fail("The model was loaded before the mistake was found.")
 
     monkeypatch.setattr("sat_lens.models.load_model", load)

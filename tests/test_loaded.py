@@ -10,6 +10,7 @@ import copy
 import logging
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -18,7 +19,9 @@ import zoo
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from everyday import everyday
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers.utils import logging as hf_logging
 
 import sat_lens as sl
 from sat_lens import cli
@@ -680,7 +683,7 @@ def test_check_says_so(run_check):
 @pytest.fixture
 def run_check(monkeypatch, capsys):
     def run(model: Any) -> tuple[int, str]:
-        monkeypatch.setattr("sat_lens.models.load_model", lambda name: model)
+        monkeypatch.setattr("sat_lens.models.load_model", lambda name, **_: model)
         status = cli.main(["check", "any"])
         return status, capsys.readouterr().out
 
@@ -705,3 +708,68 @@ def test_bridges_without_adapters_agree_with_their_models(name):
     trial = verify_bridge(model, *args, **kwargs)
     assert trial.ok
     assert trial.apart <= 1e-4 * trial.largest or not hasattr(model, "original_model")
+
+
+# Loading shows how far it is.
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_hub_model_shows_its_bars_and_then_nothing(progress, monkeypatch, capsys):
+    boot = TransformerBridge.boot_transformers
+    monkeypatch.setattr(
+        TransformerBridge,
+        "boot_transformers",
+        staticmethod(lambda path, **options: _booted(boot, **options)),
+    )
+    monkeypatch.setattr(sl.models, "_hub_answers", lambda: True)
+    hf_logging.enable_progress_bar()
+    sl.load_model("someone/model", progress=progress)
+    error = capsys.readouterr().err
+    assert ("model.safetensors" in error) == progress
+    assert ("Loading checkpoint shards" in error) == progress
+    assert hf_logging.is_progress_bar_enabled()
+    sl.load_model("demo")
+    assert capsys.readouterr().err == ""
+
+
+def _booted(boot: Any, **options: Any) -> Any:
+    """What the hub's client and transformers show while a model comes."""
+    with huggingface_hub.utils.tqdm(total=8, desc="model.safetensors") as bar:
+        bar.update(8)
+    for _ in hf_logging.tqdm(range(2), desc="Loading checkpoint shards"):
+        pass
+    return boot(str(sl.models.DEMO_FOLDER), **options)
+
+
+def test_large_files_show_their_bars(monkeypatch, capsys):
+    monkeypatch.setattr(sl.models, "MANY_BYTES", 1)
+    sl.load_model("demo")
+    assert "Loading weights" in capsys.readouterr().err
+
+
+def test_a_user_who_switched_bars_off_sees_none(monkeypatch, capsys):
+    monkeypatch.setattr(sl.models, "MANY_BYTES", 1)
+    hf_logging.disable_progress_bar()
+    try:
+        sl.load_model("demo")
+        assert not hf_logging.is_progress_bar_enabled()
+    finally:
+        hf_logging.enable_progress_bar()
+    assert capsys.readouterr().err == ""
+
+
+# What is cut off is said.
+
+
+def test_a_text_beyond_the_context_is_said_to_be_cut(demo, caplog):
+    text = "x = 1 + 2\n" * 200
+    beyond = demo.to_tokens(text, truncate=False).shape[1] - demo.cfg.n_ctx
+    with caplog.at_level(logging.WARNING):
+        sl.run_with_saturation_cache(demo, text, names_filter="blocks.0.hook_resid_post")
+    (record,) = caplog.records
+    assert "1 of the texts were longer than the model's context" in record.message
+    assert f"({beyond} tokens in all)" in record.message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        sl.run_with_saturation_cache(demo, "x = 1", names_filter="blocks.0.hook_resid_post")
+    assert not caplog.records

@@ -119,7 +119,7 @@ def _model_and_windows(options: argparse.Namespace) -> tuple[Any, Tensor, str]:
     if options.sequences < 1 or options.context < 2:
         raise ArgumentError("--sequences must be at least 1 and --context at least 2.")
     texts: Iterable[str] = held_out_texts() if options.text is None else [_read(options.text)]
-    model = models.load_model(options.model)
+    model = models.load_model(options.model, progress=not options.quiet)
     context = min(options.context, models.context_length(model) or options.context)
     windows = text_windows(model, texts, context, options.sequences)
     name = corpus_name() if options.text is None else options.text.name

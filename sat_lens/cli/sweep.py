@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     sweep = sweep_heads(
-        models.load_model(options.model),
+        models.load_model(options.model, progress=not options.quiet),
         options.prompt,
         logit_difference(answer, wrong),
         direction=options.direction,

@@ -99,13 +99,7 @@ def batches(
             yield batch
     finally:
         say_padding(reading.inferred)
-        if cuts := reading.cuts:
-            _log.warning(
-                "%d of the texts were longer than the model's context and were cut at their end "
-                "(%d tokens in all). sat_lens.data.text_windows keeps all of a text.",
-                len(cuts),
-                sum(cuts),
-            )
+        _say_cuts(reading.cuts)
     if count == 0:
         raise DataError("The data is empty: at least one sequence is needed.")
 
@@ -174,6 +168,9 @@ def read_call(
         (batch,) = batches(model, texts, len(texts), tokenizer=tokenizer)
         inputs, arguments = batch.inputs, {**batch.kwargs, **arguments}
     check_input(model, inputs, arguments)
+    if _are_texts(inputs):
+        # The model itself cuts them, without a word.
+        _say_cuts(_beyond_context(model, [inputs] if isinstance(inputs, str) else inputs))
     inferred: Counter[str] = Counter()
     rows = _sequences(inputs) if isinstance(inputs, Tensor) else inputs
     arguments, mask, of_decoder = with_masks(
@@ -184,6 +181,25 @@ def read_call(
         mask = padded_by(model, inputs, arguments)
     has_decoder = {"decoder_input", "decoder_input_ids"} & arguments.keys()
     return inputs, arguments, mask, of_decoder if has_decoder else mask
+
+
+def _beyond_context(model: Any, texts: list[str]) -> list[int]:
+    """Count the tokens of each text that is longer than the model's context, beyond it."""
+    context = context_length(model)
+    # No token stands for less than a byte.
+    long = [text for text in texts if 0 < context <= len(text.encode())]
+    beyond = (len(text_row(model, text)) - context for text in long)
+    return [count for count in beyond if count > 0]
+
+
+def _say_cuts(cuts: list[int]) -> None:
+    if cuts:
+        _log.warning(
+            "%d of the texts were longer than the model's context and were cut at their end "
+            "(%d tokens in all). sat_lens.data.text_windows keeps all of a text.",
+            len(cuts),
+            sum(cuts),
+        )
 
 
 def check_input(model: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
