@@ -146,24 +146,16 @@ def is_joint(name: str) -> bool:
     return joint or name.removesuffix(".weight").rpartition(".")[2] in _PARTS
 
 
-def inner_norms(names: Iterable[str], of: str = "qkv") -> list[str]:
-    """Return the norms inside attention, between a projection and what uses it.
+def is_inner_norm(name: str, of: str) -> bool:
+    """Whether a module or parameter is a norm inside attention of queries, keys or values.
 
     Args:
-        names: Names of modules or parameters.
-        of: First letters of what is normalised: queries, keys, values.
-
-    Example:
-        >>> inner_norms(["h.0.attn.q_norm.weight", "h.0.attn_norm.weight", "h.0.attn.v_norm"])
-        ['h.0.attn.q_norm.weight', 'h.0.attn.v_norm']
+        name: Its name.
+        of: First letters of what is normalised: ``"qkv"``, or some of them.
     """
-    found = []
-    for name in names:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if _ATTENTION.search(part)), len(parts))
-        if any(_INNER_NORM.match(part) and part[0].lower() in of for part in parts[at + 1 :]):
-            found.append(name)
-    return found
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if _ATTENTION.search(part)), len(parts))
+    return any(_INNER_NORM.match(part) and part[0].lower() in of for part in parts[at + 1 :])
 
 
 def _attention_modules(names: Iterable[str]) -> set[str]:

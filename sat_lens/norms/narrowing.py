@@ -66,10 +66,10 @@ class Narrowing(Result, kind="narrowing"):
 
         Columns: ``entropy`` of the mass over key tokens, in nats, mean over heads and over rows
         with at least 8 visible keys; ``entropy_uniform``, that of uniform attention; ``narrowing``,
-        the fall of the entropy per doubling of steps since the checkpoint before; ``moved``, the
-        total variation between the masses at this checkpoint and the one before, mean over the
-        query tokens, per doubling; ``commonness``, a rank correlation over pairs of query and key
-        token: that of the key's mass relative to uniform attention with the entropy of the next
+        the fall of the entropy per doubling of steps since the previous checkpoint; ``moved``, the
+        total variation between the masses at this checkpoint and the previous one, mean over the
+        query tokens, per doubling; ``commonness``, the rank correlation, over pairs of query and
+        key token, between the key's mass relative to uniform attention and the entropy of the next
         token given both. It is below 0 where attention prefers distinct tokens.
         """
         return column_frame(self.columns, "step", self.steps)

@@ -32,7 +32,7 @@ from sat_lens.norms.adapters import (
 from sat_lens.norms.names import (
     ParameterPlace,
     canonical_name,
-    inner_norms,
+    is_inner_norm,
     parameter_places,
     superseded,
 )
@@ -100,10 +100,9 @@ class Parameters:
 
     def normed(self, model: nn.Module | None, of: str = "qkv") -> list[str]:
         """Return the norms inside attention; the model shows those that have no parameters."""
-        modules = (
-            [] if model is None else [canonical_name(path) for path, _ in model.named_modules()]
-        )
-        return inner_norms([*self.tensors, *modules], of)
+        paths = () if model is None else (path for path, _ in model.named_modules())
+        names = [*self.tensors, *map(canonical_name, paths)]
+        return [name for name in names if is_inner_norm(name, of)]
 
     def without(self, names: Set[str]) -> Parameters:
         """Leave some of them out."""
