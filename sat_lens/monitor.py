@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from sat_lens._checks import check_count, check_module, check_number
 from sat_lens.attention import AttentionCall, mask_threshold, nearest_saturated
 from sat_lens.data import Batch, Data, batches, repeatable
+from sat_lens.data.texts import read_tokenizer
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import observe_attention
 from sat_lens.norms.heads import heads_of
@@ -85,6 +86,8 @@ def attention_health(
     tau: float = 100.0,
     rows: int = 32,
     batch_size: int = 8,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     alarms: Alarms | None = None,
 ) -> pd.DataFrame:
     """Measure what trainers watch, for every head, by one forward pass a batch.
@@ -96,6 +99,8 @@ def attention_health(
         rows: How many query rows of each sequence the means and quantiles are over, evenly spaced
             and at least two keys wide. The largest logit is over all rows.
         batch_size: Sequences in a forward pass, for tokens and texts.
+        attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
+            :func:`sat_lens.data.batches`.
         alarms: Thresholds; None is :class:`Alarms` with its defaults.
 
     Returns:
@@ -125,7 +130,9 @@ def attention_health(
     bare = unwrapped(model)
     heads: dict[str, _HeadSums] = {}
     with undisturbed(bare):
-        for batch in batches(bare, data, batch_size):
+        for batch in batches(
+            bare, data, batch_size, attention_mask=attention_mask, tokenizer=tokenizer
+        ):
             look = _Look(heads, batch, rows)
             with observe_attention(bare, look.at_scores, look.at_call):
                 batch.run(bare)
@@ -180,7 +187,7 @@ class AttentionMonitor(TrainerCallback):  # type: ignore[misc]  # transformers h
             largest of all heads), ``attention/entropy_share`` (the least), ``attention/qk_clip``
             (the least), the means of the others, and ``attention/alarms``, how many heads have one.
         alarms: Thresholds. A head that crosses one is named in a warning of the log, once.
-        tau, rows, batch_size: As for :func:`attention_health`.
+        tau, rows, batch_size, attention_mask, tokenizer: As for :func:`attention_health`.
 
     Raises:
         ArgumentError: An argument is none of those above.
@@ -204,6 +211,8 @@ class AttentionMonitor(TrainerCallback):  # type: ignore[misc]  # transformers h
         tau: float = 100.0,
         rows: int = 32,
         batch_size: int = 8,
+        attention_mask: Tensor | None = None,
+        tokenizer: Any = None,
     ) -> None:
         for name, count in (("every", every), ("rows", rows), ("batch_size", batch_size)):
             check_count(name, count)
@@ -215,8 +224,13 @@ class AttentionMonitor(TrainerCallback):  # type: ignore[misc]  # transformers h
         self._every = every
         self._log = log
         self._options: dict[str, Any] = {
-            "tau": tau, "rows": rows, "batch_size": batch_size, "alarms": alarms
-        }  # fmt: skip
+            "tau": tau,
+            "rows": rows,
+            "batch_size": batch_size,
+            "alarms": alarms,
+            "attention_mask": attention_mask,
+            "tokenizer": read_tokenizer(tokenizer),
+        }
         self._warned: set[tuple[str, str]] = set()
 
     def step(self, model: nn.Module, step: int) -> pd.DataFrame | None:

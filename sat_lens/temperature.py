@@ -31,6 +31,7 @@ from sat_lens import figures
 from sat_lens._checks import check_choice, check_count, check_number, shown
 from sat_lens.attention import Limit, RandomKey, Scale, StraightThrough, Uniform
 from sat_lens.data import Batch, Data, batches, read_batch, repeatable
+from sat_lens.data.texts import read_tokenizer
 from sat_lens.errors import ArgumentError, DataError, NonFiniteError, UnsupportedModelError
 from sat_lens.intervention import TransformOfHeads, attach_transforms, edits_on
 from sat_lens.intervention.edits import TransformEdit
@@ -301,6 +302,8 @@ def tune_temperature(
     held_out: Data | None = None,
     learning_rate: float = 0.05,
     batch_size: int = 8,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
     data_name: str = "",
 ) -> TunedTemperature:
@@ -321,6 +324,8 @@ def tune_temperature(
         held_out: Data of the same kind to judge the fit by. None holds back every fifth batch.
         learning_rate: Adam's, of log c: about what c changes by in a step, as a share of itself.
         batch_size: Sequences in a forward pass, for tokens and texts.
+        attention_mask: Which tokens of ``data`` are padding; see :func:`sat_lens.data.batches`.
+        tokenizer: A tokenizer or its directory, in the place of the model's own.
         progress: Whether to show a progress bar.
         data_name: What the data is called in the result.
 
@@ -348,7 +353,8 @@ def tune_temperature(
     sites = attention_sites(model)
     chosen = select_with_scales(sites, heads, 1.0)
     _refuse_hard_blocks(model, sites, chosen)
-    fitted, judged = _fitted_and_judged(model, data, held_out, batch_size)
+    reading = {"batch_size": batch_size, "tokenizer": read_tokenizer(tokenizer)}
+    fitted, judged = _fitted_and_judged(model, data, held_out, attention_mask, reading)
     group_of = _groups(sites, chosen, per)
     log_c = torch.zeros(
         1 + max(map(max, group_of.values())), device=device_of(model), requires_grad=True
@@ -388,17 +394,22 @@ def tune_temperature(
 
 
 def _fitted_and_judged(
-    model: Any, data: Data, held_out: Data | None, batch_size: int
+    model: Any,
+    data: Data,
+    held_out: Data | None,
+    attention_mask: Tensor | None,
+    reading: dict[str, Any],
 ) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Iterator[Batch]]]:
     """What the fit reads, over and over, and what it is judged by."""
     again = repeatable(data)
+
+    def read() -> Iterator[Batch]:
+        return batches(model, again, attention_mask=attention_mask, **reading)
+
     if held_out is not None:
         apart = repeatable(held_out)
-        return (
-            lambda: _endless(lambda: batches(model, again, batch_size)),
-            lambda: batches(model, apart, batch_size),
-        )
-    if len(list(itertools.islice(batches(model, again, batch_size), 2))) < 2:
+        return lambda: _endless(read), lambda: batches(model, apart, **reading)
+    if len(list(itertools.islice(read(), 2))) < 2:
         raise DataError(
             "The data are one batch, and one more is needed to judge the fit by. Give more data, a "
             "smaller batch_size, or held_out=..."
@@ -406,7 +417,7 @@ def _fitted_and_judged(
 
     def part(wanted: bool) -> Iterator[Batch]:
         # The second batch, so that two batches are enough, and every fifth from there.
-        for i, batch in enumerate(batches(model, again, batch_size)):
+        for i, batch in enumerate(read()):
             if (i % 5 == 1) == wanted:
                 yield batch
 

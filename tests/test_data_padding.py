@@ -19,6 +19,7 @@ from sat_lens.data import batches
 from sat_lens.data.padding import unpadded
 from sat_lens.errors import ArgumentError, DataError
 from sat_lens.intervention import verify_sites
+from sat_lens.monitor import AttentionMonitor, attention_health
 from sat_lens.norms import homogeneity_curve, saturation_measures
 
 TEXTS = ["import os, sys, re, json\n", "def area(width, height):\n    return width * height\n"]
@@ -157,6 +158,7 @@ def measured(model, data, **given):
         "sweep": sweep.values[~sweep.values.isnan()].tolist(),
         "search": search.values.tolist(),
         "curve": curve.frame()[["loss", "kl", "top1", "metric"]].to_numpy().flatten().tolist(),
+        "health": attention_health(model, data, rows=99, **given)["entropy"].tolist(),
         "measures": [v for name, v in measures.items() if name not in ("S", "cos_random")],
         "tracker": [row[name] for name in ("loss", "cos_saturated", "lean")],
         "homogeneity": homogeneity["cos_model"].tolist(),
@@ -401,6 +403,11 @@ CALLS = {
         model, data, LAST, 1.0, heads="L0H0", progress=False, **given
     ),
     "gradient": lambda model, data, **given: sl.temperature_gradient(model, data, LAST, **given),
+    "health": attention_health,
+    "monitor": lambda model, data, **given: AttentionMonitor(data, **given).step(model, 0),
+    "tuning": lambda model, data, **given: sl.tune_temperature(
+        model, data, steps=1, held_out=data, progress=False, **given
+    ),
     "homogeneity": lambda model, data, **given: homogeneity_curve(
         model, data, scales=[1, 9], progress=False, **given
     ),
