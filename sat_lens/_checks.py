@@ -5,12 +5,14 @@ Each message says what was needed and what was found, and where it helps, what t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import types
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 
 from sat_lens.errors import ArgumentError, UnsupportedModelError
@@ -130,6 +132,22 @@ def check_evaluation_mode(sites: Iterable[Any]) -> None:
             "The model is in training mode and drops out entries at random, so no two runs of it "
             "agree, saturated or not. Call model.eval() first."
         )
+
+
+@contextlib.contextmanager
+def gradients_for(what: str) -> Iterator[None]:
+    """Turn gradients on for ``what`` needs them.
+
+    Raises:
+        ArgumentError: Inference mode is on, which keeps none.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            f"{what} needs gradients, and torch.inference_mode() keeps none. Use torch.no_grad() "
+            "in its place: gradients are turned on where they are needed."
+        )
+    with torch.enable_grad():
+        yield
 
 
 def shown(value: object) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sat_lens import figures
-from sat_lens._checks import check_choice, check_count, check_number, shown
+from sat_lens._checks import check_choice, check_count, check_number, gradients_for, shown
 from sat_lens.attention import Limit, RandomKey, Scale, StraightThrough, Uniform
 from sat_lens.data import Batch, Data, batches, read_batch, repeatable
 from sat_lens.data.texts import read_tokenizer
@@ -183,7 +183,7 @@ def temperature_gradient(
         path: _log_of(list(of_head.values()), n_prompts, model) for path, of_head in scales.items()
     }
     with (
-        torch.enable_grad(),
+        gradients_for("temperature_gradient"),
         _refusing_detached_runs(model, sites, scales),
         _attached(model, sites, scales, log_c, hard),
     ):
@@ -367,7 +367,7 @@ def tune_temperature(
     history: list[float] = []
     complete = True
     bar = tqdm(desc="tune temperature", total=steps, unit="step", disable=not progress)
-    with bar, torch.enable_grad(), _refusing_detached_runs(model, sites, chosen):
+    with bar, gradients_for("tune_temperature"), _refusing_detached_runs(model, sites, chosen):
         try:
             for batch in itertools.islice(fitted(), steps):
                 with _attached(model, sites, chosen, by_site()):

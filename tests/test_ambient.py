@@ -17,7 +17,7 @@ from sat_lens.attention import (
     rescaled_attention,
 )
 from sat_lens.attention.critical import critical_bins
-from sat_lens.errors import UnsupportedModelError
+from sat_lens.errors import ArgumentError, UnsupportedModelError
 
 TOKENS = torch.tensor([[5, 9, 200, 31, 9, 200, 77, 5, 12, 40]])
 
@@ -181,3 +181,23 @@ def test_functional_transforms_are_refused(demo, run):
 
     with sl.saturate(demo), pytest.raises(UnsupportedModelError, match=r"torch\.func"):
         run(forward, embedded)
+
+
+NEED_GRADIENTS = {
+    "importance of rows": lambda model, metric: sl.head_roles(
+        model, TOKENS, metric=metric, progress=False
+    ),
+    "attribution": lambda model, metric: sl.sweep_heads(
+        model, TOKENS, metric, method="attribution", progress=False
+    ),
+    "temperature_gradient": lambda model, metric: sl.temperature_gradient(model, TOKENS, metric),
+}
+
+
+@pytest.mark.parametrize("run", NEED_GRADIENTS.values(), ids=NEED_GRADIENTS)
+def test_what_needs_gradients_says_so_in_inference_mode(demo, run):
+    metric = sl.metrics.logit_difference(5, 9)
+    with torch.inference_mode(), pytest.raises(ArgumentError, match=r"Use torch\.no_grad"):
+        run(demo, metric)
+    with torch.no_grad():
+        assert run(demo, metric) is not None

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sat_lens._checks import gradients_for
 from sat_lens.caching.activations import Activations, captured, of_heads, replaced
 from sat_lens.errors import ArgumentError
 from sat_lens.patching.arguments import Item
@@ -104,7 +105,7 @@ def _gradients(
     sites = experiment.sites_of(items)
     added: Activations = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(gradients_for("An estimate of effects"))
         stack.enter_context(everywhere(experiment, patch.base))
         found = stack.enter_context(captured(experiment.model, sites, "z"))
         for site in sites:

@@ -23,6 +23,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sat_lens._checks import gradients_for
 from sat_lens.attention import Limit, Transform, Uniform
 from sat_lens.caching.activations import of_heads, replaced
 from sat_lens.data import Batch
@@ -56,7 +57,7 @@ def row_importance(
         kept[path] = z if z.requires_grad else z.detach().requires_grad_()
         return kept[path]
 
-    with torch.enable_grad(), contextlib.ExitStack() as stack:
+    with gradients_for("The importance of rows to a metric"), contextlib.ExitStack() as stack:
         for site in sites:
             keeping = functools.partial(keep, site.path)
             stack.enter_context(replaced(model, site, "z", keeping))
