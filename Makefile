@@ -79,7 +79,7 @@ test: $(VENV)/.installed-dev ## Run the everyday tests, two minutes (TESTS=FILES
 test-all: $(VENV)/.installed-dev ## Run all tests, slow ones too, with types checked (TESTS=FILES).
 	$(PYTEST) loadfile --check-types --hypothesis-profile=thorough -m "not notebook and not browser" $(TESTS)
 
-test-notebooks: $(VENV)/.installed-dev ## Run every tutorial from top to bottom.
+test-notebooks: $(VENV)/.installed-dev smollm2 ## Run every tutorial from top to bottom.
 	$(BIN)/python -m pytest -q -m notebook
 
 test-browser: $(VENV)/.installed-dev ## Open the report in a real browser (needs Debian's chromium).
@@ -144,7 +144,7 @@ pictures: $(VENV)/.installed-dev report ## Draw the pictures in the README (need
 	$(BIN)/sat-lens roles --quiet --figure docs/role_map.png
 	$(BIN)/python tests/browser/picture.py report.html docs/report.png
 
-notebooks: $(VENV)/.installed-dev ## Make the notebooks anew from their sources, with outputs.
+notebooks: $(VENV)/.installed-dev smollm2 ## Make the notebooks anew from their sources, with outputs.
 	cd tutorials && ../$(BIN)/jupytext --quiet --to ipynb *.py && ../$(BIN)/jupyter-execute --inplace *.ipynb
 
 clean: ## Remove the environment and what was built.

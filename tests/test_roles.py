@@ -323,6 +323,11 @@ def test_thresholds_are_arguments():
         (0.5, Targets({"previous": 0.4}, -1, 0.6, 0.0), ("", "")),
         (0.9, Targets({"induction": 0.6}, -14, 0.9, 0.0), ("induction", "offset -14")),
         (0.9, Targets({"induction": 0.1}, -14, 0.9, 0.0), ("offset -14", "")),
+        (
+            0.9,
+            Targets({"first": 0.7, "special": 0.7, "induction": 0.6}, -9, 0.1, 0.7),
+            ("first", "induction"),
+        ),
         # Half of the rows that have such a key, and of all rows half on the first token.
         (0.7, Targets({"induction": 0.8, "first": 0.6}, -9, 0.1, 0.6), ("induction", "first")),
         # A token and an earlier one of its kind; on such rows as well it has more.

@@ -100,6 +100,12 @@ def test_damage_is_that_of_the_replaced_pattern(model, metric):
     kwargs = {"metric": value} if metric else {}
     frame = sl.head_roles(model, TOKENS, damage=True, progress=False, **kwargs).frame()
     replacements = {"argmax": Limit(), "uniform": Uniform(), "nearest": Limit("nearest")}
+    # No tokenizer: of the sinks only the first key is known.
+    replacements["no_sink"] = lambda scores: (
+        Uniform()(scores)
+        .index_fill(-1, torch.tensor(0), -math.inf)
+        .where((torch.arange(scores.shape[-2]) > 0)[:, None], scores)
+    )
     with torch.no_grad():
         soft = float(chosen(model(TOKENS)))
         for label in ("L0H1", "L1H3"):

@@ -17,6 +17,7 @@ from sat_lens.attention import (
     RandomKey,
     Scale,
     Uniform,
+    UniformWithoutSinks,
     total_variation,
     transform_scores,
 )
@@ -38,6 +39,7 @@ TRANSFORMS = [
     Scale(1e38),
     Scale(math.inf),
     Uniform(),
+    UniformWithoutSinks(torch.zeros(1, dtype=torch.bool)),
     RandomKey(seed=3, site="blocks.0.attn"),
 ]
 DETERMINISTIC = [transform for transform in TRANSFORMS if not isinstance(transform, RandomKey)]
@@ -500,3 +502,29 @@ def test_numbers_of_other_kinds_are_numbers() -> None:
     scores = torch.tensor([[[[1.0, 0.5, -2.0]]]])
     assert torch.equal(pattern(scores, Scale(2)), pattern(scores, Scale(np.float64(2.0))))
     assert torch.equal(pattern(scores, Limit(1)), pattern(scores, Limit(np.float64(1.0))))
+
+
+def test_uniform_without_sinks_by_hand():
+    """Two prompts, two heads, twelve causal queries; head 1 looks at key 0, head 0 at itself."""
+    n = 12
+    visible = torch.ones(n, n).tril().bool()
+    own = torch.eye(n) * 50
+    first = torch.zeros(n, n)
+    first[:, 0] = 50
+    scores = torch.stack([own, first]).expand(2, 2, n, n).masked_fill(~visible, -math.inf)
+    pattern = UniformWithoutSinks()(scores).softmax(-1)
+    count = torch.arange(1, n + 1)
+    torch.testing.assert_close(pattern[0, 0], visible / count[:, None])
+    without = visible.clone()
+    without[1:, 0] = False
+    expected = without / (count - 1).clamp(min=1)[:, None]
+    torch.testing.assert_close(pattern[1, 1], expected)
+    # A mask that is passed holds for all heads, prompt by prompt.
+    sinks = torch.zeros(2, n, dtype=torch.bool)
+    sinks[1, 0] = True
+    pattern = UniformWithoutSinks(sinks)(scores).softmax(-1)
+    torch.testing.assert_close(pattern[0], (visible / count[:, None]).expand(2, n, n))
+    torch.testing.assert_close(pattern[1], expected.expand(2, n, n))
+    assert torch.equal(UniformWithoutSinks()(torch.tensor([2.0, 7.0])), torch.zeros(2))
+    with pytest.raises(ArgumentError, match="rate"):
+        UniformWithoutSinks(rate=2)

@@ -28,6 +28,7 @@ from sat_lens.attention.transforms import (
     StraightThrough,
     Transform,
     Uniform,
+    UniformWithoutSinks,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "StraightThrough",
     "Transform",
     "Uniform",
+    "UniformWithoutSinks",
     "distances_to_saturated",
     "effective_keys",
     "limit_is_exact",

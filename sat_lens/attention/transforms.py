@@ -14,10 +14,10 @@ import math
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sat_lens._checks import is_number, shown
+from sat_lens._checks import check_number, is_number, shown
 from sat_lens.attention.distances import nearest_saturated
 from sat_lens.errors import ArgumentError
 
@@ -203,6 +203,61 @@ class StraightThrough:
     def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
         """Return what ``hard`` makes of the scores, without a gradient."""
         return self.hard(scores.detach())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UniformWithoutSinks:
+    """Attend equally to all visible keys that are no sinks: a neutral control for saturation.
+
+    In many language models the first token has a residual stream a hundred times as long as others,
+    and heads with nothing to do attend to it. Uniform attention carries its values everywhere, so
+    that its damage says more of the sink than of the head. A row that sees sinks only stays uniform
+    over them.
+
+    Attributes:
+        sinks: Which keys are sinks, ``[batch, key]`` or ``[key]``. None: those to which a head
+            gives on average more than ``rate`` of a row, over the rows of the batch that see them;
+            a key that fewer than 8 rows see is none.
+        rate: That share.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.attention import UniformWithoutSinks
+        >>> transform = UniformWithoutSinks(torch.tensor([True, False, False]))
+        >>> transform(torch.tensor([[7.0, 2.0, 1.0]])).softmax(-1).tolist()
+        [[0.0, 0.5, 0.5]]
+    """
+
+    sinks: Bool[Tensor, "*batch key"] | None = None
+    rate: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        check_number("The rate from which a key is a sink", self.rate, at_least=0, at_most=1)
+
+    def __call__(self, scores: Float[Tensor, "*rows key"], /) -> Float[Tensor, "*rows key"]:
+        """Return 0 for every visible key that is no sink."""
+        fixed = scores.detach()
+        visible = fixed != -math.inf
+        rest = visible & ~self._sinks(fixed, visible)
+        kept = torch.where(rest.any(-1, keepdim=True), rest, visible)
+        return torch.where(kept, fixed.new_zeros(()), -math.inf)
+
+    def _sinks(self, scores: Tensor, visible: Tensor) -> Bool[Tensor, "..."]:
+        if self.sinks is not None:
+            sinks = self.sinks.to(scores.device)
+            return sinks if sinks.dim() == 1 or scores.dim() < 3 else sinks[:, None, None]
+        # Over the queries, and over the batch where there is one; heads have sinks of their own.
+        rows = [axis for axis in (-2, -4) if scores.dim() >= -axis]
+        if not rows:
+            return torch.zeros_like(visible)
+        seen = visible.sum(rows, keepdim=True)
+        mass = scores.softmax(-1).nan_to_num().sum(rows, keepdim=True)
+        return (mass > self.rate * seen) & (seen >= _LEAST_SEEN)
+
+
+# Near the end of a text few rows see a key, and one of them can make it look like a sink.
+_LEAST_SEEN = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ Outperforms Automated Circuit Discovery", 2023) of mean ablation. One backward p
 heads and rows. Use it as a weight; it is a first-order estimate and no effect size.
 
 Damage is the causal check of a role: what happens to the metric if a head really did only what its
-label says? Each head's pattern is replaced by its argmax, by uniform attention, by its nearest
-saturated row, and its output by zero. That takes four forward passes per head and batch.
+label says? Each head's pattern is replaced by its argmax, by uniform attention with and without
+sinks, by its nearest saturated row, and its output by zero. That takes five forward passes per head
+and batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sat_lens._checks import gradients_for
-from sat_lens.attention import Limit, Transform, Uniform
+from sat_lens.attention import Limit, Transform, Uniform, UniformWithoutSinks
 from sat_lens.caching.activations import of_heads, replaced
 from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError
@@ -106,7 +107,11 @@ REPLACEMENTS: dict[str, Transform] = {
 
 
 def head_damage(
-    model: Any, batch: Batch, sites: list[AttentionSite], metric: Metric | str
+    model: Any,
+    batch: Batch,
+    sites: list[AttentionSite],
+    metric: Metric | str,
+    sinks: Callable[[AttentionSite, Tensor], Bool[Tensor, "batch key"]],
 ) -> dict[str, dict[str, Float[Tensor, "batch head"]]]:
     """Measure the damage of every replacement at every head, for each sequence of a batch.
 
@@ -116,9 +121,10 @@ def head_damage(
         sites: The attention modules to look at.
         metric: A function of the logits, the lower the better, or ``"loss"``. One that has
             ``.per_prompt`` gives a value per sequence; the value of another counts for all.
+        sinks: Says of a module, and of scores of its, which keys are sinks.
 
     Returns:
-        path of the module -> replacement (argmax, uniform, nearest, zero) -> damage.
+        path of the module -> replacement (argmax, uniform, no_sink, nearest, zero) -> damage.
 
     Raises:
         ArgumentError: The metric is unknown or gives no number.
@@ -132,14 +138,17 @@ def head_damage(
         before = values(soft)
         del soft
 
+        def without_sinks(site: AttentionSite) -> Transform:
+            return lambda scores: UniformWithoutSinks(sinks(site, scores))(scores)
+
         def damage(site: AttentionSite, head: int, name: str) -> Tensor:
             intervention: contextlib.AbstractContextManager[Any]
             if name == "zero":
                 zero = functools.partial(_without, site.n_heads, head)
                 intervention = replaced(model, site, "z", zero)
             else:
-                new = {site.path: [([head], REPLACEMENTS[name])]}
-                intervention = attach_transforms(model, sites, new)
+                new = without_sinks(site) if name == "no_sink" else REPLACEMENTS[name]
+                intervention = attach_transforms(model, sites, {site.path: [([head], new)]})
             with intervention:
                 return values(batch.run(model)) - before
 

@@ -71,9 +71,9 @@ def head_roles(
         rows: For what needs a sort or a search (tv_nearest, m, c_lo, c_hi), how many seeded rows of
             each sequence (16 for c_lo and c_hi, whose search costs most); ``"all"`` for all.
         thresholds: Where one role ends and the next begins.
-        damage: Also measure what replacing each head's pattern (by its argmax, uniform, its nearest
-            saturated row, zero) does to the metric, or to the loss if none is given; costs four
-            forward passes per head.
+        damage: Also measure what replacing each head's pattern (by its argmax, uniform with and
+            without sinks, its nearest saturated row, zero) does to the metric, or to the loss if
+            none is given; costs five forward passes per head.
         shard: ``(i, n)`` with i from 1 to n: read every n-th batch only, starting with the i-th.
         batch_size: Sequences in a forward pass, for tokens and texts.
         attention_mask, tokenizer: Which tokens are padding, and what reads texts; see
@@ -118,7 +118,7 @@ def head_roles(
                 reader = BatchReader(batch, special, query_positions, rows, importance)
                 found = _one_batch(model, sites, batch, reader, min_keys, limits)
                 if damage:
-                    done = head_damage(model, batch, sites, metric or "loss")
+                    done = head_damage(model, batch, sites, metric or "loss", reader.sinks)
                     for path, part in found.items():
                         part.add_damage(done[path], reader.resampling)
                 for path, part in found.items():

@@ -270,6 +270,13 @@ class BatchReader:
             self._made[key] = self._make(site, scores)
         return self._made[key]
 
+    def sinks(self, site: AttentionSite, scores: Tensor) -> Bool[Tensor, "batch key"]:
+        """Return which keys are the first or a special token, as far as that is known."""
+        positions = self.positions(site, scores)
+        keys = torch.arange(scores.shape[-1], device=scores.device)
+        first = (keys == positions.first[:, None]) & positions.aligned
+        return first | positions.special
+
     def _make(self, site: AttentionSite, scores: Tensor) -> Positions:
         batch, _, n_queries, n_keys = scores.shape
         device = scores.device

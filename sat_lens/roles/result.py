@@ -128,10 +128,12 @@ class HeadRoles(Result, kind="head roles"):
                           each sequence); inf if every scale is
         c_hi              median least scale within .1 of the limit (the same rows); 0 if every
                           scale is
-        damage_argmax,    only if asked for: mean rise of the metric, in its unit, if the pattern
-        damage_uniform,   is replaced by its argmax, by uniform, by its nearest saturated row, or
-        damage_nearest,   the head's output by zero
-        damage_zero
+        damage_argmax     only if asked for: mean rise of the metric, in its unit, if the pattern
+                          is replaced by its argmax
+        damage_uniform    the same, by uniform over all visible keys,
+        damage_no_sink    by uniform over those that are neither first nor special tokens,
+        damage_nearest    by its nearest saturated row,
+        damage_zero       or if the head's output is replaced by zero
         damage_zero_se    its standard error; a damage_zero within two of them is of a head that
                           may not be needed at all
         relative_damage   the damage of the role's own ideal pattern over damage_zero; NaN for a

@@ -151,6 +151,9 @@ def targets_of(
         found.setdefault(offset_name(int(targets.modal_offset)), targets.modal_share)
     places = ("first", "special") if flat else ("first", "special", "previous", "self", "next")
     general = [name for name in places if name in found]
+    if general[:1] == ["first"]:
+        # The first token is often a special one.
+        general = [name for name in general if name != "special"]
     related = [] if flat else [name for name in ("induction", "duplicate") if name in found]
     far = [] if flat else [name for name in found if name.startswith("offset")]
     if related and (not general or found[related[0]] > found[general[0]]):

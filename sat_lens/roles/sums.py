@@ -44,7 +44,7 @@ ROW_SUMS = (
 # Sums over the sampled rows, where a sort and a search are paid for.
 SAMPLE_SUMS = ("sampled_rows", "tv_nearest", "m_share", "tv_argmax_no_sink", "tv_mean_no_sink")
 # Sums over sequences, where damage was asked for.
-DAMAGES = ("argmax", "uniform", "nearest", "zero")
+DAMAGES = ("argmax", "uniform", "no_sink", "nearest", "zero")
 DAMAGE_SUMS = ("damage_sequences", *(f"damage_{name}" for name in DAMAGES))
 ALL_SUMS = ROW_SUMS + SAMPLE_SUMS + DAMAGE_SUMS
 # Offsets from -64 to 64, with a bin at both ends for all that lies farther away.
