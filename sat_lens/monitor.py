@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from sat_lens import figures
 from sat_lens._checks import check_count, check_module, check_number
 from sat_lens.attention import AttentionCall, mask_threshold, nearest_saturated
 from sat_lens.data import Batch, Data, batches, repeatable
@@ -33,6 +34,9 @@ from sat_lens.norms.heads import heads_of
 from sat_lens.norms.measures import undisturbed, unwrapped
 from sat_lens.norms.sources import module_parameters, wide
 from sat_lens.sites import AttentionSite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
 # Rows of a fused kernel's scores that are held at once.
@@ -250,6 +254,37 @@ class AttentionMonitor(TrainerCallback):  # type: ignore[misc]  # transformers h
         if not self.measurements:
             return pd.DataFrame()
         return pd.concat(self.measurements, names=["step"])
+
+    def plot(
+        self,
+        columns: Sequence[str] = ("entropy_share", "max_logit"),
+        title: str | None = None,
+    ) -> Figure:
+        """Draw columns over steps, a panel each and a line for each head.
+
+        Args:
+            columns: Columns of :func:`attention_health` that hold numbers.
+            title: What was measured on what; None draws no title.
+
+        Raises:
+            ArgumentError: Nothing was measured yet, or a column is unknown.
+        """
+        table = self.frame()
+        missing = [name for name in columns if name not in table or name == "alarm"]
+        if table.empty or missing or not columns:
+            known = ", ".join(name for name in table.columns if name != "alarm")
+            raise ArgumentError(
+                f"Needed at least one measurement and columns of it; found "
+                f"{', '.join(missing) or 'no column'}, and what was measured is "
+                f"{known or 'nothing yet'}."
+            )
+        figure, panels = figures.panels(len(columns), title)
+        for panel, name in zip(panels, columns, strict=True):
+            by_head = table[name].unstack("label")
+            words = {str(label): str(label) for label in by_head}
+            figures.lines(panel, by_head, words, x="step", log_x=False, legend=len(words) <= 8)
+            figures.headline(panel, name.replace("_", " "))
+        return figure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Answer the Trainer's event: measure before the first step."""

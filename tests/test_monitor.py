@@ -161,6 +161,20 @@ def test_alarms_are_logged_once_and_stand_in_the_table(caplog):
     assert min(clipped.values()) * monitor.measurements[1]["max_logit"].max() == pytest.approx(100)
 
 
+def test_lines_over_steps():
+    monitor = AttentionMonitor(TOKENS, every=1)
+    with pytest.raises(ArgumentError, match="nothing yet"):
+        monitor.plot()
+    for step in range(2):
+        monitor.step(plain("sdpa"), step)
+    figure = monitor.plot()
+    assert [len(axes.lines) for axes in figure.axes] == [8, 8]
+    expected = monitor.frame()["max_logit"].xs("L1H2", level="label")
+    assert list(figure.axes[1].lines[6].get_ydata()) == pytest.approx(list(expected))
+    with pytest.raises(ArgumentError, match="alarm"):
+        monitor.plot(["alarm"])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_run_that_has_exploded_is_reported_and_not_ended(value):
     model = tiny.hf_model("GPT2LMHeadModel", transformers.GPT2Config(**tiny.GPT), "eager")
