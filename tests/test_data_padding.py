@@ -476,3 +476,29 @@ def test_plain_models_do_not_count_padding_in_positions(given_as):
     own = {"input_ids": padded, "attention_mask": mask, "position_ids": mask}
     (batch,) = batches(model, [own])
     assert batch.kwargs["position_ids"] is mask
+
+
+def test_labels_of_a_training_batch_are_left_out(demo):
+    """As a data collator makes them: the model would compute a loss of logits that are left out."""
+    pad = demo.tokenizer.pad_token_id
+    tokens = torch.tensor([[0, 5, 6, pad, pad], [0, 5, 6, 7, 8]])
+    mask = (tokens != pad).long()
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    labels = tokens.masked_fill(tokens == pad, -100)
+    found = sl.head_roles(demo, [{**batch, "labels": labels}], min_keys=2, progress=False).frame()
+    expected = sl.head_roles(demo, [batch], min_keys=2, progress=False).frame()
+    assert found.equals(expected)
+    assert found["n_rows"].iloc[0] == 6
+
+
+def test_a_decoder_reads_the_labels_where_it_is_given_nothing_else():
+    model = tiny.pair("t5", "T5", tiny.T5).build()
+    tokens, labels = tiny.tokens(2, 8), tiny.tokens(2, 6, seed=1)
+    labels[0, 4:] = -100
+    (batch,) = batches(model, [{"input": tokens, "labels": labels}])
+    assert batch.decoder_tokens[:, 0].tolist() == [0, 0]
+    assert batch.decoder_tokens[1, 1:].equal(labels[1, :-1])
+    assert batch.decoder_non_padding.tolist() == [[True] * 5 + [False], [True] * 6]
+    assert "labels" not in batch.kwargs
+    roles = sl.head_roles(model, [{"input": tokens, "labels": labels}], min_keys=2, progress=False)
+    assert roles.frame().loc["decoder.L0H0", "n_rows"] == 4 + 5

@@ -25,13 +25,21 @@ from sat_lens.data.padding import (
 )
 from sat_lens.data.texts import check_text, read_tokenizer, text_row, tokenizer_of
 from sat_lens.errors import DataError
-from sat_lens.models import context_length, device_of, main_input_name, vocabulary_size
+from sat_lens.models import (
+    context_length,
+    device_of,
+    main_input_name,
+    vocabulary_size,
+    wrapped_model,
+)
 
 _log = logging.getLogger(__name__)
 
 Data = Tensor | str | Iterable[Any]
 TOKEN_NAMES = ("input", "input_ids", "tokens")
 INPUT_NAMES = (*TOKEN_NAMES, "pixel_values", "input_values")
+# The label of what no loss counts.
+IGNORED = -100
 _OF_SEQUENCES = (
     "attention_mask",
     "decoder_input",
@@ -456,6 +464,7 @@ def _from_mapping(reading: _Reading, item: Mapping[str, Any]) -> Batch:
     for other in _OF_SEQUENCES:
         if isinstance(moved.get(other), Tensor):
             moved[other] = _sequences(moved[other])
+    moved = _without_labels(model, moved)
     decoder = moved.get("decoder_input", moved.get("decoder_input_ids"))
     if isinstance(decoder, Tensor):
         _check_whole(decoder)
@@ -470,6 +479,23 @@ def _from_mapping(reading: _Reading, item: Mapping[str, Any]) -> Batch:
         decoder_tokens=decoder,
         decoder_non_padding=of_decoder,
     )
+
+
+def _without_labels(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the labels, of which a model would compute a loss of its own.
+
+    A decoder that is given no input reads them, one position later, as it does in training.
+    """
+    rest = {name: value for name, value in arguments.items() if name != "labels"}
+    labels = arguments.get("labels")
+    shifted = getattr(wrapped_model(model), "prepare_decoder_input_ids_from_labels", None)
+    has_input = {"decoder_input", "decoder_input_ids"} & rest.keys()
+    if not isinstance(labels, Tensor) or shifted is None or has_input:
+        return rest
+    labels = _sequences(labels)
+    rest["decoder_input_ids"] = shifted(labels=labels)
+    known = torch.nn.functional.pad(labels[:, :-1] != IGNORED, (1, 0), value=True)
+    return rest if bool(known.all()) else {"decoder_attention_mask": known.long(), **rest}
 
 
 def _unreadable(data: object) -> DataError:
