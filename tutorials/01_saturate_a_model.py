@@ -24,6 +24,9 @@
 # source of Python's standard library. Nothing is downloaded. (How to run a notebook locally stands
 # in the [README](README.md). In Colab, first run `%pip install git+ADDRESS`, with the address of
 # the repository that this notebook comes from.)
+#
+# > **In a real language model** saturation costs nearly what uniform attention costs: the model
+# > is gone. [Tutorial 8](08_a_real_language_model.ipynb) shows that.
 
 # %%
 import math

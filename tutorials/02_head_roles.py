@@ -21,6 +21,10 @@
 # `MODEL` may be any name that TransformerLens can load. With a network, try `"gpt2"`; the cells
 # below choose heads by their numbers, not by name, so they run as they stand (the check of damages
 # then takes minutes). The text, and what it says about results, is about `"demo"`.
+#
+# > **In a real language model** labels hold for groups of heads and say little of single ones,
+# > and sinks hide what many heads do: see [tutorial 8](08_a_real_language_model.ipynb) and
+# > [real models](../docs/real_models.md).
 
 # %%
 import tempfile

@@ -19,6 +19,9 @@
 #
 # In Colab, first run `%pip install git+ADDRESS`, with the address of the repository that this
 # notebook comes from. Nothing is downloaded after that.
+#
+# > **In a real language model** copying runs on hard attention as well, and little else does: see
+# > [tutorial 8](08_a_real_language_model.ipynb).
 
 # %%
 import matplotlib.pyplot as plt

@@ -19,6 +19,9 @@
 # Everything is trained or built in the notebook, in about a minute on one CPU thread. In Colab,
 # first run `%pip install git+ADDRESS`, with the address of the repository that this notebook comes
 # from.
+#
+# > **In a real language model** averaging heads were found in layer 0 only, and nothing showed
+# > that they count: see [tutorial 8](08_a_real_language_model.ipynb).
 
 # %%
 import matplotlib.pyplot as plt
