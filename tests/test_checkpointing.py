@@ -28,6 +28,7 @@ WHAT: dict[str, dict[str, Any]] = {
     "c = 4": {"scale": 4.0},
     "one head, c = 4": {"heads": "L0H1", "scale": 4.0},
     "ties": {"ties": 0.1},
+    "straight through": {"gradient": "straight-through"},
     "by head": {"scale": {"L0H0": 2.0, "L1H3": torch.inf}},
 }
 CASES = [
