@@ -205,6 +205,7 @@ def test_eager_attention_serves_instead(case: str, caplog: Any, monkeypatch: Any
                 found = logits(model)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
     assert [record.getMessage().count("eager") for record in caplog.records] == [1]
+    assert "give shorter texts, or fewer at once" in caplog.text
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(logits(model), soft)
 
