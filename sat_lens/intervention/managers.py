@@ -396,7 +396,7 @@ def _warn_if_nothing_ran(block: BlockState, name: str) -> None:
     if not block.ran:
         warnings.warn(
             f"No chosen head ran inside the block of sat_lens.{name}, so nothing was changed. Run "
-            "the model inside of the block.",
+            "the model inside the block, as far as the layers of the chosen heads.",
             stacklevel=5,
         )
 
