@@ -149,3 +149,18 @@ def test_gradients_beside_padding(name, compatible, scale):
     assert gradients[0].isfinite().all()
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [2.0, math.inf])
+def test_texts_of_different_lengths_go_on_together_as_they_do_alone(demo, scale):
+    """As reported of TransformerLens: shorter prompts of a batch were continued beside padding."""
+    prompts = ["import os, sys, re", "def area(width, height):\n    return width", "for i in"]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with sl.saturate(demo, scale=scale):
+        together = demo.generate(prompts, verbose=False, **options)
+        alone = [demo.generate(prompt, verbose=False, **options) for prompt in prompts]
+        by_transformers = demo.hf_generate(prompts, return_type="input", **options)
+        each = [demo.hf_generate(prompt, return_type="input", **options) for prompt in prompts]
+    assert together == alone
+    assert by_transformers == each
