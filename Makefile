@@ -141,7 +141,6 @@ types: $(VENV)/.installed-dev ## Check types.
 	$(BIN)/mypy
 
 pictures: $(VENV)/.installed-dev report ## Draw the pictures in the README (needs chromium).
-	$(BIN)/sat-lens roles --quiet --figure docs/role_map.png
 	$(BIN)/python tests/browser/picture.py report.html docs/report.png
 
 notebooks: $(VENV)/.installed-dev smollm2 ## Make the notebooks anew from their sources, with outputs.

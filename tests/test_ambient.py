@@ -8,6 +8,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from everyday import everyday
 
 import sat_lens as sl
 from sat_lens.attention import (
@@ -48,6 +49,11 @@ SURROUNDINGS = {
     "deterministic": deterministic,
 }
 surroundings = pytest.mark.parametrize("around", SURROUNDINGS.values(), ids=SURROUNDINGS)
+one_surrounding = pytest.mark.parametrize(
+    "around",
+    everyday(SURROUNDINGS.values(), SURROUNDINGS["inference mode"]),
+    ids=SURROUNDINGS,
+)
 INTERVENTIONS = {
     "limit": lambda model: sl.saturate(model),
     "limit of a layer": lambda model: sl.saturate(model, "L1"),
@@ -77,7 +83,7 @@ def test_the_same_logits_whatever_surrounds_the_run(demo, around, intervention):
     assert torch.equal(by_hooks.detach(), logits(demo, sl.saturate))
 
 
-@surroundings
+@one_surrounding
 def test_the_same_measurements_whatever_surrounds_them(demo, around):
     def measured():
         roles = sl.head_roles(demo, TOKENS.repeat(2, 3), progress=False).frame()

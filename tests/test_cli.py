@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from everyday import everyday
 
 import sat_lens
 from sat_lens import cli
@@ -134,6 +135,7 @@ def test_report_writes_one_page(run, text, tmp_path):
     assert "notes.txt" in page
 
 
+@pytest.mark.slow
 def test_report_shows_the_prompt(run, demo, tmp_path):
     status, *_ = run("report", "demo", *SMALL, "--prompt", "zebra = stripes")
     assert status == 0
@@ -298,6 +300,7 @@ def test_an_interrupted_run_keeps_what_was_measured(run, monkeypatch):
     assert (found.n_sequences, found.complete) == (8, False)
 
 
+@pytest.mark.slow
 def test_an_interrupted_report_is_written_and_says_so(run, monkeypatch, text, tmp_path):
     interrupt(monkeypatch, after=1)
     status, out, error = run("report", *TWO_BATCHES, "--text", text)
@@ -381,6 +384,7 @@ PRINTING = "import sys, sat_lens.cli as c, sat_lens.cli.check as k\nk.run = lamb
 LONG = PRINTING.format("print('x' * 10**6) or 0") + "sys.exit(c.main(['check']))"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error():
     command = [sys.executable, "-c", LONG]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -390,7 +394,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.wait() == 0
 
 
-@pytest.mark.parametrize("length", [5, 10**6])
+@pytest.mark.parametrize("length", everyday([5, 10**6], 5))
 def test_a_full_device_behind_the_output_is_one_line(length):
     code = PRINTING.format(f"print('x' * {length}) or 0") + "sys.exit(c.main(['check']))"
     with open("/dev/full", "w") as full:

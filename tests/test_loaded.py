@@ -315,6 +315,7 @@ def test_blocks_that_end_in_another_order_than_they_began():
         assert torch.allclose(logits(model), logits(two), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_block_inside_of_a_compiled_function():
     model = llama()
 

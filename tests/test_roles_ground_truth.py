@@ -141,6 +141,7 @@ def test_an_induction_model_has_a_head_for_it():
     assert "induction" in set(frame["target"])
 
 
+@pytest.mark.slow
 def test_an_untrained_model_labels_every_head_mean_and_says_that_nothing_was_learned(
     previous_token_model,
 ):

@@ -281,7 +281,7 @@ def target(model: Any, tokens: Tensor, scale: Any) -> Any:
         return sl.metrics.kl_to_soft(model(tokens))
 
 
-@pytest.mark.parametrize("per", ["model", "layer", "head"])
+@pytest.mark.parametrize("per", everyday(["model", "layer", "head"], "head"))
 def test_temperatures_that_are_known_are_found(demo, per):
     tokens = torch.arange(24).reshape(2, 12) + 40
     wanted = {"L0H1": 2.0, "L0H6": 2.0, "L2H3": 0.7}
