@@ -29,7 +29,7 @@ def main() -> dict[str, float]:
     similarity = pair.similarity("resid_post")
     # -----------------------------------------------------------------------------------------
 
-    print(similarity.frame().round(3))
+    print(similarity.frame().round(3).to_string())
     print(f"\nlast layer, mean distance between soft and saturated z by head: {moved.tolist()}")
     return {
         "layers": len(similarity.s),

@@ -77,7 +77,7 @@ CONVENTIONS = {
     "-1e9 added twice": (add(-1e9, -1e9), F32),
     "-1e9 added in bfloat16": (add(-1e9), BF16),
     "float32's lowest and -10,000": (in_turns(add(lowest(F32)), add(-1e4)), F32),
-    "float16's lowest and -10,000": (in_turns(add(lowest(F16)), add(-1e4)), F16),
+    "float16's lowest and -10,000": (in_turns(fill(lowest(F16)), add(-1e4)), F16),
     "-1e9 and -10,000": (in_turns(add(-1e9), add(-1e4)), F32),
 }
 conventions = pytest.mark.parametrize("convention", CONVENTIONS)

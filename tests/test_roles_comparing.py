@@ -97,9 +97,11 @@ def test_the_error_is_the_spread_between_samples_of_the_data(demo):
     claimed = (np.array([frame["lean_se"] for frame in frames]) ** 2).mean()
     assert 0.8 < (claimed / spread) ** 0.5 < 1.2
     pairs = [a.compare(b) for i, a in enumerate(parts) for b in parts[:i]]
-    changed = float(np.mean([pair["changed"] for pair in pairs]))
+    moved = float(np.mean([pair["moved"].str.contains("lean") for pair in pairs]))
     # Two standard errors leave 5 % to chance, and errors from eight sequences are rough.
-    assert 0.02 < changed < 0.15
+    assert 0.02 < moved < 0.1
+    # Where labels differ, the numbers behind them have the same chance, each for itself.
+    assert moved < float(np.mean([pair["changed"] for pair in pairs])) < 0.2
 
 
 @pytest.mark.usefixtures("types_unchecked")

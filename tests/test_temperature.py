@@ -49,12 +49,13 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.float:
             return args[0].double()
-        if func is torch.full and isinstance(args[1], float):
+        kwargs = kwargs or {}
+        if func is torch.full and isinstance(kwargs.get("fill_value", args[-1]), float):
             kwargs = {"dtype": torch.float64, **kwargs}
         if func is torch._grouped_mm:
             return by_group(*args, **kwargs)
         args, kwargs = tree_map(
-            lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {})
+            lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs)
         )
         return func(*args, **kwargs)
 

@@ -22,6 +22,8 @@ EXTREME = -1e30
 LEAST_FINITE_MASK = -2e3
 # Models that mark one mask by an extreme number mark another, if at all, by this (CTRL).
 BESIDE_EXTREME = -1e4
+# Added to a score, float16's lowest number is rounded to -inf here and there.
+BESIDE_INFINITY = torch.finfo(torch.float16).min
 # A finite mask stands apart from the scores by at least this factor; a wide range of scores,
 # such as a network with enlarged weights has, does not leave such a gap.
 GAP = 4.0
@@ -39,10 +41,10 @@ def mask_threshold(
             mask is the same for all of them; a score that is low in one head only is no mask.
 
     Returns:
-        A threshold; ``-inf`` if no finite number marks a mask. Where ``-inf`` marks one, every
-        finite score above -1e30 is a score. Elsewhere finite masks above -1e30 are told from low
-        scores by the gap between them and all other scores of the tensor, and beside more extreme
-        masks they have to be -10,000, give or take a score.
+        A threshold; ``-inf`` if no finite number marks a mask. Finite masks above -1e30 are told
+        from low scores by the gap between them and all other scores of the tensor. Beside ``-inf``
+        they also have to be float16's lowest number, and beside other masks below -1e30 they have
+        to be -10,000, give or take a score.
 
     Example:
         >>> import torch
@@ -59,13 +61,13 @@ def mask_threshold(
     fixed = scores.detach()
     lowest = float(fixed.amin())
     extreme = lowest <= EXTREME
-    if lowest == -math.inf:
-        return EXTREME
+    expected = None
     if extreme:
+        expected = BESIDE_INFINITY if lowest == -math.inf else BESIDE_EXTREME
         lowest = float(torch.where(fixed > EXTREME, fixed, 0.0).amin())
     finite = -math.inf
     if lowest <= LEAST_FINITE_MASK:
-        finite = _finite_mask(fixed, all_heads, beside_extreme=extreme)
+        finite = _finite_mask(fixed, all_heads, expected)
     return max(finite, EXTREME if extreme else -math.inf)
 
 
@@ -75,9 +77,12 @@ def lowest_bias(dtype: torch.dtype) -> float:
 
 
 def _finite_mask(
-    scores: Float[Tensor, "*rows key"], all_heads: Tensor | None, *, beside_extreme: bool
+    scores: Float[Tensor, "*rows key"], all_heads: Tensor | None, expected: float | None
 ) -> float:
-    """Return the highest finite mask, or -inf if nothing stands apart from the other scores."""
+    """Return the highest finite mask, or -inf if nothing stands apart from the other scores.
+
+    Where a number is expected, masks are that number, give or take a score.
+    """
     low = scores <= LEAST_FINITE_MASK
     if all_heads is not None:
         low = low & (all_heads.detach() <= LEAST_FINITE_MASK).all(1, keepdim=True)
@@ -86,9 +91,9 @@ def _finite_mask(
     if others.numel() == 0 or not bool(low.any()):
         return -math.inf
     highest, largest = float(scores[low].amax()), float(others.abs().amax())
-    if beside_extreme:
-        away = float((scores[low] - BESIDE_EXTREME).abs().amax())
+    if expected is not None:
+        away = float((scores[low] - expected).abs().amax())
         # One part in a hundred is what half precision makes of a number.
-        if away > largest + abs(BESIDE_EXTREME) / 100:
+        if away > largest + abs(expected) / 100:
             return -math.inf
     return highest if -highest >= GAP * largest else -math.inf
