@@ -347,7 +347,9 @@ def pair_of(
                 if "names_filter" not in str(error):
                     raise
                 raise _no_such_point(names_filter) from error
-        for name in names_filter if isinstance(names_filter, list) else ():
+        asked = [names_filter] if isinstance(names_filter, str) else names_filter
+        # Version 3 of TransformerLens caches nothing where version 4 raises an error.
+        for name in asked if isinstance(asked, list) else ():
             if name not in cache and name not in model.hook_dict:
                 raise _no_such_point(name)
         return CachedRun(logits, cache if device is None else cache.to(device))
