@@ -298,7 +298,7 @@ def taking(
     sites = experiment.sites_of(items)
     if component != "pattern":
         return captured(experiment.model, sites, component)
-    return _seen(experiment, sites, lambda scores: _wide(scores, copy=True))
+    return _seen(experiment, sites, lambda scores: _wide_copy(scores))
 
 
 def local_activations(
@@ -413,8 +413,9 @@ def _edit_in_copy(
 
     def edit(scores: Tensor) -> NewScores:
         changed = None if base is None else base(scores)
-        whole = _wide(scores if changed is None else changed.scores)
-        chosen = _wide(new(scores))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        whole = (scores if changed is None else changed.scores).to(wide)
+        chosen = new(scores).to(wide)
         if position is not None:
             row = chosen[:, :, position]
             chosen = whole[:, heads]
@@ -446,7 +447,7 @@ def _side_by_side(edits: list[Edit | None], size: int) -> Edit | None:
         return None
 
     def edit(scores: Tensor) -> NewScores:
-        whole = _wide(scores, copy=True)
+        whole = _wide_copy(scores)
         for part, target, one in zip(scores.split(size), whole.split(size), edits, strict=True):
             changed = None if one is None else one(part)
             if changed is not None:
@@ -494,5 +495,5 @@ def _seen(
         yield found
 
 
-def _wide(scores: Tensor, copy: bool = False) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=copy)
+def _wide_copy(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=True)
