@@ -33,6 +33,7 @@ from sat_lens.intervention import observe_attention
 from sat_lens.norms.heads import heads_of
 from sat_lens.norms.measures import undisturbed, unwrapped
 from sat_lens.norms.sources import module_parameters, wide
+from sat_lens.roles.positions import text_rows
 from sat_lens.sites import AttentionSite
 
 if TYPE_CHECKING:
@@ -348,14 +349,15 @@ class _Look:
     def at_scores(self, site: AttentionSite, scores: Float[Tensor, "batch head row key"]) -> None:
         raw = scores.detach().float()
         visible = raw.masked_fill(raw <= mask_threshold(raw, raw), -math.inf)
-        counted = self._counted(site, visible.shape[0], visible.shape[2], raw.device)
+        shape = (visible.shape[0], visible.shape[2])
+        counted = text_rows(self.batch, site.stack, shape, raw.device)
         at = self._sampled(visible.shape[2], visible.device)
         self._add_max(site, visible.masked_fill(~counted[:, None, :, None], -math.inf))
         self._add_rows(site, visible[:, :, at], counted[:, at])
 
     def at_call(self, site: AttentionSite, call: AttentionCall) -> None:
         batch, n_queries = call.query.shape[0], call.query.shape[2]
-        counted = self._counted(site, batch, n_queries, call.query.device)
+        counted = text_rows(self.batch, site.stack, (batch, n_queries), call.query.device)
         every = torch.arange(n_queries, device=call.query.device)
         for rows in every.split(FUSED_ROWS):
             scores = call.scores(rows.expand(batch, -1))
@@ -366,15 +368,6 @@ class _Look:
     def _sampled(self, n_queries: int, device: torch.device) -> Tensor:
         count = min(self.rows, n_queries)
         return torch.linspace(0, n_queries - 1, count, device=device).round().long().unique()
-
-    def _counted(
-        self, site: AttentionSite, n: int, n_queries: int, device: torch.device
-    ) -> Bool[Tensor, "batch query"]:
-        in_decoder = site.stack in ("decoder", "cross")
-        mask = self.batch.output_non_padding if in_decoder else self.batch.non_padding
-        if mask is None or mask.shape != (n, n_queries):
-            return torch.ones(n, n_queries, dtype=torch.bool, device=device)
-        return mask.to(device)
 
     def _add_max(self, site: AttentionSite, scores: Float[Tensor, "batch head row key"]) -> None:
         for head, largest in enumerate(scores.amax((0, 2, 3)).tolist()):

@@ -51,12 +51,10 @@ from sat_lens.sites import (
     attention_sites,
     select_with_scales,
 )
-from sat_lens.sites.site import parse_label
+from sat_lens.sites.site import Grid, head_grid, parse_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Grid = Tensor | dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -83,7 +81,7 @@ class TemperatureGradient(Result, kind="temperature gradient"):
 
         A dict of these by stack where the model has several.
         """
-        return _head_grid(self.labels, self.gradients)
+        return head_grid(self.labels, self.gradients)
 
     def frame(self) -> pd.DataFrame:
         """Return one row a head, indexed by label.
@@ -106,7 +104,7 @@ class TemperatureGradient(Result, kind="temperature gradient"):
         Raises:
             ArgumentError: The model has several stacks (select the heads of one).
         """
-        grid = _head_grid(self.labels, torch.tensor(self.frame()["gradient"].to_numpy()))
+        grid = head_grid(self.labels, torch.tensor(self.frame()["gradient"].to_numpy()))
         what = "change of the metric for each e-fold of c"
         return figures.sweep_figure(_one_stack(grid), title or str(self.provenance), what)
 
@@ -191,13 +189,11 @@ def temperature_gradient(
         check_reads_no_padding(chosen_metric, logits, batch)
         value = _metric_with_gradient(chosen_metric, batch, logits, n_prompts)
         # Prompts do not meet in a model, so the gradient of their sum keeps them apart.
-        found = torch.autograd.grad(value.sum(), list(log_c.values()), allow_unused=True)
-    parts = [
-        torch.zeros_like(of_site) if gradient is None else gradient
-        for of_site, gradient in zip(log_c.values(), found, strict=True)
-    ]
+        found = torch.autograd.grad(
+            value.sum(), list(log_c.values()), allow_unused=True, materialize_grads=True
+        )
     labels = tuple(s.label(head) for s in sites for head in scales.get(s.path, ()))
-    gradients = torch.cat([part.detach().cpu().movedim(-1, 0) for part in parts])
+    gradients = torch.cat([part.detach().cpu().movedim(-1, 0) for part in found])
     _check_gradients(labels, gradients)
     return TemperatureGradient(
         Provenance(model_name(model)),
@@ -240,7 +236,7 @@ class TunedTemperature(Result, kind="tuned temperature"):
     @property
     def values(self) -> Grid:
         """The fitted temperatures as ``[layer, head]``; a dict by stack where there are several."""
-        return _head_grid(self.labels, self.scales)
+        return head_grid(self.labels, self.scales)
 
     @property
     def change(self) -> tuple[float, float]:
@@ -272,7 +268,7 @@ class TunedTemperature(Result, kind="tuned temperature"):
         Raises:
             ArgumentError: The model has several stacks (select the heads of one).
         """
-        grid = _one_stack(_head_grid(self.labels, self.scales.log2()))
+        grid = _one_stack(head_grid(self.labels, self.scales.log2()))
         what = "log2 of the fitted inverse temperature: above 0 sharper, below 0 flatter"
         return figures.sweep_figure(grid, title or str(self.provenance), what)
 
@@ -574,18 +570,6 @@ def _check_gradients(labels: tuple[str, ...], gradients: Float[Tensor, "head *pr
 
 
 # Numbers of heads, by label.
-
-
-def _head_grid(labels: tuple[str, ...], values: Float[Tensor, "head *rest"]) -> Grid:
-    # [layer, head, ...], NaN where no head is; by stack where there are several.
-    places = [parse_label(label) or ("", 0, 0) for label in labels]
-    grids: dict[str, Tensor] = {}
-    for stack in dict.fromkeys(stack for stack, _, _ in places):
-        rows = [i for i, place in enumerate(places) if place[0] == stack]
-        layers, heads = (torch.tensor([places[i][axis] for i in rows]) for axis in (1, 2))
-        shape = (int(layers.max()) + 1, int(heads.max()) + 1, *values.shape[1:])
-        grids[stack] = values.new_full(shape, math.nan).index_put((layers, heads), values[rows])
-    return next(iter(grids.values())) if len(grids) == 1 else grids
 
 
 def _one_stack(grid: Grid) -> Tensor:

@@ -16,6 +16,7 @@ from sat_lens._checks import check_choice
 from sat_lens.errors import ArgumentError
 from sat_lens.patching.arguments import Item
 from sat_lens.results import Result, largest
+from sat_lens.sites.site import Grid, head_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,6 @@ _ARGUMENTS = {
     "direction": ("noising", "denoising"),
     "source": ("local", "run"),
 }
-Grid = Tensor | dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,13 +364,7 @@ class HeadSweep(Result, kind="head sweep"):
         """Arrange ``[item, ...]`` as ``[layer, head, ...]``, by stack where there are several."""
         if self.items[0].is_group:
             return values
-        grids = {
-            item.stack: values.new_full((*self.shapes[item.stack], *values.shape[1:]), math.nan)
-            for item in self.items
-        }
-        for item, value in zip(self.items, values, strict=True):
-            grids[item.stack][item.layer, item.head] = value
-        return grids if len(self.shapes) > 1 else next(iter(grids.values()))
+        return head_grid([item.label for item in self.items], values, self.shapes)
 
 
 def _share(effects: Tensor, base: Tensor, other: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from sat_lens.data import Batch
 from sat_lens.errors import ArgumentError
 from sat_lens.intervention import attach_transforms
 from sat_lens.metrics import Metric, call_metric, check_reads_no_padding, metric_of, read_metric
-from sat_lens.roles.positions import fitting_mask
+from sat_lens.roles.positions import text_rows
 from sat_lens.roles.sums import DAMAGES
 from sat_lens.sites import AttentionSite
 
@@ -69,7 +69,8 @@ def row_importance(
     importance = {}
     for site, gradient in zip(sites, gradients, strict=True):
         z = kept[site.path].detach()
-        importance[site.path] = _weigh(z, gradient, _counted(batch, site, z), site.n_heads)
+        counted = text_rows(batch, site.stack, (z.shape[0], z.shape[1]), z.device)
+        importance[site.path] = _weigh(z, gradient, counted, site.n_heads)
     return importance
 
 
@@ -82,12 +83,6 @@ def _value(metric: Metric | str, batch: Batch, logits: Any) -> Tensor:
             f"The metric {metric!r} must give a scalar tensor that depends on the logits."
         )
     return value
-
-
-def _counted(batch: Batch, site: AttentionSite, z: Tensor) -> Bool[Tensor, "batch query"]:
-    in_decoder = site.stack in ("decoder", "cross") and batch.decoder_tokens is not None
-    real = batch.decoder_non_padding if in_decoder else batch.non_padding
-    return fitting_mask(real, (z.shape[0], z.shape[1]), z.device)
 
 
 def _weigh(

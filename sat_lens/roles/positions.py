@@ -355,6 +355,15 @@ class BatchReader:
         return self.resampling.repeat_interleave(batch // len(self.resampling), 0)
 
 
+def text_rows(
+    batch: Batch, stack: str, shape: tuple[int, int], device: torch.device
+) -> Bool[Tensor, "batch query"]:
+    """Return False at the padded query rows of a stack; True everywhere where it cannot be told."""
+    in_decoder = stack in ("decoder", "cross")
+    mask = batch.output_non_padding if in_decoder else batch.non_padding
+    return fitting_mask(mask, shape, device)
+
+
 def fitting_mask(
     mask: Tensor | None, shape: tuple[int, int], device: torch.device
 ) -> Bool[Tensor, "batch position"]:

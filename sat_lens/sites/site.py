@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from sat_lens.errors import UnsupportedModelError
 
 Level = Literal["scores", "softmax", "kernel"]
 Kind = Literal["self", "cross"]
+# Numbers of heads as [layer, head, ...], NaN where none is known; by stack where there are several.
+Grid = Tensor | dict[str, Tensor]
 
 _LABEL = re.compile(r"(?:(?P<stack>.+)\.)?L(?P<layer>[0-9]+)H(?P<head>[0-9]+)")
 _DOTTED = re.compile(r"(?P<stack>)(?P<layer>[0-9]+)\.(?P<head>[0-9]+)")
@@ -30,6 +33,42 @@ def parse_label(label: str) -> tuple[str, int, int] | None:
     """Read stack, layer and head off a label, ``"L5H1"`` or ``"5.1"``; None if it is neither."""
     match = _LABEL.fullmatch(label) or _DOTTED.fullmatch(label)
     return match and (match["stack"] or "", int(match["layer"]), int(match["head"]))
+
+
+def head_grid(
+    labels: Sequence[str],
+    values: Float[Tensor, "head *rest"],
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+) -> Grid:
+    """Arrange numbers of heads as ``[layer, head, ...]``, NaN elsewhere.
+
+    Args:
+        labels: The labels of the heads.
+        values: Their numbers, ``[head, ...]``.
+        shapes: The numbers of layers and of heads in each stack of the model. None takes the stacks
+            that the labels name, as far as their last layer and head.
+
+    Returns:
+        A tensor, or a dict of these by stack where there are several.
+
+    Example:
+        >>> import torch
+        >>> from sat_lens.sites.site import head_grid
+        >>> head_grid(["L0H1", "L1H0"], torch.tensor([1.0, 2.0]))
+        tensor([[nan, 1.],
+                [2., nan]])
+    """
+    rows: dict[str, list[int]] = {}
+    read = [parse_label(label) or ("", 0, 0) for label in labels]
+    for row, (stack, _, _) in enumerate(read):
+        rows.setdefault(stack, []).append(row)
+    grids: dict[str, Tensor] = {}
+    for stack, of_stack in rows.items():
+        layers, heads = (torch.tensor([read[row][axis] for row in of_stack]) for axis in (1, 2))
+        size = shapes[stack] if shapes else (int(layers.max()) + 1, int(heads.max()) + 1)
+        empty = values.new_full((*size, *values.shape[1:]), math.nan)
+        grids[stack] = empty.index_put((layers, heads), values[of_stack])
+    return grids if len(shapes or grids) > 1 else next(iter(grids.values()))
 
 
 @dataclasses.dataclass(frozen=True)
